@@ -1,0 +1,68 @@
+"""Out-of-distribution detection for reward models.
+
+    preference data -> text -> reward model -> embeddings -> moments -> covariance -> detector -> OOD scores
+                                                                                                      |
+                            best-of-n, RL, serving, study <- decision <- calibration (conformal) <----+
+
+`OODGuard` wraps a reward model; everything right of the embeddings works on vectors that came from anywhere.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from rm_ood.calibration import CalibrationTable
+from rm_ood.card import GuardCard
+from rm_ood.channels import Channel
+from rm_ood.config import GuardConfig
+from rm_ood.conformal import ConformalCalibrator
+from rm_ood.decision import AxisDecision, ChannelDecision, Decision, Decisions
+from rm_ood.detectors.mahalanobis import MahalanobisDetector
+from rm_ood.errors import (
+    CalibrationError,
+    CalibrationWarning,
+    CaptureError,
+    FormatError,
+    InputError,
+    IntegrityError,
+    MismatchError,
+    NonFiniteError,
+    NotFittedError,
+    OODGuardError,
+    OODGuardWarning,
+    SaveError,
+)
+from rm_ood.guard import OODGuard
+from rm_ood.moments import ClassMoments
+
+try:
+    __version__ = version("rm_ood")
+except PackageNotFoundError:
+    # Imported from a source tree that was not installed.
+    __version__ = "0.0.0+source"
+
+__all__ = [
+    "AxisDecision",
+    "CalibrationError",
+    "CalibrationTable",
+    "CalibrationWarning",
+    "CaptureError",
+    "Channel",
+    "ChannelDecision",
+    "ClassMoments",
+    "ConformalCalibrator",
+    "Decision",
+    "Decisions",
+    "FormatError",
+    "GuardCard",
+    "GuardConfig",
+    "InputError",
+    "IntegrityError",
+    "MahalanobisDetector",
+    "MismatchError",
+    "NonFiniteError",
+    "NotFittedError",
+    "OODGuard",
+    "OODGuardError",
+    "OODGuardWarning",
+    "SaveError",
+    "__version__",
+]

@@ -1,0 +1,520 @@
+"""The saved guard: a folder with one authority, `ood_guard.safetensors`, and a readable copy of its settings.
+
+The metadata of the authority holds the settings as JSON and a SHA-256 digest over settings and tensors, so that one
+`os.replace` commits a save, and a changed or cut file never loads. The digest rule is the same in every format version.
+Nothing is unpickled, tensor names are never used as paths, and sizes are bounded before anything is parsed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+import time
+from collections.abc import Collection, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from rm_ood.errors import FormatError, InputError, IntegrityError, SaveError
+
+GUARD_FILE = "ood_guard.safetensors"
+CONFIG_FILE = "ood_guard_config.json"
+FORMAT_VERSION = 1
+MAX_FILE = 8 * 2**30
+MAX_HEADER = 2**20
+MAX_METADATA = 2**19
+MAX_TENSORS = 512
+MAX_JSON = 2**20
+MAX_DIMENSION = 2**40
+LOCK_WAIT_S = 60.0
+
+_KEY = "rm_ood"
+_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_CHANGED = "it was cut or changed after it was written. Copy the guard again from where it was saved"
+
+
+def write_guard(
+    folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, overwrite: bool = False
+) -> None:
+    """Save a guard atomically: after a crash at any point the folder holds the old guard or the new one.
+
+    The bytes depend on the arguments and the versions of `rm_ood` and safetensors alone. An identical guard that is
+    already there is left as it is.
+
+    Args:
+        folder: made if missing; its own folder, not the reward model's.
+        tensors: name -> tensor; copied to CPU.
+        config: JSON-able settings.
+        overwrite: replace a different guard.
+
+    Raises:
+        SaveError: the folder cannot be written (chained OSError), holds a different guard or a model, or the target is
+            a symbolic link. Whatever was there before still loads.
+        InputError: names, dtypes or settings that cannot be saved.
+    """
+    own = {name: _savable(name, tensor) for name, tensor in sorted(tensors.items())}
+    envelope = _envelope(config, own)
+    text = _canonical(envelope)
+    blob = safetensors.torch.save(own, {_KEY: text})
+    sizes = {
+        "tensors": (len(own), MAX_TENSORS),
+        "bytes of settings": (len(text), MAX_METADATA),
+        "bytes of readable settings": (len(_readable(envelope)), MAX_JSON),
+        "bytes of header": (int.from_bytes(blob[:8], "little"), MAX_HEADER),
+        "bytes": (len(blob), MAX_FILE),
+    }
+    for what, (size, limit) in sizes.items():
+        if size > limit:
+            raise InputError(f"guard too large to save: {size} {what}, at most {limit}")
+    target = Path(folder)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with _locked(target, LOCK_WAIT_S) as locked:
+            if locked is False:
+                raise SaveError(f"{target}: another process has been saving here for {LOCK_WAIT_S:.0f} s")
+            _save(target, blob, envelope, overwrite)
+    except SaveError:
+        raise
+    except OSError as error:
+        why = error.strerror or type(error).__name__
+        raise SaveError(f"guard not saved to {target}: {why}. What was there before still loads") from error
+
+
+def read_guard(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Load and verify a guard: (tensors on CPU, settings).
+
+    Raises:
+        FileNotFoundError: no guard file; the message names the file wanted.
+        IntegrityError: the file was cut or changed.
+        FormatError: it is something else, was written in a newer format, or the readable copy was edited.
+    """
+    target = Path(folder)
+    try:
+        return _read_guard(target)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise FormatError(f"{target} cannot be read: {error.strerror or type(error).__name__}") from error
+
+
+def _read_guard(target: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    path = _find(target)
+    envelope, tensors, identity = _read(path)
+    differing = _copy_differences(target, envelope)
+    if differing:
+        # A save in another process may have been between its two files: look again while nobody saves.
+        with _locked(target, LOCK_WAIT_S):
+            envelope, tensors, identity = _read(path)
+            differing = _copy_differences(target, envelope)
+    if differing:
+        raise FormatError(
+            f"{target / CONFIG_FILE} differs from {GUARD_FILE} in {', '.join(differing[:10])}. Settings are read from "
+            f"{GUARD_FILE} only: delete the edited copy, and set other values through the constructor"
+        )
+    if differing is None:
+        _rebuild_copy(target, envelope, identity)
+    return tensors, envelope["config"]
+
+
+def check_schema(
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    *,
+    allow_inf: Collection[str] = (),
+) -> None:
+    """Require exactly the expected tensors, and finite values.
+
+    Args:
+        tensors: what was loaded.
+        expected: name -> (dtype, shape).
+        allow_inf: names in which +inf and -inf are legal; NaN never is.
+
+    Raises:
+        FormatError: names every missing, unknown, misshapen or non-finite tensor.
+    """
+    problems = [f"{name} is missing" for name in expected if name not in tensors]
+    problems += [f"{name} is unknown" for name in tensors if name not in expected]
+    for name, (dtype, shape) in expected.items():
+        if name not in tensors:
+            continue
+        tensor = tensors[name]
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+            problems.append(f"{name}: expected {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+        elif bool(torch.isnan(tensor).any()) or (name not in allow_inf and bool(torch.isinf(tensor).any())):
+            problems.append(f"{name} holds NaN or infinity")
+    if problems:
+        raise FormatError(f"saved guard: {'; '.join(problems)}")
+
+
+def parse_json(data: bytes, what: str, limit: int) -> Any:
+    """Strict JSON: UTF-8, no NaN, Infinity or overflow, no doubled keys, no lone surrogates, bounded size and depth.
+
+    Raises:
+        FormatError: names `what` and the first thing that is wrong with it.
+    """
+    if len(data) > limit:
+        raise FormatError(f"{what}: {len(data)} bytes of JSON, at most {limit} are read")
+    try:
+        value = json.loads(
+            data.decode(),
+            parse_constant=_no_constant,
+            parse_int=_short_int,
+            parse_float=_finite_float,
+            object_pairs_hook=_unique_keys,
+        )
+        json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{what}: not strict JSON ({type(error).__name__}: {error})") from error
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _short_int(digits: str) -> int:
+    if len(digits) > 20:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("a number too large for a float")
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in names if names.count(key) > 1)[:100]!r} appears twice")
+    return found
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _digest(envelope: Mapping[str, Any], parts: Mapping[str, tuple[str, list[int], memoryview]]) -> str:
+    state = hashlib.sha256(_canonical({k: v for k, v in envelope.items() if k != "digest"}).encode())
+    for name, (dtype, shape, data) in sorted(parts.items()):
+        state.update(f"\n{name} {dtype} {shape}\n".encode())
+        state.update(data)
+    return state.hexdigest()
+
+
+def _parts(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, list[int], memoryview]]:
+    return {
+        name: (_DTYPE_NAMES[t.dtype], list(t.shape), memoryview(t.reshape(-1).view(torch.uint8).numpy()))
+        for name, t in tensors.items()
+    }
+
+
+def _savable(name: str, tensor: Tensor) -> Tensor:
+    if not _NAME.fullmatch(name):
+        raise InputError(f"tensor name {name!r}: use letters, digits, '_', '-' and single dots, at most 128")
+    if tensor.dtype not in _DTYPE_NAMES or tensor.layout != torch.strided or tensor.is_meta:
+        raise InputError(f"tensor {name}: {tensor.dtype} ({tensor.layout}, {tensor.device}) cannot be saved")
+    # A copy of its own: safetensors refuses tensors that share memory.
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _envelope(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    try:
+        plain = parse_json(_canonical(config).encode(), "settings", MAX_METADATA)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"settings of the guard are not plain JSON: {error}") from error
+    envelope = {"format_version": FORMAT_VERSION, "rm_ood_version": _version(), "config": plain}
+    return {**envelope, "digest": _digest(envelope, _parts(tensors))}
+
+
+def _version() -> str:
+    try:
+        return metadata.version("rm_ood")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _readable(envelope: Mapping[str, Any]) -> bytes:
+    return (json.dumps(envelope, sort_keys=True, indent=2) + "\n").encode()
+
+
+def _save(folder: Path, blob: bytes, envelope: Mapping[str, Any], overwrite: bool) -> None:
+    _refuse_target(folder)
+    for name in (GUARD_FILE, CONFIG_FILE):
+        for stale in folder.glob(f".{name}.*.tmp"):
+            stale.unlink()
+    if (folder / GUARD_FILE).exists():
+        same = _holds(folder, envelope)
+        if not (same or overwrite):
+            raise SaveError(f"{folder} holds a different guard: pass overwrite=True, or choose another folder")
+        if same and (folder / CONFIG_FILE).exists():
+            return
+    with contextlib.ExitStack() as cleanup:
+        guard = _write_temporary(folder, GUARD_FILE, blob, cleanup)
+        copy = _write_temporary(folder, CONFIG_FILE, _readable(envelope), cleanup)
+        # Both are on the disk before anything is touched, and there is no copy while the authority changes: a kill in
+        # between leaves a guard without its copy, never one beside the copy of another.
+        (folder / CONFIG_FILE).unlink(missing_ok=True)
+        _sync_folder(folder)
+        os.replace(guard, folder / GUARD_FILE)
+        _sync_folder(folder)
+        os.replace(copy, folder / CONFIG_FILE)
+        _sync_folder(folder)
+
+
+def _refuse_target(folder: Path) -> None:
+    for name in (GUARD_FILE, CONFIG_FILE):
+        if (folder / name).is_symlink():
+            raise SaveError(f"{folder / name} is a symbolic link; a guard is saved to files of its own")
+    model = folder / "config.json"
+    if model.is_file():
+        with model.open("rb") as file:
+            if b'"model_type"' in file.read(MAX_JSON):
+                raise SaveError(f"{folder} is the folder of a model (config.json): a guard needs a folder of its own")
+
+
+def _holds(folder: Path, envelope: Mapping[str, Any]) -> bool:
+    """Whether the folder holds this guard, with a copy that agrees, whatever version wrote it."""
+    try:
+        found, tensors, _ = _read(folder / GUARD_FILE)
+        differing = _copy_differences(folder, found)
+    except FormatError:
+        return False
+    as_now = {**envelope, "config": found["config"]}
+    return not differing and _digest(as_now, _parts(tensors)) == envelope["digest"]
+
+
+def _write_temporary(folder: Path, name: str, data: bytes, cleanup: contextlib.ExitStack) -> Path:
+    path = folder / f".{name}.{secrets.token_hex(8)}.tmp"
+    with path.open("xb") as file:
+        cleanup.callback(path.unlink, missing_ok=True)
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return path
+
+
+def _sync_folder(folder: Path) -> None:
+    # Some network file systems cannot sync a folder; the bytes of the files are synced either way.
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, wait_s: float) -> Iterator[bool | None]:
+    """One saver at a time: True when held, False after `wait_s`, None where folders cannot be locked."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield None
+        return
+    try:
+        yield _acquire(handle, wait_s)
+        # By hand: closing does not release it while a forked child still has the handle.
+        fcntl.flock(handle, fcntl.LOCK_UN)
+    finally:
+        os.close(handle)
+
+
+def _acquire(handle: int, wait_s: float) -> bool | None:
+    import fcntl
+
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.02)
+        except OSError:
+            return None
+        else:
+            return True
+
+
+def _find(folder: Path) -> Path:
+    path = folder / GUARD_FILE
+    if folder.exists() and not folder.is_dir():
+        raise FormatError(f"{folder} is a file; expected the folder of a saved guard, which holds {GUARD_FILE}")
+    if path.is_file():
+        return path
+    if path.exists():
+        raise FormatError(f"{path} is not a regular file")
+    if folder.is_dir() and not any(folder.iterdir()):
+        raise FormatError(f"{folder} is empty; expected {GUARD_FILE} in it")
+    raise FileNotFoundError(errno.ENOENT, "no saved guard here, wanted", str(path))
+
+
+_Identity = tuple[int, int, int]
+
+
+def _identity(status: os.stat_result) -> _Identity:
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], _Identity]:
+    """The verified authority: envelope, tensors, and which file it was."""
+    with path.open("rb") as file:
+        status = os.fstat(file.fileno())
+        if status.st_size > MAX_FILE:
+            raise FormatError(f"{path}: {status.st_size} bytes, at most {MAX_FILE} are read")
+        start = file.read(64)
+        length = int.from_bytes(start[:8], "little")
+        # A flipped bit in the length of a guard must not pass for a foreign file: its header still starts with {.
+        if length > MAX_HEADER and start[8:9] != b"{":
+            _refuse_foreign(path, start)
+        if len(start) < 8 or length > min(MAX_HEADER, status.st_size - 8):
+            raise IntegrityError(f"{path}: header of {length} bytes in a file of {status.st_size}; {_CHANGED}")
+        file.seek(8)
+        header = file.read(length)
+        entries, text = _parse_header(path, header, status.st_size - 8 - length)
+        data = file.read(status.st_size)
+    slices = {name: (dtype, shape, memoryview(data)[i:j]) for name, (dtype, shape, i, j) in entries.items()}
+    envelope = _verify(path, text, slices)
+    try:
+        tensors = safetensors.torch.load(start[:8] + header + data)
+    except (safetensors.SafetensorError, KeyError, RuntimeError, ValueError) as error:
+        raise IntegrityError(f"{path}: safetensors refuses it ({type(error).__name__}: {error}); {_CHANGED}") from error
+    return envelope, tensors, _identity(status)
+
+
+def _refuse_foreign(path: Path, start: bytes) -> None:
+    text = start.lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise FormatError(f"{path} is a Git LFS pointer, not the file itself: run git lfs pull")
+    if text.startswith((b"<!doctype html", b"<html")):
+        raise FormatError(f"{path} is an HTML page: the download went to a web page instead of the file")
+    if start.startswith(b"PK"):
+        raise FormatError(
+            f"{path} is a zip archive (torch.save writes these): it is not opened, a guard is safetensors"
+        )
+    if start[:1] == b"\x80" and start[1] <= 5:
+        raise FormatError(f"{path} is a pickle: it is not opened, since a pickle can run code; a guard is safetensors")
+
+
+def _parse_header(path: Path, header: bytes, data_size: int) -> tuple[dict[str, tuple[str, list[int], int, int]], str]:
+    try:
+        found = parse_json(header, f"header of {path}", MAX_HEADER)
+    except FormatError as error:
+        raise IntegrityError(f"{error}; {_CHANGED}") from error
+    noted = found.pop("__metadata__", None) if isinstance(found, dict) else None
+    if not isinstance(noted, dict) or list(noted) != [_KEY] or not isinstance(noted[_KEY], str):
+        raise IntegrityError(f"{path} holds no guard: it is another safetensors file, or {_CHANGED}")
+    if len(found) > MAX_TENSORS:
+        raise FormatError(f"{path}: {len(found)} tensors, at most {MAX_TENSORS} are read")
+    entries = {name: _parse_entry(path, name, entry) for name, entry in found.items()}
+    position = 0
+    for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if begin != position:
+            raise IntegrityError(f"{path}: tensor {name} does not start where the one before it ends; {_CHANGED}")
+        position = end
+    if position != data_size:
+        raise IntegrityError(f"{path}: {data_size} bytes of tensors, {position} announced; {_CHANGED}")
+    return entries, noted[_KEY]
+
+
+def _parse_entry(path: Path, name: str, entry: Any) -> tuple[str, list[int], int, int]:
+    shown = repr(name[:128])
+    if not _NAME.fullmatch(name):
+        raise IntegrityError(f"{path}: tensor name {shown} is not one that rm_ood writes; {_CHANGED}")
+    if not isinstance(entry, dict) or sorted(entry) != ["data_offsets", "dtype", "shape"]:
+        raise IntegrityError(f"{path}: tensor {shown} is not described as safetensors does; {_CHANGED}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise IntegrityError(f"{path}: tensor {shown} has an unknown dtype; {_CHANGED}")
+    if not _all_sizes(shape) or not _all_sizes(offsets) or len(offsets) != 2:
+        raise IntegrityError(f"{path}: tensor {shown} has an impossible shape or place; {_CHANGED}")
+    if math.prod(shape) * _DTYPES[dtype].itemsize != offsets[1] - offsets[0]:
+        raise IntegrityError(f"{path}: tensor {shown} of shape {shape} does not fill its place; {_CHANGED}")
+    return dtype, shape, offsets[0], offsets[1]
+
+
+def _all_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(v) is int and 0 <= v <= MAX_DIMENSION for v in values)
+
+
+def _verify(path: Path, text: str, slices: Mapping[str, tuple[str, list[int], memoryview]]) -> dict[str, Any]:
+    try:
+        envelope = parse_json(text.encode(), f"settings in {path}", MAX_METADATA)
+    except FormatError as error:
+        raise IntegrityError(f"{error}; {_CHANGED}") from error
+    types = {"format_version": int, "rm_ood_version": str, "digest": str, "config": dict}
+    if not isinstance(envelope, dict) or any(type(envelope.get(key)) is not kind for key, kind in types.items()):
+        raise IntegrityError(f"{path}: the settings lack one of {', '.join(types)}; {_CHANGED}")
+    # The digest is over values: the text has to be the one way of writing them, or a flipped bit could hide in it.
+    if _canonical(envelope) != text or _digest(envelope, slices) != envelope["digest"]:
+        raise IntegrityError(f"{path}: the digest does not match the contents; {_CHANGED}")
+    if not 1 <= envelope["format_version"] <= FORMAT_VERSION:
+        raise FormatError(
+            f"{path} was written by rm_ood {envelope['rm_ood_version']} (format {envelope['format_version']}), "
+            f"this version reads up to {FORMAT_VERSION}: upgrade rm_ood"
+        )
+    return envelope
+
+
+def _copy_differences(folder: Path, envelope: Mapping[str, Any]) -> list[str] | None:
+    """Fields in which the readable copy differs from the authority; None when there is no copy."""
+    path = folder / CONFIG_FILE
+    if not path.exists():
+        return None
+    if not path.is_file():
+        raise FormatError(f"{path} is not a regular file: delete it, it is rebuilt from {GUARD_FILE}")
+    with path.open("rb") as file:
+        data = file.read(MAX_JSON + 1)
+    try:
+        return list(_differences(parse_json(data, str(path), MAX_JSON), envelope, ""))
+    except FormatError as error:
+        raise FormatError(f"{error}. Delete this copy, it is rebuilt from {GUARD_FILE}") from error
+
+
+def _differences(copy: Any, authority: Any, at: str) -> Iterator[str]:
+    if isinstance(copy, dict) and isinstance(authority, dict):
+        for key in sorted(copy.keys() | authority.keys()):
+            below = f"{at}.{key}" if at else key
+            if key not in copy or key not in authority:
+                yield below
+            else:
+                yield from _differences(copy[key], authority[key], below)
+    elif _canonical(copy) != _canonical(authority):
+        yield at or "everything"
+
+
+def _rebuild_copy(folder: Path, envelope: Mapping[str, Any], identity: _Identity) -> None:
+    # Only while nobody saves, and only beside the very file that was read: a copy of an older guard would be an error.
+    with contextlib.suppress(OSError), _locked(folder, 0.0) as locked, contextlib.ExitStack() as cleanup:
+        path = folder / CONFIG_FILE
+        if locked and not path.exists() and _identity((folder / GUARD_FILE).stat()) == identity:
+            os.replace(_write_temporary(folder, CONFIG_FILE, _readable(envelope), cleanup), path)

@@ -1,0 +1,91 @@
+"""Verdicts on a whole file: read, check in windows, write rows as they come."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm.auto import tqdm
+
+from rm_ood.errors import SaveError
+from rm_ood.fitting import windows
+from rm_ood.guard import OODGuard
+from rm_ood.preferences import Item, RowReader, dataset_length, iter_rows
+
+_WINDOW_BATCHES = 32
+
+
+def check_file(guard: OODGuard, dataset: Any, output: str, *, progress: bool = True) -> dict[str, Any]:
+    """Check every row of a dataset and write one JSON object per verdict.
+
+    A row with one response gives one verdict under the row's id (its own, or its number); a preference row gives one per
+    response, `id#chosen` and `id#rejected`.
+
+    Args:
+        guard: a calibrated guard with its model.
+        dataset: rows or a path (see `rm_ood.preferences`).
+        output: JSON Lines file, gzip where it ends in `.gz`, or `-` for stdout. Written whole or not at all.
+        progress: show a progress bar on stderr.
+    Returns:
+        Counts: items, and flagged items in all and by axis.
+    Raises:
+        InputError: an unusable row; the file is then not written.
+        SaveError: the disk refuses.
+    """
+    c = guard.config
+    column = None if c.groups in (None, "length") else c.groups
+    reader = RowReader(require_labels=False, group_column=column, allow_empty=c.allow_empty, max_chars=c.max_chars)
+    flagged = dict.fromkeys(("combined", *c.axes), 0)
+    count = 0
+    with (
+        _replacing(output) as out,
+        tqdm(total=dataset_length(dataset), desc="check", unit="row", disable=not progress) as bar,
+    ):
+        for window in windows(_named_items(dataset, reader, bar), c.batch_size * _WINDOW_BATCHES):
+            items = [item for _, item in window]
+            groups = None if column is None else [str(item.group) for item in items]
+            decisions = guard.check([i.prompt for i in items], [i.response for i in items], groups=groups)
+            for (name, _), decision in zip(window, decisions, strict=True):
+                out.write(json.dumps({"id": name, **decision.to_dict()}, allow_nan=False) + "\n")
+                flagged["combined"] += decision.is_ood
+                for axis, verdict in decision.axes.items():
+                    flagged[axis] += verdict.is_ood
+            count += len(items)
+    return {"items": count, "flagged": flagged, "alpha": c.alpha, "output": output}
+
+
+def _named_items(dataset: Any, reader: RowReader, bar: Any) -> Iterator[tuple[str, Item]]:
+    for number, row in enumerate(iter_rows(dataset)):
+        items = reader.items(row, number)
+        for item in items:
+            field = item.where.rpartition("].")[2]
+            yield (item.row_id if len(items) == 1 else f"{item.row_id}#{field}"), item
+        bar.update(1)
+
+
+@contextmanager
+def _replacing(output: str) -> Iterator[IO[str]]:
+    """A text stream to stdout, or to a temporary file that takes the name of `output` at the end."""
+    if output == "-":
+        yield sys.stdout
+        return
+    target = Path(output)
+    try:
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as error:
+        raise SaveError(f"cannot write {output}: {error.strerror}. Choose another --output.") from error
+    try:
+        os.close(handle)
+        opener: Any = gzip.open if target.suffix == ".gz" else open
+        with opener(temporary, "wt", encoding="utf-8") as stream:
+            yield stream
+        os.replace(temporary, target)
+    finally:
+        Path(temporary).unlink(missing_ok=True)

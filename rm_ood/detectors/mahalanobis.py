@@ -1,0 +1,245 @@
+"""Class-conditional Mahalanobis distance with one tied covariance."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rm_ood import covariance
+from rm_ood.errors import CalibrationError, CalibrationWarning, FormatError, InputError, NotFittedError
+from rm_ood.moments import ClassMoments
+from rm_ood.ops import whitened_sq_distance
+from rm_ood.vectors import as_labels, as_vectors
+
+Shrinkage = Literal["oas"] | float
+
+
+class MahalanobisDetector:
+    """Score = min over classes of (x - mu_c)^T S^-1 (x - mu_c), a squared distance: larger is more OOD.
+
+    The stored whitening, rounded to `dtype`, *is* the metric: the class offsets are made from it, so the score is an
+    exact Mahalanobis distance of a metric within rounding of S^-1, the same on every machine that loads it.
+
+    Args:
+        shrinkage: weight of the identity in the covariance: `"oas"` (from the data) or a fraction in [0, 1].
+        floor: least weight of the identity; no eigenvalue is below floor * trace / d. LayerNorm output lies in a
+            hyperplane: without a floor, rounding noise across it would be flagged.
+        dtype: float32 or float64 of the stored state and of scoring; the fit is in float64 always.
+
+    Attributes:
+        classes_: labels in `np.unique` order. class_counts_: (k,) int64. means_: (k, d) float64, units of x.
+        whitening_: W, (d, d) lower triangular. center_: (d,). offsets_: W (means_ - center_), (k, d).
+        shrinkage_: weight that was used. n_samples_, n_features_in_: n, d. effective_rank_: of the covariance.
+    """
+
+    classes_: np.ndarray[Any, Any]
+    class_counts_: Tensor
+    means_: Tensor
+    whitening_: Tensor
+    center_: Tensor
+    offsets_: Tensor
+    shrinkage_: float
+    n_samples_: int
+    n_features_in_: int
+    effective_rank_: float
+
+    def __init__(
+        self, *, shrinkage: Shrinkage = "oas", floor: float = 1e-4, dtype: torch.dtype = torch.float32
+    ) -> None:
+        covariance.check_shrinkage(shrinkage, floor)
+        if dtype not in (torch.float32, torch.float64):
+            raise InputError(f"dtype={dtype}: expected torch.float32 or torch.float64; half precision gives negative")
+        self.shrinkage = shrinkage
+        self.floor = floor
+        self.dtype = dtype
+
+    def fit(self, x: Any, y: Any = None) -> Self:
+        """Fit on in-distribution vectors.
+
+        Args:
+            x: (n, d), tensor or array; any real dtype.
+            y: n labels of any one type, or None for a single class.
+
+        Raises:
+            NonFiniteError: NaN or infinity in x.
+            CalibrationError: no rows, one row in every class, or no variance.
+            InputError: x or y of the wrong form.
+
+        Warns:
+            CalibrationWarning: fewer than 10 rows a feature, constant features, or a class of one row.
+        """
+        x = as_vectors(x)
+        if len(x) == 0:
+            raise CalibrationError(f"fit needs vectors, got 0 samples of {x.shape[1]} features")
+        if y is None:
+            classes, labels = np.arange(1), torch.zeros(len(x), dtype=torch.int64)
+        else:
+            classes, labels = as_labels(y, len(x))
+        moments = ClassMoments(x.shape[1], len(classes), device=x.device).update(x, labels)
+        return self._fit_moments(moments, classes)
+
+    @classmethod
+    def from_moments(
+        cls,
+        moments: ClassMoments,
+        *,
+        shrinkage: Shrinkage = "oas",
+        floor: float = 1e-4,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Fit from moments alone; classes are 0 to k - 1. Raises and warns as `fit`, and refuses an empty class."""
+        detector = cls(shrinkage=shrinkage, floor=floor, dtype=dtype)
+        return detector._fit_moments(moments, np.arange(moments.n_classes))
+
+    @classmethod
+    def from_state(
+        cls,
+        tensors: dict[str, Tensor],
+        *,
+        shrinkage: Shrinkage = "oas",
+        floor: float = 1e-4,
+        classes: Any = None,
+        effective_shrinkage: float = math.nan,
+        effective_rank: float = math.nan,
+    ) -> Self:
+        """Rebuild a detector from `state_tensors()`; it scores bit-identically.
+
+        Args:
+            tensors: exactly the names, shapes and dtypes of `state_tensors()`.
+            shrinkage, floor: the settings. classes: labels, 0 to k - 1 by default.
+            effective_shrinkage, effective_rank: what the fit reported, for reports only.
+
+        Raises:
+            FormatError: a tensor is missing, unknown, of another shape or dtype, not finite, or the whitening is not
+                lower triangular with a positive diagonal.
+        """
+        _check_state(tensors)
+        detector = cls(shrinkage=shrinkage, floor=floor, dtype=tensors["whitening"].dtype)
+        for name, tensor in tensors.items():
+            setattr(detector, f"{name}_", tensor.contiguous())
+        k, d = detector.means_.shape
+        detector.classes_ = np.arange(k) if classes is None else np.asarray(classes)
+        if detector.classes_.shape != (k,):
+            raise FormatError(f"classes: expected {k}, got shape {detector.classes_.shape}")
+        detector.n_samples_, detector.n_features_in_ = int(detector.class_counts_.sum()), d
+        detector.shrinkage_, detector.effective_rank_ = effective_shrinkage, effective_rank
+        return detector
+
+    def score(self, x: Any) -> Tensor:
+        """Squared distance to the nearest class, (n,) in `dtype`, dimensionless, larger = more OOD.
+
+        A row with NaN or infinity scores +inf; other rows are not affected. 0 rows give an empty result.
+
+        Raises:
+            NotFittedError: before fit. MismatchError: another width. InputError: not a dense real (n, d).
+        """
+        return self._distances(x)[1]
+
+    def sq_distances(self, x: Any) -> Tensor:
+        """Squared distance to every class, (n, k), columns in the order of `classes_`; otherwise as `score`."""
+        return self._distances(x)[0]
+
+    def clone(self) -> Self:
+        """An unfitted detector with the same settings."""
+        return type(self)(shrinkage=self.shrinkage, floor=self.floor, dtype=self.dtype)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The fitted state: whitening, center, offsets in `dtype`; means float64; class_counts int64."""
+        self._check_fitted()
+        return {
+            "whitening": self.whitening_,
+            "center": self.center_,
+            "offsets": self.offsets_,
+            "means": self.means_,
+            "class_counts": self.class_counts_,
+        }
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the fitted state, and with it the scoring, to a device; returns itself."""
+        for name, tensor in self.state_tensors().items():
+            setattr(self, f"{name}_", tensor.to(device))
+        return self
+
+    def _distances(self, x: Any) -> tuple[Tensor, Tensor, Tensor]:
+        self._check_fitted()
+        x = as_vectors(x, n_features=self.n_features_in_).to(self.whitening_.device)
+        return whitened_sq_distance(x, self.whitening_, self.center_, self.offsets_)
+
+    def _check_fitted(self) -> None:
+        if not hasattr(self, "whitening_"):
+            raise NotFittedError(f"{type(self).__name__} is not fitted; call fit(x, y) first")
+
+    def _fit_moments(self, moments: ClassMoments, classes: np.ndarray[Any, Any]) -> Self:
+        counts, n, k, d = moments.counts, moments.n_samples, moments.n_classes, moments.n_features
+        if n == 0:
+            raise CalibrationError("the moments hold 0 samples; update them before fitting")
+        if bool((counts == 0).any()):
+            empty = [str(classes[c]) for c in (counts == 0).nonzero().flatten().tolist()]
+            raise CalibrationError(f"no samples of class {', '.join(empty)}; fit the classes that are there")
+        scatter = moments.within_scatter()
+        shrinkage = covariance.effective_shrinkage(self.shrinkage, self.floor, scatter, n)
+        whitening = covariance.whitening(covariance.shrunk_covariance(scatter, n, k, shrinkage)).to(self.dtype)
+        means = moments.means
+        center = means.mean(0).to(self.dtype)
+        # From the rounded whitening and centre, so that both errors cancel out of the distance.
+        offsets = ((means - center.double()) @ whitening.double().T).to(self.dtype)
+        in_range = all(bool(t.isfinite().all()) for t in (whitening, center, offsets))
+        if not in_range or not bool((whitening.diagonal() > 0).all()):
+            raise CalibrationError(f"the scale of the vectors does not fit {self.dtype}; rescale them, or use float64")
+        _warn_about(counts, classes, scatter, n, d)
+        self.classes_, self.class_counts_, self.means_ = classes, counts, means
+        self.whitening_, self.center_, self.offsets_ = whitening, center, offsets
+        self.shrinkage_, self.effective_rank_ = shrinkage, covariance.effective_rank(scatter)
+        self.n_samples_, self.n_features_in_ = n, d
+        return self
+
+
+def _warn_about(counts: Tensor, classes: np.ndarray[Any, Any], scatter: Tensor, n: int, d: int) -> None:
+    constant = int((scatter.diagonal() == 0).sum())
+    single = [str(classes[c]) for c in (counts == 1).nonzero().flatten().tolist()]
+    messages = []
+    if constant:
+        messages.append(f"{constant} of {d} features are constant; only the floor gives them a scale")
+    if single:
+        messages.append(f"class {', '.join(single)} has 1 sample: its mean is that sample")
+    if n < 10 * d:
+        messages.append(f"{n} samples for {d} features, fewer than 10 each: the covariance rests on shrinkage")
+    for message in messages:
+        warnings.warn(message, CalibrationWarning, stacklevel=4)
+
+
+def _check_state(tensors: dict[str, Tensor]) -> None:
+    expected = {"whitening", "center", "offsets", "means", "class_counts"}
+    if tensors.keys() != expected:
+        missing, unknown = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
+        raise FormatError(f"detector state: missing {missing}, unknown {unknown}")
+    whitening, means = tensors["whitening"], tensors["means"]
+    if means.ndim != 2 or 0 in means.shape:
+        raise FormatError(f"means: expected shape (k, d), got {tuple(means.shape)}")
+    k, d = means.shape
+    if whitening.dtype not in (torch.float32, torch.float64):
+        raise FormatError(f"whitening: expected float32 or float64, got {whitening.dtype}")
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "whitening": ((d, d), whitening.dtype),
+        "center": ((d,), whitening.dtype),
+        "offsets": ((k, d), whitening.dtype),
+        "means": ((k, d), torch.float64),
+        "class_counts": ((k,), torch.int64),
+    }
+    for name, (shape, dtype) in shapes.items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise FormatError(
+                f"{name}: expected {dtype} of shape {shape}, got {tensor.dtype} of shape {tuple(tensor.shape)}"
+            )
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise FormatError(f"{name}: holds NaN or infinity")
+    if bool(whitening.triu(1).any()) or not bool((whitening.diagonal() > 0).all()):
+        raise FormatError("whitening: not lower triangular with a positive diagonal")
+    if not bool((tensors["class_counts"] > 0).all()):
+        raise FormatError("class_counts: not all positive")

@@ -1,0 +1,133 @@
+"""Items to vectors: length-sorted batches through the reward model, one forward each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rm_ood.capture import Capture, Captured
+from rm_ood.channels import FINAL, Channel
+from rm_ood.config import GuardConfig
+from rm_ood.reward_model import check_padding, eval_mode
+from rm_ood.text import Encoded, TextEncoder
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Channel vectors of a batch of items and what happened on the way.
+
+    Attributes:
+        vectors: channel -> (n, H).
+        rewards: (n,) float64; NaN where none came.
+        lengths: (n, 2) int: tokens in the prompt's and the response's span; None where the spans are not known.
+        failed: n reason codes for items whose vectors cannot be trusted, or None.
+        reasons: n tuples of reason codes.
+        truncated: (n,) bool.
+    """
+
+    vectors: dict[str, Tensor]
+    rewards: NDArray[np.float64]
+    lengths: NDArray[np.int64] | None
+    failed: list[str | None]
+    reasons: list[tuple[str, ...]]
+    truncated: NDArray[np.bool_]
+
+
+class Embedder:
+    """The model column in one object: text to channel vectors.
+
+    Args:
+        model: the reward model.
+        tokenizer: its fast tokenizer.
+        config: the guard's settings.
+        capture: hooks on the model.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, config: GuardConfig, capture: Capture) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config
+        self.capture = capture
+
+    def text(self, text_format: str) -> TextEncoder:
+        """The tokenisation of a resolved format."""
+        c = self.config
+        return TextEncoder(
+            self.tokenizer,
+            text_format,
+            max_length=c.max_length if c.max_length is not None else self._model_limit(),
+            on_too_long=c.on_too_long,
+            split_special_tokens=c.split_special_tokens,
+            append_eos=c.append_eos,
+        )
+
+    def _model_limit(self) -> int:
+        """The smaller of the tokenizer's and the model's own limit."""
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        limit = int(self.tokenizer.model_max_length)
+        return min(limit, positions) if isinstance(positions, int) and positions > 0 else limit
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's parameters are."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    def batches(self, items: Sequence[Encoded], text: TextEncoder) -> Iterator[tuple[NDArray[np.int64], Embedded]]:
+        """(indices into `items`, their vectors), shortest items first, so that padding is little."""
+        check_padding(self.model, min(self.config.batch_size, len(items)))
+        order = np.argsort([len(item.input_ids) for item in items], kind="stable")
+        for start in range(0, len(order), self.config.batch_size):
+            index = order[start : start + self.config.batch_size]
+            yield index, self._embed([items[i] for i in index], text)
+
+    def _embed(self, items: list[Encoded], text: TextEncoder) -> Embedded:
+        with eval_mode(self.model, switch=self.config.eval_mode == "switch"), torch.inference_mode():
+            captured = self._forward(items, text)
+            if self.config.prompt_pass:
+                alone = self._forward([item.prompt_only() for item in items], text)
+                mine = [name for name in captured.vectors if Channel.parse(name).axis == "prompt"]
+                captured.vectors.update({name: alone.vectors[name] for name in mine})
+        lengths = np.array([[sum(item.prompt_mask), sum(item.response_mask)] for item in items], dtype=np.int64)
+        reasons = [
+            (*item.reasons, *(("empty_prompt_span",) if span[0] == 0 else ()))
+            for item, span in zip(items, lengths, strict=True)
+        ]
+        truncated = np.array([item.dropped > 0 for item in items], dtype=bool)
+        return embedded(captured, lengths, reasons, truncated)
+
+    def _forward(self, items: list[Encoded], text: TextEncoder) -> Captured:
+        batch = text.pad(items, device=self.device)
+        return self.capture.forward(batch.inputs, batch.spans)[1]
+
+
+def embedded(
+    captured: Captured,
+    lengths: NDArray[np.int64] | None,
+    reasons: list[tuple[str, ...]],
+    truncated: NDArray[np.bool_],
+) -> Embedded:
+    """What a forward left behind, with the items that cannot be trusted named."""
+    rewards = captured.rewards.double().cpu().numpy()
+    mismatch = captured.mismatch.cpu().numpy()
+    failed: list[str | None] = [None] * len(rewards)
+    finite = np.isfinite(rewards)
+    for vectors in captured.vectors.values():
+        finite &= torch.isfinite(vectors).all(1).cpu().numpy()
+    for i in range(len(failed)):
+        if not finite[i]:
+            failed[i] = "non_finite"
+        elif mismatch[i]:
+            failed[i] = "read_out_mismatch"
+    return Embedded(captured.vectors, rewards, lengths, failed, reasons, truncated)
+
+
+def needed_channels(config: GuardConfig) -> tuple[str, ...]:
+    """Channels to capture: those of the verdict, and `final`, which is in every guard."""
+    return tuple(dict.fromkeys((FINAL, *config.joined)))

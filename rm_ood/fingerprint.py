@@ -1,0 +1,109 @@
+"""Which reward model is this guard for? Tier 0: configuration, head, tokenizer and template, in milliseconds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from rm_ood.errors import MismatchError
+from rm_ood.reward_model import find_head, text_config
+
+# What changes a vector; padding side is recorded and never compared.
+_CONFIG_FIELDS = (
+    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "intermediate_size", "vocab_size", "max_position_embeddings", "rope_theta", "rope_scaling", "num_labels",
+    "pad_token_id", "classifier_pooling", "hidden_act", "layer_norm_eps", "rms_norm_eps", "tie_word_embeddings",
+)  # fmt: skip
+_RECORDED_ONLY = frozenset({"padding_side", "commit"})
+
+
+def fingerprint(
+    model: nn.Module, tokenizer: Any, *, head: str | None, read_out: str, text: Mapping[str, Any]
+) -> dict[str, str]:
+    """Field -> value (short ones) or SHA-256 (long ones) of everything tier 0 compares.
+
+    Args:
+        text: the settings of the input contract (format, maximum length, ...), JSON-able.
+    """
+    config = text_config(model)
+    path, module = find_head(model, head)
+    return {
+        "architecture": type(model).__name__,
+        "config": _digest({name: getattr(config, name, None) for name in _CONFIG_FIELDS}),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "parameters": str(sum(p.numel() for p in model.parameters())),
+        "head_path": path,
+        "head_weights": _weights_digest(module),
+        "read_out": read_out,
+        "tokenizer": _digest(_tokenizer_state(tokenizer)),
+        "special_tokens": _digest(tokenizer.special_tokens_map),
+        "chat_template": _digest(tokenizer.chat_template),
+        "text": _digest(dict(text)),
+        "padding_side": str(tokenizer.padding_side),
+        "commit": str(getattr(model.config, "_commit_hash", None)),
+    }
+
+
+def check_fingerprint(saved: Mapping[str, str], found: Mapping[str, str], *, allow_dtype_change: bool) -> list[str]:
+    """Fields that differ and were allowed to; every other difference raises.
+
+    Raises:
+        MismatchError: naming tier and fields.
+    """
+    differing = [name for name in saved if name not in _RECORDED_ONLY and saved[name] != found.get(name)]
+    allowed = {"dtype"} if allow_dtype_change else set()
+    if allow_dtype_change and "dtype" in differing:
+        # The head's bytes follow from the dtype.
+        allowed.add("head_weights")
+    wrong = [name for name in differing if name not in allowed]
+    if wrong:
+        shown = "; ".join(
+            f"{name}: guard has {_short(saved[name])}, model has {_short(found.get(name, '-'))}" for name in wrong
+        )
+        hint = (
+            " Another dtype moves the vectors: recalibrate, or pass allow_dtype_change=True."
+            if wrong in (["dtype"], _DTYPE)
+            else ""
+        )
+        raise MismatchError(
+            f"this guard was fitted on another reward model (fingerprint tier 0): {shown}. "
+            f"Load the model and tokenizer that it was fitted on, or fit a new guard.{hint}"
+        )
+    return differing
+
+
+_DTYPE = ["dtype", "head_weights"]
+
+
+def _tokenizer_state(tokenizer: Any) -> dict[str, Any]:
+    """The serialised tokenizer without the padding and truncation that its last call left switched on."""
+    state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {name: value for name, value in state.items() if name not in ("padding", "truncation")}
+
+
+def _short(value: str) -> str:
+    return value if len(value) < 40 else f"{value[:12]}..."
+
+
+def _digest(value: Any) -> str:
+    return _bytes_digest(json.dumps(value, sort_keys=True, default=str).encode())
+
+
+def _bytes_digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _weights_digest(module: nn.Module) -> str:
+    """SHA-256 over the head's weights; `offloaded` where they are not in memory."""
+    sha = hashlib.sha256()
+    for name, parameter in sorted(module.named_parameters()):
+        if parameter.is_meta:
+            return "offloaded"
+        raw = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        sha.update(name.encode() + str(tuple(parameter.shape)).encode() + raw.numpy().tobytes())
+    return sha.hexdigest()

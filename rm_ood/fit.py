@@ -1,0 +1,341 @@
+"""The pass over the data: rows to items, items to vectors, vectors to moments or to the calibration reservoir."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+from sklearn.metrics import roc_auc_score
+from tqdm.auto import tqdm
+
+from rm_ood.calibration import CalibrationTable, split_parts
+from rm_ood.channels import FINAL, REWARD
+from rm_ood.config import GuardConfig
+from rm_ood.detectors.mahalanobis import MahalanobisDetector
+from rm_ood.embed import Embedded, Embedder
+from rm_ood.errors import CalibrationError, CalibrationWarning, CaptureError, InputError, NonFiniteError
+from rm_ood.fitting import CalibrationReservoir, DuplicateSketch, FitMoments, Kept, KeySet, windows
+from rm_ood.preferences import (
+    CHOSEN,
+    CLASSES,
+    REJECTED,
+    Item,
+    RowReader,
+    dataset_length,
+    hash_fraction,
+    iter_rows,
+    prompt_key,
+    stable_hash,
+)
+from rm_ood.state import ChannelScores, FittedState, class_log_odds
+from rm_ood.text import Encoded, TextEncoder, resolve_format
+
+_MANY_DUPLICATES = 0.2
+# Rank-sum p-value, over all channels, under which two calibration sets are called different.
+_SHIFTED = 1e-3
+
+
+@dataclass(frozen=True)
+class _Work:
+    """An item on its way through the model, and what its vectors are for."""
+
+    item: Item
+    encoded: Encoded
+    key: int
+    for_calibration: bool
+    response_hash: int
+    first: bool
+
+
+class Fitter:
+    """One pass over a dataset.
+
+    Args:
+        embedder: the model column.
+        config: settings; `text_format="auto"` is settled by the first window of the data.
+        share: share of the prompts that go to calibration, in [0, 1]; at 1 nothing is fitted.
+    """
+
+    def __init__(self, embedder: Embedder, config: GuardConfig, share: float) -> None:
+        self.embedder = embedder
+        self.config = config
+        self.share = share
+        self.moments = FitMoments(1 if config.one_class else len(CLASSES))
+        self.reservoir = CalibrationReservoir(config.max_calibration, config.seed)
+        self.fit_keys = KeySet()
+        self.calibration_keys = KeySet()
+        self.duplicates = DuplicateSketch()
+        self.counts = {"rows": 0, "items": 0, "fit_items": 0, "dropped": 0, "truncated": 0}
+
+    def run(self, dataset: Any, *, window: int, labelled: bool, progress: bool) -> None:
+        """Read everything once.
+
+        Raises:
+            InputError, NonFiniteError, CaptureError: an unusable row under `on_bad="error"`.
+            CalibrationError: no rows.
+        """
+        reader = RowReader(
+            require_labels=labelled,
+            group_column=None if self.config.groups in (None, "length") else self.config.groups,
+            allow_empty=self.config.allow_empty,
+            max_chars=self.config.max_chars,
+        )
+        text: TextEncoder | None = None
+        started = time.monotonic()
+        description = "fit" if self.share < 1 else "calibrate"
+        with tqdm(total=dataset_length(dataset), desc=description, unit="row", disable=not progress) as bar:
+            for items in windows(self._items(dataset, reader), window):
+                if text is None:
+                    settled = resolve_format(
+                        self.config.text_format, self.embedder.tokenizer, (i.prompt for i in items)
+                    )
+                    self.config = replace(self.config, text_format=settled)
+                    text = self.embedder.text(settled)
+                self._window(items, text)
+                bar.update(self.counts["rows"] - bar.n)
+                bar.set_postfix_str(f"{self.counts['items'] / (time.monotonic() - started):.1f} items/s")
+        if text is None:
+            raise CalibrationError(
+                f"{description}: no usable rows ({self.counts['rows']} read, {self.counts['dropped']} dropped)"
+            )
+        if self.duplicates.share > _MANY_DUPLICATES:
+            warnings.warn(
+                f"{self.duplicates.share:.0%} of the items are repeats of others: they add weight, not information",
+                CalibrationWarning,
+                stacklevel=3,
+            )
+
+    def _items(self, dataset: Any, reader: RowReader) -> Iterator[Item]:
+        for number, row in enumerate(iter_rows(dataset)):
+            self.counts["rows"] += 1
+            try:
+                items = reader.items(row, number)
+            except InputError:
+                if self.config.on_bad == "error":
+                    raise
+                self.counts["dropped"] += 1
+                continue
+            yield from items
+
+    def _window(self, items: list[Item], text: TextEncoder) -> None:
+        work = self._chosen(items, text)
+        for index, part in self.embedder.batches([w.encoded for w in work], text) if work else ():
+            self._take([work[i] for i in index], part)
+
+    def _chosen(self, items: list[Item], text: TextEncoder) -> list[_Work]:
+        """Items that are worth a forward: all fit items, and the one response drawn for a calibration prompt."""
+        work: list[_Work] = []
+        drawn: dict[int, _Work] = {}
+        for item in items:
+            key = prompt_key(item.prompt)
+            self.duplicates.add(stable_hash(item.response, key % 2**63))
+            rank = self.reservoir.response_hash(item.response)
+            if hash_fraction(key, self.config.seed) < self.share:
+                self.calibration_keys.add(key)
+                if self.reservoir.wants(key, rank) and (key not in drawn or rank < drawn[key].response_hash):
+                    drawn[key] = self._work(item, text, key, True, rank, False)
+            else:
+                work.append(self._work(item, text, key, False, rank, self.fit_keys.add(key)))
+        return [*work, *drawn.values()]
+
+    def _work(self, item: Item, text: TextEncoder, key: int, calibration: bool, rank: int, first: bool) -> _Work:
+        return _Work(item, text.encode(item.prompt, item.response, item.where), key, calibration, rank, first)
+
+    def _take(self, work: list[_Work], part: Embedded) -> None:
+        good = self._usable(work, part)
+        self.counts["items"] += len(work)
+        self.counts["truncated"] += int(part.truncated.sum())
+        fit = [i for i in good if not work[i].for_calibration]
+        if fit:
+            self.counts["fit_items"] += len(fit)
+            labels = torch.tensor([work[i].item.label or 0 for i in fit])
+            first = torch.tensor([work[i].first for i in fit])
+            self.moments.update({n: x[fit] for n, x in part.vectors.items()}, part.rewards[fit], labels, first)
+        # Items come with their spans here, always.
+        lengths = np.zeros((len(work), 2), dtype=np.int64) if part.lengths is None else part.lengths
+        for i in good:
+            if work[i].for_calibration:
+                self.reservoir.offer(
+                    Kept(
+                        key=work[i].key,
+                        response_hash=work[i].response_hash,
+                        group=work[i].item.group,
+                        label=work[i].item.label,
+                        vectors={name: x[i].float().cpu().clone() for name, x in part.vectors.items()},
+                        reward=float(part.rewards[i]),
+                        lengths=(int(lengths[i, 0]), int(lengths[i, 1])),
+                    )
+                )
+
+    def _usable(self, work: list[_Work], part: Embedded) -> list[int]:
+        """Rows of a batch with trustworthy vectors; the others raise, or are dropped where they are the data's fault."""
+        wrong = [work[i].item.where for i, f in enumerate(part.failed) if f == "read_out_mismatch"]
+        if wrong:
+            raise CaptureError(
+                f"read-out self-check failed for {len(wrong)} of {len(work)} items (first: {wrong[:10]}): the head's output at "
+                f"the read-out position is not the returned reward. read_out={self.config.read_out!r} does not fit this "
+                "model: choose another rule, or name its head with head='dotted.path'."
+            )
+        infinite = [work[i].item.where for i, f in enumerate(part.failed) if f == "non_finite"]
+        if infinite and self.config.on_bad == "error":
+            raise NonFiniteError(
+                f"NaN or infinity in the vectors or rewards of {len(infinite)} items (first: {infinite[:10]}). float16 "
+                "overflows easily: use bfloat16 or float32; or leave such rows out with on_bad='drop'."
+            )
+        self.counts["dropped"] += len(infinite)
+        return [i for i, failed in enumerate(part.failed) if failed is None]
+
+    def state(self, fingerprint: Mapping[str, str]) -> FittedState:
+        """Detectors from the moments.
+
+        Raises:
+            CalibrationError: nothing to fit on, or a class is missing.
+        """
+        if not self.moments.channels:
+            raise CalibrationError(
+                f"nothing to fit on: {len(self.fit_keys)} fit prompts, {len(self.calibration_keys)} calibration prompts. "
+                "Pass more prompts, or a smaller share for calibration."
+            )
+        self._check_classes()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            detectors = {
+                name: MahalanobisDetector.from_moments(
+                    moments,
+                    shrinkage=self.config.shrinkage,  # type: ignore[arg-type]
+                    floor=self.config.floor,
+                )
+                for name, moments in self.moments.channels.items()
+            }
+        notes = list(dict.fromkeys(str(w.message) for w in caught))
+        for note in notes:
+            warnings.warn(note, CalibrationWarning, stacklevel=4)
+        reward = self.moments.reward
+        variance = float(reward.within_scatter()[0, 0]) / max(reward.n_samples - 1, 1)
+        if variance <= 0:
+            raise CalibrationError(
+                f"no variance: all {reward.n_samples} fit rewards are equal. Is this a trained reward model, and is it in eval "
+                "mode?"
+            )
+        return FittedState(
+            config=self.config,
+            detectors=detectors,
+            reward_mean=float(reward.means[0, 0]),
+            reward_sd=variance**0.5,
+            table=None,
+            heldout=None,
+            fit_keys=self.fit_keys.sorted(),
+            fingerprint=dict(fingerprint),
+            record={
+                **self.counts,
+                "fit_prompts": len(self.fit_keys),
+                "class_counts": dict(zip(CLASSES, self._class_counts(), strict=False)),
+                "duplicate_share": round(self.duplicates.share, 4),
+                "notes": notes,
+            },
+        )
+
+    def _class_counts(self) -> list[int]:
+        response = next(m for m in self.moments.channels.values() if m.n_classes == self.moments.n_classes)
+        return [int(count) for count in response.counts]
+
+    def _check_classes(self) -> None:
+        counts = self._class_counts()
+        missing = [name for name, count in zip(CLASSES, counts, strict=False) if count == 0]
+        if missing:
+            raise CalibrationError(
+                f"no {' or '.join(missing)} responses in the fit data (counts: {counts}). Fit on preference pairs, or pass "
+                "one_class=True for a single Gaussian without class_log_odds."
+            )
+
+    def table(self, state: FittedState) -> tuple[CalibrationTable, dict[str, Any]]:
+        """Calibration matrix of the reservoir's prompts, and what the card says of it.
+
+        Raises:
+            CalibrationError: no prompts, or scores that are not numbers.
+        """
+        kept = self.reservoir.items()
+        if not kept:
+            raise CalibrationError("no calibration prompts: pass more data, or a larger share for calibration")
+        vectors = {name: torch.stack([k.vectors[name] for k in kept]) for name in state.detectors}
+        rewards = np.array([k.reward for k in kept])
+        scored = state.score(vectors, rewards)
+        keys = np.array([k.key for k in kept], dtype=np.uint64)
+        groups = None if kept[0].group is None else tuple(str(k.group) for k in kept)
+        table = CalibrationTable(
+            scores=scored.scores,
+            channels=scored.channels,
+            lengths=np.array([k.lengths for k in kept], dtype=np.int64),
+            part_a=split_parts(keys, self.config.seed),
+            groups=groups,
+        )
+        record = {
+            "calibration_prompts": len(kept),
+            "calibration_prompts_seen": len(self.calibration_keys),
+            "score_reward_correlation": _reward_relation(scored.scores, scored.channels, rewards),
+            "class_log_odds": _informativeness(scored, [k.label for k in kept], rewards),
+        }
+        return table, record
+
+
+def check_overlap(reservoir: CalibrationReservoir, fit_keys: NDArray[np.uint64]) -> None:
+    """Refuse calibration prompts that were fitted on.
+
+    Raises:
+        CalibrationError: with the number of shared prompts.
+    """
+    keys = np.array([k.key for k in reservoir.items()], dtype=np.uint64)
+    shared = int(np.isin(keys, fit_keys).sum())
+    if shared:
+        raise CalibrationError(
+            f"{shared} of {len(keys)} calibration prompts were fitted on: scores on fit data are smaller by construction, so "
+            "the threshold would be too low. Leave those prompts out (prompts count as equal when their first user turn is)."
+        )
+
+
+def warn_if_shifted(
+    heldout: NDArray[np.float64], scores: NDArray[np.float64], channels: Iterable[str], joined: tuple[str, ...]
+) -> None:
+    """Warn where a new calibration set does not look like the held-out share of the fit data (rank-sum per channel)."""
+    columns = [i for i, name in enumerate(channels) if name in joined or name == REWARD]
+    p = min(float(stats.mannwhitneyu(heldout[:, i], scores[:, i]).pvalue) for i in columns)
+    if p * len(columns) < _SHIFTED:
+        warnings.warn(
+            f"the calibration data do not look like the held-out share of the fit data (rank-sum p = {p:.1e}): fine if they "
+            "are the traffic you serve; otherwise the threshold is for other data than the guard was fitted on",
+            CalibrationWarning,
+            stacklevel=4,
+        )
+
+
+def _reward_relation(
+    scores: NDArray[np.float64], channels: tuple[str, ...], rewards: NDArray[np.float64]
+) -> dict[str, float]:
+    """Spearman correlation of each channel's score with the reward, where both vary."""
+    relation = {}
+    for i, name in enumerate(channels):
+        if np.ptp(scores[:, i]) > 0 and np.ptp(rewards) > 0:
+            relation[name] = float(stats.spearmanr(scores[:, i], rewards).statistic)
+    return relation
+
+
+def _informativeness(
+    scored: ChannelScores, labels: list[int | None], rewards: NDArray[np.float64]
+) -> dict[str, float] | None:
+    """How well `class_log_odds` tells held-out chosen from held-out rejected responses, one response a prompt."""
+    known = np.array([-1 if label is None else label for label in labels])
+    if FINAL not in scored.classes or not {CHOSEN, REJECTED} <= set(known.tolist()) or np.ptp(rewards) == 0:
+        return None
+    odds = class_log_odds(scored.classes[FINAL])
+    known_odds = odds[known >= 0]
+    return {
+        "auroc": float(roc_auc_score(known[known >= 0] == CHOSEN, known_odds)),
+        "reward_correlation": float(stats.spearmanr(odds, rewards).statistic),
+    }

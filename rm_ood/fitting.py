@@ -1,0 +1,173 @@
+"""One pass over preference data: what is kept on the way.
+
+Memory does not grow with the number of pairs: moments per channel, a bounded reservoir of calibration vectors, and eight
+bytes per distinct fit prompt (a later calibration set must not hold any of them).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rm_ood.channels import Channel
+from rm_ood.moments import ClassMoments
+from rm_ood.preferences import stable_hash
+
+_CHUNK = 65_536
+T = TypeVar("T")
+
+
+class KeySet:
+    """A set of 64-bit keys in eight bytes each."""
+
+    def __init__(self, keys: NDArray[np.uint64] | None = None) -> None:
+        self._sorted = np.empty(0, dtype=np.uint64) if keys is None else np.unique(keys)
+        self._recent: set[int] = set()
+
+    def add(self, key: int) -> bool:
+        """Put a key in; whether it was new."""
+        if key in self:
+            return False
+        self._recent.add(key)
+        if len(self._recent) >= _CHUNK:
+            self._sorted, self._recent = self.sorted(), set()
+        return True
+
+    def __contains__(self, key: int) -> bool:
+        if key in self._recent:
+            return True
+        at = np.searchsorted(self._sorted, np.uint64(key))
+        return bool(at < len(self._sorted) and self._sorted[at] == np.uint64(key))
+
+    def __len__(self) -> int:
+        return len(self._sorted) + len(self._recent)
+
+    def sorted(self) -> NDArray[np.uint64]:
+        """All keys, ascending."""
+        return np.union1d(self._sorted, np.array(sorted(self._recent), dtype=np.uint64))
+
+
+@dataclass
+class Kept:
+    """One calibration prompt with the one response drawn for it."""
+
+    key: int
+    response_hash: int
+    group: str | None
+    label: int | None
+    vectors: dict[str, Tensor]
+    reward: float
+    lengths: tuple[int, int]
+
+
+class CalibrationReservoir:
+    """At most `size` prompts, drawn by a seeded hash of the prompt; for each, the response with the smallest seeded hash.
+
+    The draw depends on the data alone, never on their order, and one response a prompt keeps the calibration prompts
+    independent of each other.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size = size
+        self.seed = seed
+        self.seen = 0
+        self._kept: dict[int, Kept] = {}
+        # Largest rank first, so that the prompt to give up is at hand.
+        self._heap: list[tuple[int, int]] = []
+
+    def response_hash(self, response: str) -> int:
+        """The rank by which a prompt's response is drawn."""
+        return stable_hash(response, self.seed)
+
+    def wants(self, key: int, response_hash: int) -> bool:
+        """Whether this response would be kept, before its forward is paid for."""
+        kept = self._kept.get(key)
+        if kept is not None:
+            return response_hash < kept.response_hash
+        return len(self._kept) < self.size or self._rank(key) < -self._heap[0][0]
+
+    def offer(self, item: Kept) -> None:
+        """Keep the item if it is still wanted."""
+        if not self.wants(item.key, item.response_hash):
+            return
+        if item.key not in self._kept:
+            heapq.heappush(self._heap, (-self._rank(item.key), item.key))
+        self._kept[item.key] = item
+        if len(self._kept) > self.size:
+            _, dropped = heapq.heappop(self._heap)
+            del self._kept[dropped]
+
+    def _rank(self, key: int) -> int:
+        return stable_hash(f"{key:016x}", self.seed + 1)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def items(self) -> list[Kept]:
+        """What was kept, in the order of the keys."""
+        return [self._kept[key] for key in sorted(self._kept)]
+
+
+class DuplicateSketch:
+    """Share of repeated items, estimated from those whose hash falls in a shrinking range (bounded memory)."""
+
+    def __init__(self, size: int = _CHUNK) -> None:
+        self.size = size
+        self._limit = 2**64
+        self._counts: dict[int, int] = {}
+
+    def add(self, item_hash: int) -> None:
+        """Count an item."""
+        if item_hash >= self._limit:
+            return
+        self._counts[item_hash] = self._counts.get(item_hash, 0) + 1
+        while len(self._counts) > self.size:
+            self._limit //= 2
+            self._counts = {h: c for h, c in self._counts.items() if h < self._limit}
+
+    @property
+    def share(self) -> float:
+        """Repeats over items, 0 to 1."""
+        total = sum(self._counts.values())
+        return 1 - len(self._counts) / total if total else 0.0
+
+
+@dataclass
+class FitMoments:
+    """Moments per channel: the responses' by class, each distinct prompt's once, and the reward's."""
+
+    n_classes: int
+    channels: dict[str, ClassMoments] = field(default_factory=dict)
+    reward: ClassMoments = field(default_factory=lambda: ClassMoments(1, 1))
+
+    def update(self, vectors: dict[str, Tensor], rewards: NDArray[np.float64], labels: Tensor, first: Tensor) -> None:
+        """Add a batch: vectors (n, H) per channel, rewards (n,), labels (n,) int, first (n,) bool (new prompt)."""
+        for name, x in vectors.items():
+            is_prompt = Channel.parse(name).axis == "prompt"
+            moments = self.channels.setdefault(
+                name, ClassMoments(x.shape[1], 1 if is_prompt else self.n_classes, device=x.device)
+            )
+            if is_prompt:
+                moments.update(x[first.to(x.device)])
+            else:
+                moments.update(x, labels.to(x.device) if self.n_classes > 1 else None)
+        self.reward.update(torch.from_numpy(rewards)[:, None])
+
+
+def windows(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    """Lists of up to `size` items: enough to sort by length, few enough to hold."""
+    window: list[T] = []
+    for item in items:
+        window.append(item)
+        if len(window) >= size:
+            yield window
+            window = []
+    if window:
+        yield window

@@ -1,0 +1,515 @@
+"""`OODGuard`: wrap a reward model, fit on preference data, flag prompts and responses that are out of its ground."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from rm_ood import artifact, hub
+from rm_ood.capture import Capture
+from rm_ood.card import GuardCard
+from rm_ood.channels import FINAL, Channel
+from rm_ood.config import GuardConfig
+from rm_ood.decision import Decision, Decisions
+from rm_ood.detectors.mahalanobis import MahalanobisDetector
+from rm_ood.embed import Embedded, Embedder, embedded, needed_channels
+from rm_ood.errors import CalibrationWarning, InputError, MismatchError, NotFittedError
+from rm_ood.fingerprint import check_fingerprint, fingerprint
+from rm_ood.fit import Fitter, check_overlap, warn_if_shifted
+from rm_ood.preferences import Text, check_prompt, check_response
+from rm_ood.reward_model import eval_mode
+from rm_ood.state import ChannelScores, FittedState
+from rm_ood.text import spans_of_inputs
+from rm_ood.traffic import TrafficCheck
+
+# Items encoded ahead, so that batches hold items of like length.
+_WINDOW_BATCHES = 32
+
+
+class OODGuard:
+    """Out-of-distribution guard of a reward model.
+
+    Hooks read the tensor that enters the reward head (and, for the default channels, the span means two thirds up the
+    stack) from the same forward pass that gives the reward; a class-conditional Mahalanobis detector per channel, fitted
+    on in-distribution preference data, scores them; conformal calibration on held-out prompts turns scores into p-values
+    whose false-alarm rate holds. The reward model's own outputs are bit-identical with and without the guard.
+
+    Args:
+        model: a transformers sequence-classification reward model in eval mode; None for a guard that gets vectors.
+        tokenizer: its fast tokenizer; None as for the model.
+        axes: what is judged, `"prompt"` and/or `"response"`.
+        channels: `"default"`, `"final"` (what the head reads, and nothing else), or a list (see `rm_ood.channels`).
+        detector: `"mahalanobis"`, or an unfitted `MahalanobisDetector` whose settings every channel takes.
+        alpha: tolerated false-alarm rate per item, a fraction in (0, 1).
+        confidence: probability that the true rate is at most `alpha`; None keeps it on average only.
+        groups: a column to calibrate by, or `"length"`.
+        max_length, on_too_long, batch_size, seed, **config: see `GuardConfig`.
+
+    Raises:
+        InputError: an option out of range, a model whose head or blocks are not found, a slow tokenizer.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        axes: Sequence[str] = ("prompt", "response"),
+        channels: str | Sequence[str | Channel] = "default",
+        detector: str | MahalanobisDetector = "mahalanobis",
+        alpha: float = 0.01,
+        confidence: float | None = 0.95,
+        groups: str | None = None,
+        max_length: int | None = None,
+        on_too_long: str = "flag",
+        batch_size: int = 16,
+        seed: int = 0,
+        **config: Any,
+    ) -> None:
+        if isinstance(detector, MahalanobisDetector):
+            config = {"shrinkage": detector.shrinkage, "floor": detector.floor, **config}
+            detector = "mahalanobis"
+        settings = {
+            "axes": axes, "channels": channels, "detector": detector, "alpha": alpha, "confidence": confidence,
+            "groups": groups, "max_length": max_length, "on_too_long": on_too_long, "batch_size": batch_size, "seed": seed,
+        }  # fmt: skip
+        self._bind(model, tokenizer, GuardConfig.from_dict({**settings, **config}), None)
+
+    def _bind(self, model: Any, tokenizer: Any, config: GuardConfig, state: FittedState | None) -> None:
+        self.config = config
+        self.model = model
+        self.tokenizer = tokenizer
+        self._lock = threading.Lock()
+        self._swap(state)
+        self._embedder: Embedder | None = None
+        if model is not None:
+            capture = Capture(
+                model,
+                needed_channels(config),
+                head=config.head,
+                layers=config.layers,
+                read_out=config.read_out,
+                reward=config.reward,
+            )
+            self._embedder = Embedder(model, tokenizer, config, capture)
+
+    # -- fit and calibrate
+
+    def fit(self, dataset: Any, *, calibration: Any = 0.3, progress: bool = True) -> Self:
+        """Fit the detectors on in-distribution preference data and calibrate them on prompts held out from it.
+
+        One pass; memory does not grow with the data. The split is by a seeded hash of the prompt, so calibration prompts
+        are never fit prompts. They should not be prompts that the reward model was trained on either: its vectors on its
+        own training data differ from those on fresh data, and the promise would be about the former.
+
+        Args:
+            dataset: rows as TRL's RewardTrainer takes them, or a path to JSONL(.gz) or Parquet (see `rm_ood.preferences`).
+            calibration: share of the prompts to hold out, in [0, 1); or another dataset; 0 leaves calibration to
+                `calibrate`.
+            progress: show a progress bar on stderr.
+        Returns:
+            The guard itself. A failed or interrupted fit leaves it as it was.
+        Raises:
+            InputError, NonFiniteError: a row that cannot be used (under `on_bad="error"`).
+            CalibrationError: a class is missing, or too few calibration prompts for `alpha`; names the number missing.
+        """
+        share = calibration if isinstance(calibration, (int, float)) and not isinstance(calibration, bool) else 0.0
+        if not 0 <= share < 1:
+            raise InputError(f"calibration={calibration!r}: expected a share of the prompts in [0, 1), or a dataset")
+        fitter = Fitter(self._model_column(), self.config, share)
+        fitter.run(dataset, window=self.config.batch_size * _WINDOW_BATCHES, labelled=True, progress=progress)
+        state = fitter.state(self._fingerprint(fitter.config))
+        if share > 0:
+            table, record = fitter.table(state)
+            state = replace(state.with_table(table, record), heldout=table.scores)
+            state.profile(self.config.joined)
+        elif not isinstance(calibration, (int, float)):
+            state = self._calibrated(state, calibration, progress)
+        self._swap(state.to(self._model_column().device))
+        return self
+
+    def calibrate(self, dataset: Any, *, progress: bool = True) -> Self:
+        """Replace the calibration by other trusted data: serving traffic, or the initial policy's own rollouts.
+
+        One response per prompt is drawn by a seeded hash. Warns where the new scores do not look like those of the
+        held-out share of the fit data.
+
+        Args:
+            dataset: preference rows, or plain `prompt`/`response` rows without labels.
+            progress: show a progress bar on stderr.
+        Returns:
+            The guard itself; after an error it keeps its old calibration.
+        Raises:
+            NotFittedError: before `fit`.
+            CalibrationError: too few prompts, prompts that were fitted on, or NaN scores.
+        """
+        self._swap(self._calibrated(self._fitted(), dataset, progress))
+        return self
+
+    def _calibrated(self, state: FittedState, dataset: Any, progress: bool) -> FittedState:
+        fitter = Fitter(self._model_column(), state.config, 1.0)
+        fitter.run(dataset, window=self.config.batch_size * _WINDOW_BATCHES, labelled=False, progress=progress)
+        check_overlap(fitter.reservoir, state.fit_keys)
+        table, record = fitter.table(state)
+        new = state.with_table(table, record)
+        new.profile(state.config.joined)
+        if state.heldout is not None:
+            warn_if_shifted(state.heldout, table.scores, table.channels, state.config.joined)
+        return new
+
+    # -- verdicts
+
+    @overload
+    def check(self, prompt: Text, response: str | list[Any], /) -> Decision: ...
+    @overload
+    def check(self, prompt: Sequence[Any], response: Sequence[Any], /) -> Decisions: ...
+    def check(
+        self, prompt: Any, response: Any, *, groups: Sequence[str] | None = None, progress: bool = False
+    ) -> Decision | Decisions:
+        """Reward and verdict of one item, or of many.
+
+        Args:
+            prompt: a string or a message list; or a list of those.
+            response: a string (or one assistant message in a list); or a list, one per prompt. An entry of the list may
+                itself be a list: several answers to that prompt, which come out one after the other, `prompt_index` telling
+                which is whose.
+            groups: the group of each item, for a guard with a grouping column.
+            progress: show a progress bar on stderr.
+        Returns:
+            A `Decision` for one item, `Decisions` for many.
+        Raises:
+            NotFittedError: the guard is not fitted or not calibrated.
+            InputError: names the field, what came, and the remedy; nothing is scored.
+        """
+        state, c = self._fitted(), self.config
+        one = isinstance(response, str) or _is_messages(response)
+        prompts, nested = ([prompt], [response]) if one else _pairs(prompt, response)
+        items: list[tuple[Text, str]] = []
+        index: list[int] = []
+        for i, (p, answers) in enumerate(zip(prompts, nested, strict=True)):
+            where = "prompt" if one else f"items[{i}].prompt"
+            text = check_prompt(p, where, allow_empty=c.allow_empty, max_chars=c.max_chars)
+            several = isinstance(answers, (list, tuple)) and not _is_messages(answers)
+            for j, answer in enumerate(answers if several else [answers]):
+                name = "response" if one else f"items[{i}].response{f'[{j}]' if several else ''}"
+                items.append((text, check_response(answer, name, max_chars=c.max_chars)))
+                index.append(i)
+        decisions = self._check_items(state, items, np.array(index, dtype=np.int64), groups, progress)
+        return decisions[0] if one else decisions
+
+    def _check_items(
+        self,
+        state: FittedState,
+        items: Sequence[tuple[Text, str]],
+        prompt_index: NDArray[np.int64],
+        groups: Sequence[str] | None,
+        progress: bool,
+    ) -> Decisions:
+        column = self._model_column()
+        # A guard that is not calibrated says so before the forwards, not after.
+        state.profile(state.config.joined)
+        text = column.text(state.config.text_format)
+        encoded = [text.encode(p, r, f"items[{i}]") for i, (p, r) in enumerate(items)]
+        order: list[NDArray[np.int64]] = []
+        parts: list[Embedded] = []
+        scores: list[ChannelScores] = []
+        with tqdm(total=len(encoded), desc="check", unit="item", disable=not progress) as bar:
+            for index, part in column.batches(encoded, text):
+                order.append(index)
+                scores.append(state.score(part.vectors, part.rewards))
+                parts.append(replace(part, vectors={}))
+                bar.update(len(index))
+        if not items:
+            return self._nothing(state)
+        where = np.concatenate(order)
+        back = np.argsort(where)
+        merged = _merge(parts, back)
+        decisions = state.decide(
+            ChannelScores.concatenate(scores).reorder(where),
+            rewards=merged.rewards,
+            lengths=merged.lengths,
+            groups=groups,
+            failed=merged.failed,
+            reasons=merged.reasons,
+            truncated=merged.truncated,
+            prompt_index=prompt_index,
+        )
+        self._watch(decisions)
+        return decisions
+
+    def check_embeddings(
+        self,
+        embeddings: Any,
+        rewards: Any = None,
+        *,
+        lengths: Any = None,
+        groups: Sequence[str] | None = None,
+    ) -> Decisions:
+        """Verdicts on vectors that came from elsewhere (an inference engine, a file); no model needed.
+
+        Args:
+            embeddings: (n, H) array or tensor for the channel `final`, or channel -> (n, H).
+            rewards: (n,) rewards, or None.
+            lengths: (n, 2) tokens in the prompt's and the response's span, or None: then the standardisation leaves length
+                out, for these vectors and for the calibration alike.
+            groups: the group of each item, for a guard with a grouping column.
+        Raises:
+            MismatchError: a channel the guard lacks, or vectors of another width.
+            InputError: arrays whose lengths differ, or dtypes that cannot be vectors.
+        """
+        state = self._fitted()
+        given = embeddings if isinstance(embeddings, Mapping) else {FINAL: embeddings}
+        vectors = {str(Channel.parse(name)): torch.as_tensor(x) for name, x in given.items()}
+        sizes = {name: tuple(x.shape) for name, x in vectors.items()}
+        n = next(iter(sizes.values()))[0] if sizes else 0
+        if not sizes or any(len(shape) != 2 or shape[0] != n for shape in sizes.values()):
+            raise InputError(f"embeddings: expected (n, H) for every channel with one n, got {sizes}")
+        values = None if rewards is None else np.asarray(torch.as_tensor(rewards).double().cpu()).reshape(-1)
+        if values is not None and len(values) != n:
+            raise InputError(f"rewards: expected {n} values, one per vector, got {len(values)}")
+        spans = None if lengths is None else np.asarray(lengths, dtype=np.int64)
+        if spans is not None and spans.shape != (n, 2):
+            raise InputError(f"lengths: expected shape ({n}, 2), prompt and response tokens, got {spans.shape}")
+        return state.decide(
+            state.score(vectors, values),
+            rewards=values,
+            lengths=spans,
+            groups=groups,
+            failed=[
+                "non_finite" if bad else None for bad in (np.zeros(n, bool) if values is None else ~np.isfinite(values))
+            ],
+            reasons=[()] * n,
+            truncated=np.zeros(n, dtype=bool),
+            prompt_index=np.arange(n),
+        )
+
+    def __call__(
+        self,
+        *,
+        prompt_end: Tensor | None = None,
+        prompt_mask: Tensor | None = None,
+        response_mask: Tensor | None = None,
+        **inputs: Any,
+    ) -> Any:
+        """The reward model's own forward; its output carries the verdicts as `.ood`, a `Decisions`.
+
+        Args:
+            prompt_end: (B,) column of the last token before the response. Without it `token_type_ids` tell, if given.
+            prompt_mask, response_mask: (B, T) bool, the spans' own words, as `encode` gives them. Without them every token
+                that is not special counts, role markers included, and the reason `approximate_spans` says so where the
+                guard was fitted on a chat template.
+            **inputs: the model's inputs, never altered.
+        Raises:
+            InputError: the spans cannot be told.
+        """
+        state, column = self._fitted(), self._model_column()
+        spans = spans_of_inputs(column.tokenizer, inputs, prompt_end, prompt_mask, response_mask)
+        if spans.prompt_end is None and spans.prompt_mask is None and "prompt" in state.config.axes:
+            raise InputError(
+                "this guard judges prompts: pass prompt_end=, (B,), the column of the last token before each response (encode() "
+                "gives it), or make the guard with axes=('response',)"
+            )
+        with eval_mode(column.model, switch=self.config.eval_mode == "switch"):
+            outputs, captured = column.capture.forward(inputs, spans)
+        n = len(captured.rewards)
+        note = ("approximate_spans",) if prompt_mask is None and state.config.text_format == "chat" else ()
+        part = embedded(captured, spans.lengths(), [note] * n, np.zeros(n, dtype=bool))
+        with torch.inference_mode():
+            scores = state.score(part.vectors, part.rewards)
+        decisions = state.decide(
+            scores,
+            rewards=part.rewards,
+            lengths=part.lengths,
+            groups=None,
+            failed=part.failed,
+            reasons=part.reasons,
+            truncated=part.truncated,
+            prompt_index=np.arange(n),
+        )
+        object.__setattr__(outputs, "ood", decisions)
+        return outputs
+
+    def encode(self, prompts: Sequence[Text], responses: Sequence[str]) -> dict[str, Tensor]:
+        """Padded model inputs of items, with `prompt_end`, `prompt_mask` and `response_mask`: what `guard(**inputs)` takes."""
+        column = self._model_column()
+        text = column.text(self._fitted().config.text_format)
+        batch = text.pad(
+            [text.encode(p, r, f"items[{i}]") for i, (p, r) in enumerate(zip(prompts, responses, strict=True))]
+        )
+        return {**batch.inputs, **vars(batch.spans)}
+
+    # -- life
+
+    def save_pretrained(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the guard to a folder of its own (never the reward model's): one authority file, atomically.
+
+        Raises:
+            NotFittedError: before `fit`.
+            SaveError: another guard is there and `overwrite` is off, or the disk refuses; what was there is untouched.
+        """
+        tensors, config = self._fitted().to_saved()
+        artifact.write_guard(path, tensors, config, overwrite=overwrite)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        model: Any = None,
+        tokenizer: Any = None,
+        *,
+        allow_dtype_change: bool = False,
+        **hub_options: Any,
+    ) -> Self:
+        """A saved guard, from a folder or the Hub, bound to the reward model that it was fitted on.
+
+        Args:
+            path: folder, or Hub id.
+            model, tokenizer: the reward model; None for vectors only (`check_embeddings`).
+            allow_dtype_change: accept the model in another dtype than it was fitted in.
+            **hub_options: `revision`, `token`, `cache_dir`, `local_files_only` for a Hub id.
+        Raises:
+            FileNotFoundError: no guard there. FormatError, IntegrityError: not a guard, or a changed one.
+            MismatchError: another reward model; names the fields.
+        """
+        tensors, config = artifact.read_guard(hub.local_folder(path, **hub_options))
+        state = FittedState.from_saved(tensors, config)
+        guard = cls.__new__(cls)
+        guard._bind(model, tokenizer, state.config, state)
+        if model is not None:
+            changed = check_fingerprint(
+                state.fingerprint, guard._fingerprint(state.config), allow_dtype_change=allow_dtype_change
+            )
+            if changed:
+                warnings.warn(
+                    f"the reward model differs from the fitted one in {changed}; recalibrate on its own vectors",
+                    CalibrationWarning,
+                    stacklevel=2,
+                )
+            state.to(guard._model_column().device)
+        return guard
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the saved guard with its card to a repository of its own; returns the commit's address."""
+        return hub.upload(self, repo_id, **options)
+
+    def report(self) -> GuardCard:
+        """The guard card: what it was fitted and calibrated on, and what it promises."""
+        return GuardCard.of(self._fitted())
+
+    def attach(self) -> Self:
+        """Put the hooks back after `detach`."""
+        self._model_column().capture.attach()
+        return self
+
+    def detach(self) -> None:
+        """Remove the hooks; a second call does nothing."""
+        if self._embedder is not None:
+            self._embedder.capture.detach()
+
+    def __enter__(self) -> Self:
+        return self.attach()
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        model = "vectors only" if self.model is None else type(self.model).__name__
+        state = "not fitted" if self._state is None else "not calibrated" if self._state.table is None else "calibrated"
+        return f"OODGuard({model}, channels={list(self.config.joined)}, alpha={self.config.alpha}, {state})"
+
+    # -- inside
+
+    def _fitted(self) -> FittedState:
+        if self._state is None:
+            raise NotFittedError(
+                "the guard is not fitted: call fit(dataset), or load one with OODGuard.from_pretrained"
+            )
+        return self._state
+
+    def _model_column(self) -> Embedder:
+        if self._embedder is None:
+            raise MismatchError(
+                "this guard has no reward model, only vectors: use check_embeddings, or pass model and tokenizer to "
+                "OODGuard.from_pretrained"
+            )
+        return self._embedder
+
+    def _fingerprint(self, config: GuardConfig) -> dict[str, str]:
+        column = self._model_column()
+        return fingerprint(
+            column.model,
+            column.tokenizer,
+            head=config.head,
+            read_out=config.read_out,
+            text=column.text(config.text_format).contract(),
+        )
+
+    def _swap(self, state: FittedState | None) -> None:
+        """One reference swap: a check that runs meanwhile ends on the state it began with."""
+        self._state = state
+        self._traffic: TrafficCheck | None = None
+        if state is not None and state.table is not None:
+            self._traffic = TrafficCheck(state.profile(state.config.joined).calibration_scores())
+
+    def _watch(self, decisions: Decisions) -> None:
+        traffic = self._traffic
+        if traffic is None:
+            return
+        with self._lock:
+            message = traffic.update(np.max([axis.ood_scores for axis in decisions.axes.values()], axis=0))
+        if message is not None:
+            warnings.warn(message, CalibrationWarning, stacklevel=4)
+
+    def _nothing(self, state: FittedState) -> Decisions:
+        empty = ChannelScores(state.channel_names, np.empty((0, len(state.channel_names))), {})
+        return state.decide(
+            empty,
+            rewards=np.empty(0),
+            lengths=np.empty((0, 2), dtype=np.int64),
+            groups=None if state.config.groups in (None, "length") else [],
+            failed=[],
+            reasons=[],
+            truncated=np.empty(0, dtype=bool),
+            prompt_index=np.empty(0, dtype=np.int64),
+        )
+
+
+def _is_messages(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(v, Mapping) for v in value)
+
+
+def _pairs(prompt: Any, response: Any) -> tuple[list[Any], list[Any]]:
+    """Prompts and responses side by side; one prompt with a list of answers is one pair."""
+    if not isinstance(response, (list, tuple)):
+        raise InputError(f"response: expected str or a list, got {type(response).__name__}")
+    if isinstance(prompt, str) or _is_messages(prompt):
+        return [prompt], [list(response)]
+    if not isinstance(prompt, (list, tuple)):
+        raise InputError(f"prompt: expected str, messages or a list of those, got {type(prompt).__name__}")
+    if len(prompt) != len(response):
+        raise InputError(f"{len(prompt)} prompts and {len(response)} responses: expected as many of each")
+    return list(prompt), list(response)
+
+
+def _merge(parts: list[Embedded], back: NDArray[np.int64]) -> Embedded:
+    """Several batches as one, rows in the order `back`; vectors are left out."""
+    failed = [f for part in parts for f in part.failed]
+    reasons = [r for part in parts for r in part.reasons]
+    return Embedded(
+        vectors={},
+        rewards=np.concatenate([part.rewards for part in parts])[back],
+        lengths=np.concatenate([part.lengths for part in parts])[back],
+        failed=[failed[i] for i in back],
+        reasons=[reasons[i] for i in back],
+        truncated=np.concatenate([part.truncated for part in parts])[back],
+    )

@@ -1,0 +1,260 @@
+"""Streaming per-class count, mean and pooled scatter: one pass, additive, exact to float64.
+
+The state is held about a pivot near the mean (ops/README.md), so it adds up over batches, files and processes.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rm_ood.errors import CalibrationError, InputError, MismatchError, NonFiniteError
+from rm_ood.ops import class_scatter
+from rm_ood.vectors import as_tensor, as_vectors
+
+# Rows held back until the product with them is worth the (d, d) sum in memory.
+_FLUSH_ROWS = 2048
+
+
+class ClassMoments:
+    """Counts, class means and within-class scatter of vectors that arrive in pieces.
+
+    Any split of the data into `update` calls, shards and merges, in any order, gives the same moments to about 1e-12.
+
+    Args:
+        n_features: d.
+        n_classes: k; labels are 0 to k - 1.
+        device: where the (d, d) float64 state lives and the products run.
+    """
+
+    def __init__(self, n_features: int, n_classes: int = 1, *, device: torch.device | str = "cpu") -> None:
+        if n_features < 1 or n_classes < 1:
+            raise InputError(f"n_features={n_features}, n_classes={n_classes}: both must be at least 1")
+        self.n_features = n_features
+        self.n_classes = n_classes
+        self.device = torch.device(device)
+        self._counts = torch.zeros(n_classes, dtype=torch.int64, device=self.device)
+        self._pivot = torch.zeros(n_features, dtype=torch.float64, device=self.device)
+        self._sums = self._pivot.new_zeros(n_classes, n_features)
+        self._scatter = self._pivot.new_zeros(n_features, n_features)
+        self._n_at_pivot = 0
+        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._n_pending = 0
+
+    def update(self, x: Any, y: Any = None) -> Self:
+        """Add vectors (n, d), tensor or array, with classes (n,) in [0, k); `y` may be left out when k is 1.
+
+        Raises:
+            NonFiniteError: NaN or infinity; the message has the first row indices and the count. Nothing is added.
+            InputError: not a dense real (n, d); labels missing, not one a row, or out of range.
+            MismatchError: another width.
+        """
+        x, y = self._checked(x, y)
+        if len(x) >= _FLUSH_ROWS:
+            self._flush()
+            self._accumulate(x, y)
+        elif len(x):
+            # A copy: the caller may reuse the buffer of the batch before it is flushed.
+            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+            self._pending.append((x.to(self.device, wide, copy=True), y.to(self.device, copy=True)))
+            self._n_pending += len(x)
+            if self._n_pending >= _FLUSH_ROWS:
+                self._flush()
+        return self
+
+    def merge(self, other: ClassMoments) -> Self:
+        """Add the moments of other data.
+
+        Raises:
+            MismatchError: another width or number of classes.
+        """
+        return self._combine(other, 1)
+
+    def subtract(self, other: ClassMoments) -> Self:
+        """Take away the moments of data that were added before.
+
+        Raises:
+            MismatchError: another width or number of classes.
+            InputError: `other` has more rows of a class than this has.
+        """
+        self._check_same_shape(other)
+        if bool((other.counts > self.counts.to(other.device)).any()):
+            raise InputError(
+                f"subtract: counts {other.counts.tolist()} are more than {self.counts.tolist()} that were added"
+            )
+        self._combine(other, -1)
+        # What rounding left of a class that is gone would be read as its mean.
+        self._sums[self._counts == 0] = 0.0
+        if not bool(self._counts.any()):
+            self._scatter.zero_()
+        return self
+
+    def all_reduce(self, group: Any = None) -> Self:
+        """Sum the moments of all processes of a `torch.distributed` group; each ends with the total.
+
+        A process without data takes part with zeros. Tensors only are sent, no pickles.
+
+        Raises:
+            MismatchError: the processes differ in width or number of classes; raised on all of them.
+        """
+        self._flush()
+        d, k = self.n_features, self.n_classes
+        shape = torch.tensor([d, -d, k, -k], dtype=torch.int64, device=self.device)
+        dist.all_reduce(shape, dist.ReduceOp.MAX, group=group)
+        high_d, low_d, high_k, low_k = shape.tolist()
+        if high_d != -low_d or high_k != -low_k:
+            raise MismatchError(
+                f"all_reduce: processes hold {-low_d} to {high_d} features and {-low_k} to {high_k} classes"
+            )
+        n = self._counts.sum().to(torch.float64)
+        located = torch.cat([(n * self._mean()), n[None]])
+        dist.all_reduce(located, group=group)
+        pivot = located[:-1] / located[-1].clamp(min=1)
+        # A sum may end in other bits on other ranks; the states add up only about the very same pivot.
+        dist.broadcast(pivot, group=group, group_src=0)
+        self._shift(pivot)
+        packed = torch.cat([self._counts.to(torch.float64), self._sums.flatten(), self._scatter.flatten()])
+        dist.all_reduce(packed, group=group)
+        counts, sums, scatter = packed[:k], packed[k : k + k * d], packed[k + k * d :]
+        self._counts = counts.round().to(torch.int64)
+        self._sums, self._scatter = sums.view(k, d).clone(), scatter.view(d, d).clone()
+        self._n_at_pivot = int(self._counts.sum())
+        return self
+
+    def copy(self) -> ClassMoments:
+        """An independent copy, equal to the bit."""
+        self._flush()
+        return copy.deepcopy(self)
+
+    @property
+    def n_samples(self) -> int:
+        """Rows added so far."""
+        return int(self.counts.sum())
+
+    @property
+    def counts(self) -> Tensor:
+        """Rows of each class, (k,) int64."""
+        self._flush()
+        return self._counts.clone()
+
+    @property
+    def means(self) -> Tensor:
+        """Class means (k, d) float64, in the units of x; NaN for a class without rows."""
+        self._flush()
+        return self._pivot + self._sums / self._counts[:, None]
+
+    def within_scatter(self) -> Tensor:
+        """Sum over rows of (x - mean of its class)(x - mean of its class)^T, (d, d) float64, units of x squared.
+
+        The diagonal of a feature that is constant within every class is exactly 0.
+
+        Raises:
+            CalibrationError: the squares overflow float64.
+        """
+        self._flush()
+        # sum_c n_c m_c m_c^T as one product of (k, d) factors, m_c the mean about the pivot.
+        scaled = self._sums / self._counts.clamp(min=1).to(torch.float64).sqrt()[:, None]
+        within = self._scatter - scaled.T @ scaled
+        if not bool(within.isfinite().all()):
+            raise CalibrationError("the squares of the vectors overflow float64; rescale them")
+        diagonal = within.diagonal()
+        # What is left of a feature that only moves between the classes is rounding of the two terms.
+        constant = diagonal <= 64 * torch.finfo(torch.float64).eps * self._scatter.diagonal()
+        within[constant] = 0.0
+        within[:, constant] = 0.0
+        return within
+
+    def _checked(self, x: Any, y: Any) -> tuple[Tensor, Tensor]:
+        x = as_vectors(x, n_features=self.n_features)
+        if y is None:
+            if self.n_classes > 1:
+                raise InputError(f"y: labels are needed for {self.n_classes} classes")
+            y = torch.zeros(len(x), dtype=torch.int64)
+        y = y.detach() if isinstance(y, Tensor) else as_tensor(y, name="y")
+        if y.shape != x.shape[:1]:
+            raise InputError(f"y: expected shape ({len(x)},), got {tuple(y.shape)}")
+        if len(y) and (y.is_floating_point() or y.is_complex()):
+            raise InputError(f"y: expected integer classes, got {y.dtype}")
+        y = y.to(torch.int64)
+        if len(y) and not 0 <= int(y.min()) <= int(y.max()) < self.n_classes:
+            raise InputError(f"y: classes {int(y.min())} to {int(y.max())} are outside 0 to {self.n_classes - 1}")
+        bad = (~x.isfinite().all(1)).nonzero().flatten()
+        if len(bad):
+            shown = ", ".join(map(str, bad[:10].tolist())) + (", ..." if len(bad) > 10 else "")
+            raise NonFiniteError(
+                f"x: {len(bad)} of {len(x)} rows hold NaN or infinity (rows {shown}). "
+                "float16 activations overflow at 65504: run the model in bfloat16 or float32."
+            )
+        return x, y
+
+    def _flush(self) -> None:
+        if self._pending:
+            x = torch.cat([x for x, _ in self._pending])
+            y = torch.cat([y for _, y in self._pending])
+            self._pending, self._n_pending = [], 0
+            self._accumulate(x, y)
+
+    def _accumulate(self, x: Tensor, y: Tensor) -> None:
+        for rows, labels in zip(x.split(_FLUSH_ROWS), y.split(_FLUSH_ROWS), strict=True):
+            rows, labels = rows.to(self.device, torch.float64), labels.to(self.device)
+            if self._n_at_pivot == 0:
+                # A row, not a mean: features that never change are then exactly 0 about it.
+                self._pivot = rows[0].clone()
+            self._recentre((rows - self._pivot).sum(0), len(rows))
+            self._add(*class_scatter(rows, labels, self._pivot, self.n_classes), 1)
+
+    def _recentre(self, coming: Tensor, n_coming: int) -> None:
+        """Move the pivot to the mean, that of rows about to be added included, when the rows have doubled.
+
+        The rows that chose the pivot may lie far from the others. About a mean of at least half of all rows the scatter
+        is at most three times the one about the mean of all, so taking the means out cancels no more than that.
+        """
+        n = int(self._counts.sum()) + n_coming
+        if n >= 2 * self._n_at_pivot:
+            self._shift(self._pivot + (self._sums.sum(0) + coming) / n)
+            self._n_at_pivot = n
+
+    def _add(self, counts: Tensor, sums: Tensor, scatter: Tensor, sign: int) -> None:
+        self._counts += sign * counts
+        self._sums += sign * sums
+        self._scatter += sign * scatter
+
+    def _mean(self) -> Tensor:
+        return self._pivot + self._sums.sum(0) / self._counts.sum().clamp(min=1)
+
+    def _shift(self, pivot: Tensor) -> None:
+        self._sums, self._scatter = self._about(pivot)
+        self._pivot = pivot
+
+    def _about(self, pivot: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums and scatter about another pivot."""
+        delta = self._pivot - pivot
+        cross = torch.outer(self._sums.sum(0), delta)
+        scatter = self._scatter + cross + cross.T + self._counts.sum() * torch.outer(delta, delta)
+        return self._sums + self._counts[:, None] * delta, scatter
+
+    def _check_same_shape(self, other: ClassMoments) -> None:
+        if (other.n_features, other.n_classes) != (self.n_features, self.n_classes):
+            raise MismatchError(
+                f"moments of {other.n_features} features and {other.n_classes} classes cannot be combined with "
+                f"{self.n_features} features and {self.n_classes} classes"
+            )
+
+    def _combine(self, other: ClassMoments, sign: int) -> Self:
+        self._check_same_shape(other)
+        self._flush()
+        other._flush()
+        if other._n_at_pivot == 0:
+            return self
+        if self._n_at_pivot == 0:
+            self._pivot = other._pivot.to(self.device, copy=True)
+        if sign > 0:
+            sums, n = other._sums.sum(0).to(self.device), int(other._counts.sum())
+            self._recentre(sums + n * (other._pivot.to(self.device) - self._pivot), n)
+        sums, scatter = other._about(self._pivot.to(other.device))
+        self._add(other._counts.to(self.device), sums.to(self.device), scatter.to(self.device), sign)
+        return self

@@ -1,0 +1,89 @@
+"""`rm_ood::whitened_sq_distance`: squared Mahalanobis distances to all classes in one pass over x.
+
+The derivation is in ops/README.md. A CUDA kernel slots in with `register_kernel("cuda")`; callers do not change.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+# 512 rows of one block of z, and the 128 rows of W that make it, stay in the L2 cache.
+_CHUNK = 512
+_BLOCK = 128
+# Up to this many rows the time is call overhead and one read of W: few, large operations win.
+_FEW = 16
+_BLOCK_FEW = 512
+
+
+def whitened_sq_distance(
+    x: Tensor, whitening: Tensor, center: Tensor, class_offsets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared Mahalanobis distance of each row of `x` to each class: z = W (x - center), d_c = |z - t_c|^2.
+
+    Every term is a square, so a distance is never negative. A row with NaN or infinity, or whose distance overflows,
+    is +inf to every class it overflows for; other rows do not notice. No gradient flows through.
+
+    Args:
+        x: vectors, (n, d), any floating dtype and strides.
+        whitening: W, lower triangular, (d, d) float32 or float64; its dtype is that of the computation.
+        center: a point near the class means, (d,), in the units of x.
+        class_offsets: t_c = W (mean_c - center), (k, d), k >= 1.
+
+    Returns:
+        Squared distances (n, k), their minimum (n,), and the class of the minimum (n,) int64 (the lowest index on
+        ties and for rows of +inf), dimensionless, in the dtype of `whitening`.
+    """
+    x = x.detach()
+    # The dispatcher costs more than the arithmetic on small batches; on other devices it picks the kernel.
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _forward(x, whitening, center, class_offsets)
+    result: tuple[Tensor, Tensor, Tensor] = _operator(x, whitening, center, class_offsets)
+    return result
+
+
+def _forward(x: Tensor, whitening: Tensor, center: Tensor, class_offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    n = x.shape[0]
+    sq = whitening.new_zeros(n, class_offsets.shape[0])
+    with torch.no_grad(), _without_autocast(x.device.type):
+        for start in range(0, n, _CHUNK):
+            # Centred in the wider of the two dtypes: a float64 row far from 0 keeps its digits.
+            centred = (x[start : start + _CHUNK] - center).to(whitening.dtype)
+            _add_sq_distances(sq[start : start + _CHUNK], centred, whitening, class_offsets)
+        # inf - inf and 0 * inf inside the product are NaN; NaN would pass every `score > threshold`.
+        sq.nan_to_num_(nan=torch.inf, posinf=torch.inf)
+        lowest = sq.min(1)
+    return sq, lowest.values, lowest.indices
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Inside a training loop's autocast the product would run in bfloat16, an error of several per cent."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
+def _add_sq_distances(sq: Tensor, centred: Tensor, whitening: Tensor, class_offsets: Tensor) -> None:
+    n, d = centred.shape
+    few = n <= _FEW
+    block = _BLOCK_FEW if few else _BLOCK
+    for first in range(0, d, block):
+        last = min(first + block, d)
+        # W is lower triangular: its rows first..last have only zeros from column `last` on.
+        z = centred[:, :last] @ whitening[first:last, :last].T
+        offsets = class_offsets[:, first:last]
+        if few:
+            sq += torch.linalg.vector_norm(z.unsqueeze(1) - offsets, dim=2).square_()
+            continue
+        for c in range(offsets.shape[0]):
+            sq[:, c] += torch.linalg.vector_norm(z - offsets[c], dim=1).square_()
+
+
+_operator = torch.library.custom_op("rm_ood::whitened_sq_distance", _forward, mutates_args=())
+
+
+@_operator.register_fake
+def _(x: Tensor, whitening: Tensor, center: Tensor, class_offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    n = x.shape[0]
+    sq = whitening.new_empty(n, class_offsets.shape[0])
+    return sq, whitening.new_empty(n), whitening.new_empty(n, dtype=torch.int64)

@@ -1,0 +1,65 @@
+"""`rm_ood::class_scatter`: counts, sums and the pooled scatter of a batch, in one pass over it.
+
+The derivation is in ops/README.md. A CUDA kernel slots in with `register_kernel("cuda")`; callers do not change.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Rows in float64 at a time: bounds the copy, and is long enough to pay for the (d, d) sum in memory.
+_CHUNK = 2048
+_BLOCKS = 8
+
+
+def class_scatter(x: Tensor, labels: Tensor, pivot: Tensor, n_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts, sums and pooled scatter of the rows of `x` about a common pivot, in float64.
+
+    Args:
+        x: vectors, (n, d), any floating dtype and strides, finite.
+        labels: class of each row, (n,) int64 in [0, n_classes); not checked here.
+        pivot: (d,) float64, near the mean: about 0 a mean of 1e5 standard deviations would swallow the spread.
+        n_classes: k >= 1.
+
+    Returns:
+        Counts (k,) int64; sums of x - pivot per class (k, d) float64, units of x; the sum over all rows of
+        (x - pivot)(x - pivot)^T, (d, d) float64, symmetric, units of x squared.
+    """
+    x = x.detach()
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _forward(x, labels, pivot, n_classes)
+    result: tuple[Tensor, Tensor, Tensor] = _operator(x, labels, pivot, n_classes)
+    return result
+
+
+def _forward(x: Tensor, labels: Tensor, pivot: Tensor, n_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    n, d = x.shape
+    counts = torch.zeros(n_classes, dtype=torch.int64, device=x.device)
+    counts.index_add_(0, labels, torch.ones_like(labels))
+    sums = pivot.new_zeros(n_classes, d)
+    scatter = pivot.new_zeros(d, d)
+    block = max(64, -(-d // _BLOCKS))
+    # Autocast would round the products to bfloat16 or float16.
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        for start in range(0, n, _CHUNK):
+            centred = x[start : start + _CHUNK].to(torch.float64) - pivot
+            sums.index_add_(0, labels[start : start + _CHUNK], centred)
+            for first in range(0, d, block):
+                last = min(first + block, d)
+                scatter[first:last, :last].addmm_(centred[:, first:last].T, centred[:, :last])
+    lower = scatter.tril()
+    return counts, sums, lower + lower.tril(-1).T
+
+
+_operator = torch.library.custom_op("rm_ood::class_scatter", _forward, mutates_args=())
+
+
+@_operator.register_fake
+def _(x: Tensor, labels: Tensor, pivot: Tensor, n_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    d = x.shape[1]
+    return (
+        labels.new_empty(n_classes),
+        pivot.new_empty(n_classes, d),
+        pivot.new_empty(d, d),
+    )

@@ -1,0 +1,302 @@
+"""What a fitted guard knows, immutable: detectors, calibration matrix, fit record; to and from saved tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rm_ood.calibration import CalibrationTable, Profile, Ranking
+from rm_ood.channels import FINAL, REWARD, Channel
+from rm_ood.config import GuardConfig
+from rm_ood.decision import AxisDecisions, ChannelDecisions, Decisions
+from rm_ood.detectors.mahalanobis import MahalanobisDetector
+from rm_ood.errors import FormatError, InputError, MismatchError, NotFittedError
+from rm_ood.preferences import CHOSEN, REJECTED
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ChannelScores:
+    """Raw scores of n items: (n, m) in the order of `channels`, and per-class squared distances where there are classes."""
+
+    channels: tuple[str, ...]
+    scores: Floats
+    classes: dict[str, Floats]
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[ChannelScores]) -> ChannelScores:
+        """The scores of several batches of the same channels as one."""
+        names = parts[0].classes
+        classes = {name: np.concatenate([part.classes[name] for part in parts]) for name in names}
+        return cls(parts[0].channels, np.concatenate([part.scores for part in parts]), classes)
+
+    def reorder(self, order: NDArray[np.int64]) -> ChannelScores:
+        """Rows put back where `order` says they came from."""
+        inverse = np.empty_like(order)
+        inverse[order] = np.arange(len(order))
+        return ChannelScores(
+            self.channels, self.scores[inverse], {name: d[inverse] for name, d in self.classes.items()}
+        )
+
+
+@dataclass(frozen=True)
+class FittedState:
+    """Everything `check` needs, swapped as one reference when a fit or calibration ends.
+
+    Attributes:
+        config: settings with `text_format` settled.
+        detectors: channel -> fitted detector.
+        reward_mean, reward_sd: of the fit items, for the channel `reward`.
+        table: calibration matrix, or None before calibration.
+        heldout: raw calibration scores of the held-out share of the fit data, for comparison with a later set.
+        fit_keys: (n,) uint64, sorted: the prompts that were fitted on.
+        fingerprint: of the reward model that was fitted on; empty for vectors of unknown origin.
+        record: counts and notes of the fit for the guard card, JSON-able.
+    """
+
+    config: GuardConfig
+    detectors: Mapping[str, MahalanobisDetector]
+    reward_mean: float
+    reward_sd: float
+    table: CalibrationTable | None
+    heldout: Floats | None
+    fit_keys: NDArray[np.uint64]
+    fingerprint: Mapping[str, str]
+    record: Mapping[str, Any]
+    _profiles: dict[Any, Profile] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def channel_names(self) -> tuple[str, ...]:
+        """Columns of the calibration matrix: every fitted channel, then the reward."""
+        return (*self.detectors, REWARD)
+
+    def with_table(self, table: CalibrationTable, record: Mapping[str, Any]) -> FittedState:
+        """The same fit with another calibration."""
+        return replace(self, table=table, record={**self.record, **record}, _profiles={})
+
+    def score(self, vectors: Mapping[str, Tensor], rewards: Floats | None) -> ChannelScores:
+        """Raw channel scores of n items.
+
+        Raises:
+            MismatchError: a channel the guard lacks, or vectors of another width.
+        """
+        unknown = sorted(set(vectors) - set(self.detectors))
+        if unknown:
+            raise MismatchError(f"channels {unknown} are not in this guard; it has {sorted(self.detectors)}")
+        names = [name for name in self.detectors if name in vectors]
+        columns, classes = [], {}
+        for name in names:
+            distances = self.detectors[name].sq_distances(vectors[name])
+            columns.append(distances.amin(1).double().cpu().numpy())
+            if distances.shape[1] > 1:
+                classes[name] = distances.double().cpu().numpy()
+        if rewards is not None:
+            with np.errstate(invalid="ignore"):
+                score = np.abs(rewards - self.reward_mean) / self.reward_sd
+            columns.append(np.where(np.isfinite(score), score, np.inf))
+            names.append(REWARD)
+        return ChannelScores(tuple(names), np.stack(columns, 1), classes)
+
+    def profile(self, joined: tuple[str, ...], *, with_lengths: bool = True) -> Profile:
+        """Standardisation and ranks for a set of joined channels, made on first use.
+
+        Raises:
+            NotFittedError: no calibration yet.
+        """
+        table = self.table
+        if table is None:
+            raise NotFittedError("the guard is fitted but not calibrated: call calibrate(dataset) before check()")
+        key = (joined, with_lengths)
+        if key not in self._profiles:
+            if not with_lengths:
+                table = replace(table, lengths=np.zeros_like(table.lengths))
+            c = self.config
+            self._profiles[key] = table.profile(joined, alpha=c.alpha, confidence=c.confidence, groups=c.groups)
+        return self._profiles[key]
+
+    def decide(
+        self,
+        scored: ChannelScores,
+        *,
+        rewards: Floats | None,
+        lengths: NDArray[np.int64] | None,
+        groups: Sequence[str] | None,
+        failed: Sequence[str | None],
+        reasons: Sequence[tuple[str, ...]],
+        truncated: NDArray[np.bool_],
+        prompt_index: NDArray[np.int64],
+    ) -> Decisions:
+        """Verdicts from raw scores. Items that could not be scored get the smallest p-value, so they are flagged."""
+        joined = tuple(name for name in self.config.joined if name in scored.channels)
+        if not joined:
+            raise InputError(f"none of the guard's channels {self.config.joined} was given; got {scored.channels}")
+        bad = np.array([f is not None for f in failed], dtype=bool) | ~np.isfinite(scored.scores).all(1)
+        raw = np.where(bad[:, None], np.inf, scored.scores)
+        with_lengths = lengths is not None
+        spans = np.zeros((len(raw), 2), dtype=np.int64) if lengths is None else lengths
+        ranking = self.profile(joined, with_lengths=with_lengths).rank(raw, scored.channels, spans, groups)
+        notes = []
+        for i, (fail, given) in enumerate(zip(failed, reasons, strict=True)):
+            if fail is None and not np.isfinite(raw[i]).all():
+                fail = "non_finite"
+            notes.append(given if fail is None else (fail, *given))
+        distances = scored.classes.get(FINAL)
+        return Decisions(
+            rewards=np.full(len(raw), np.nan) if rewards is None else rewards,
+            is_ood=ranking.p <= self.config.alpha,
+            p_values=ranking.p,
+            axes=self._axes(raw, scored, ranking),
+            nearest_class=None if distances is None else np.where(bad, -1, distances.argmin(1)),
+            class_log_odds=None if distances is None else np.where(bad, np.nan, class_log_odds(distances)),
+            reasons=tuple(notes),
+            truncated=truncated,
+            prompt_index=prompt_index,
+            alpha=self.config.alpha,
+        )
+
+    def _axes(self, raw: Floats, scored: ChannelScores, ranking: Ranking) -> dict[str, AxisDecisions]:
+        axes = {}
+        for axis in self.config.axes:
+            if axis not in ranking.axis_score:
+                continue
+            channels = {
+                name: ChannelDecisions(
+                    scores=raw[:, column],
+                    ood_scores=ranking.z[name],
+                    p_values=ranking.channel_p[name],
+                    class_scores=scored.classes.get(name),
+                )
+                for column, name in enumerate(scored.channels)
+                if Channel.parse(name).axis == axis
+            }
+            p = ranking.axis_p[axis]
+            axes[axis] = AxisDecisions(ranking.axis_score[axis], p, p <= self.config.alpha, channels)
+        return axes
+
+    def to(self, device: torch.device) -> FittedState:
+        """Move the detectors, and with them the scoring."""
+        for detector in self.detectors.values():
+            detector.to(device)
+        return self
+
+    def to_saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON-able settings for `rm_ood.artifact`."""
+        tensors: dict[str, Tensor] = {"fit.prompt_keys": torch.from_numpy(self.fit_keys.view(np.int64).copy())}
+        fits = {}
+        for i, (name, detector) in enumerate(self.detectors.items()):
+            state = detector.state_tensors()
+            tensors |= {f"channel.{i}.{key}": value.cpu().contiguous() for key, value in state.items()}
+            fits[name] = {"shrinkage": detector.shrinkage_, "effective_rank": detector.effective_rank_}
+        group_names: list[str] = []
+        if self.table is not None:
+            tensors["calibration.scores"] = torch.from_numpy(self.table.scores.copy())
+            tensors["calibration.lengths"] = torch.from_numpy(self.table.lengths.copy())
+            tensors["calibration.part_a"] = torch.from_numpy(self.table.part_a.copy())
+            if self.table.groups is not None:
+                group_names = sorted(set(self.table.groups))
+                codes = [group_names.index(group) for group in self.table.groups]
+                tensors["calibration.groups"] = torch.tensor(codes, dtype=torch.int64)
+        if self.heldout is not None:
+            tensors["heldout.scores"] = torch.from_numpy(self.heldout.copy())
+        config = {
+            "settings": self.config.to_dict(),
+            "channels": list(self.detectors),
+            "detectors": fits,
+            "reward": {"mean": self.reward_mean, "sd": self.reward_sd},
+            "group_names": group_names,
+            "fingerprint": dict(self.fingerprint),
+            "record": dict(self.record),
+        }
+        return tensors, config
+
+    @classmethod
+    def from_saved(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> FittedState:
+        """The state that `to_saved` wrote.
+
+        Raises:
+            FormatError: a missing, unknown or malformed tensor or setting, naming it.
+        """
+        try:
+            settings = GuardConfig.from_dict(config["settings"])
+            names = [str(Channel.parse(name)) for name in config["channels"]]
+            mean, sd = float(config["reward"]["mean"]), float(config["reward"]["sd"])
+            fits, group_names = config["detectors"], list(config["group_names"])
+            detectors = {
+                name: MahalanobisDetector.from_state(
+                    _prefixed(tensors, f"channel.{i}."),
+                    shrinkage=settings.shrinkage,  # type: ignore[arg-type]
+                    floor=settings.floor,
+                    effective_shrinkage=float(fits[name]["shrinkage"]),
+                    effective_rank=float(fits[name]["effective_rank"]),
+                )
+                for i, name in enumerate(names)
+            }
+            fingerprint, record = dict(config["fingerprint"]), dict(config["record"])
+        except (KeyError, TypeError, IndexError, InputError) as error:
+            raise FormatError(f"saved guard: settings are incomplete or malformed ({error})") from error
+        if not np.isfinite([mean, sd]).all() or sd <= 0:
+            raise FormatError(f"saved guard: reward mean {mean} and standard deviation {sd} are not usable")
+        known = {f"channel.{i}." for i in range(len(names))}
+        optional = {
+            "calibration.scores", "calibration.lengths", "calibration.part_a", "calibration.groups", "heldout.scores",
+            "fit.prompt_keys",
+        }  # fmt: skip
+        unknown = [n for n in tensors if n not in optional and not any(n.startswith(k) for k in known)]
+        if unknown or FINAL not in detectors or "fit.prompt_keys" not in tensors:
+            raise FormatError(
+                f"saved guard: unknown tensors {unknown}, channels {names}; 'final' and its keys are needed"
+            )
+        return cls(
+            config=settings,
+            detectors=detectors,
+            reward_mean=mean,
+            reward_sd=sd,
+            table=_table(tensors, (*names, REWARD), group_names),
+            heldout=tensors["heldout.scores"].numpy() if "heldout.scores" in tensors else None,
+            fit_keys=tensors["fit.prompt_keys"].numpy().view(np.uint64),
+            fingerprint=fingerprint,
+            record=record,
+        )
+
+
+def _prefixed(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _table(tensors: Mapping[str, Tensor], channels: tuple[str, ...], group_names: list[str]) -> CalibrationTable | None:
+    if "calibration.scores" not in tensors:
+        return None
+    scores = tensors["calibration.scores"]
+    n = len(scores)
+    expected = {"calibration.lengths": (n, 2), "calibration.part_a": (n,)}
+    expected |= {"calibration.groups": (n,)} if "calibration.groups" in tensors else {}
+    if scores.ndim != 2 or scores.shape[1] != len(channels) or scores.dtype != torch.float64:
+        raise FormatError(
+            f"calibration.scores: expected float64 (n, {len(channels)}), got {scores.dtype} {tuple(scores.shape)}"
+        )
+    for name, shape in expected.items():
+        if name not in tensors or tuple(tensors[name].shape) != shape:
+            raise FormatError(f"{name}: expected shape {shape}, as calibration.scores has {n} rows")
+    groups = None
+    if "calibration.groups" in tensors:
+        codes = tensors["calibration.groups"].tolist()
+        if any(not 0 <= code < len(group_names) for code in codes):
+            raise FormatError("calibration.groups: a code outside the group names")
+        groups = tuple(group_names[code] for code in codes)
+    return CalibrationTable(
+        scores.numpy(), channels, tensors["calibration.lengths"].numpy(), tensors["calibration.part_a"].numpy(), groups
+    )
+
+
+def class_log_odds(distances: Floats) -> Floats:
+    """(d_rejected - d_chosen) / 2 of (n, 2) squared distances; positive = chosen-like."""
+    with np.errstate(invalid="ignore"):
+        return (distances[:, REJECTED] - distances[:, CHOSEN]) / 2

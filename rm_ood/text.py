@@ -1,0 +1,403 @@
+"""Text in, token ids and spans out: the one tokenisation path of fit, calibrate, score and serve.
+
+Three formats, resolved once per guard and stored in it: `"chat"` (the tokenizer's chat template), `"pair"` (the
+tokenizer's text pair, as encoder reward models are trained) and `"plain"` (`prompt + response` with the tokenizer's
+special tokens). The response is found by character offsets in the rendered text, so templates need not be
+prefix-preserving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rm_ood.errors import InputError
+from rm_ood.preferences import Message, Text, parse_dialogue
+
+FORMATS = ("chat", "pair", "plain")
+ON_TOO_LONG = ("flag", "truncate", "error")
+# Stands in for the response while a template is rendered, to learn what the template writes before and after it.
+_PLACEHOLDER = "\u2039response\u203a"
+# Tokenizers without a limit report about 1e30.
+_NO_LIMIT = 1_000_000
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One item as the reward model reads it.
+
+    Attributes:
+        input_ids: token ids, (T,) int.
+        token_type_ids: segment ids, (T,) int, or None where the tokenizer has none.
+        prompt_end: column of the last token before the response.
+        prompt_mask, response_mask: which tokens are the prompt's and the response's own words, (T,) bool: no special
+            tokens, role markers or end marker, and never position 0, an attention sink.
+        dropped: tokens cut from the left to keep within the maximum length.
+        reasons: what the reader of the verdict should know: `truncated`, `empty_response`, `special_tokens_in_text`.
+    """
+
+    input_ids: list[int]
+    token_type_ids: list[int] | None
+    prompt_end: int
+    prompt_mask: list[bool]
+    response_mask: list[bool]
+    dropped: int
+    reasons: tuple[str, ...]
+
+    def prompt_only(self) -> Encoded:
+        """The same item cut after its prompt: what a strict, prompt-only pass reads."""
+        end = self.prompt_end + 1
+        types = None if self.token_type_ids is None else self.token_type_ids[:end]
+        return replace(
+            self,
+            input_ids=self.input_ids[:end],
+            token_type_ids=types,
+            prompt_mask=self.prompt_mask[:end],
+            response_mask=[False] * end,
+        )
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Where prompt and response are in a batch; None where nobody could tell.
+
+    Attributes:
+        prompt_end: (B,) int, column of the last token before the response.
+        prompt_mask, response_mask: (B, T) bool.
+    """
+
+    prompt_end: Tensor | None
+    prompt_mask: Tensor | None
+    response_mask: Tensor | None
+
+    def lengths(self) -> NDArray[np.int64] | None:
+        """Tokens in the prompt's and the response's span, (B, 2)."""
+        if self.prompt_mask is None or self.response_mask is None:
+            return None
+        return torch.stack([self.prompt_mask.sum(1), self.response_mask.sum(1)], 1).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded model inputs with the spans beside them."""
+
+    inputs: dict[str, Tensor]
+    spans: Spans
+
+
+def resolve_format(text_format: str, tokenizer: Any, prompts: Iterable[Text]) -> str:
+    """The concrete format for `text_format="auto"`, from the data that the guard is fitted on.
+
+    Messages, and dialogues written `Human: ...`/`Assistant: ...`, take the chat template; other strings the text pair of
+    tokenizers that have class and separator tokens, and plain concatenation of those that have not.
+    """
+    if text_format in FORMATS:
+        return text_format
+    if text_format != "auto":
+        raise InputError(f"text_format={text_format!r}: expected 'auto' or one of {FORMATS}")
+    is_pair = tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
+    if is_pair and not tokenizer.chat_template:
+        return "pair"
+    if any(not isinstance(p, str) or parse_dialogue(p) is not None for p in prompts):
+        return "chat"
+    return "pair" if is_pair else "plain"
+
+
+class TextEncoder:
+    """Renders and tokenises items.
+
+    Args:
+        tokenizer: a fast tokenizer of the reward model.
+        text_format: `"chat"`, `"pair"` or `"plain"`.
+        max_length: longest input in tokens; None takes the tokenizer's own limit.
+        on_too_long: `"flag"` cuts and gives the reason, `"truncate"` cuts, `"error"` raises. The response's end is never
+            cut, and the prompt goes first, from its start.
+        split_special_tokens: read special tokens that users typed as ordinary text.
+        append_eos: end plain text with the tokenizer's end token, as TRL's RewardTrainer trains on.
+
+    Raises:
+        InputError: a slow tokenizer, an unknown option, no chat template for `"chat"`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        text_format: str,
+        *,
+        max_length: int | None = None,
+        on_too_long: str = "flag",
+        split_special_tokens: bool = False,
+        append_eos: bool = False,
+    ) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise InputError(
+                f"tokenizer: expected a fast tokenizer, got {type(tokenizer).__name__}. The response is found by "
+                "character offsets, which only fast tokenizers give: AutoTokenizer.from_pretrained(..., use_fast=True)."
+            )
+        if on_too_long not in ON_TOO_LONG:
+            raise InputError(f"on_too_long={on_too_long!r}: expected one of {ON_TOO_LONG}")
+        if text_format == "chat" and not tokenizer.chat_template:
+            raise InputError(
+                "messages were given, but the tokenizer has no chat template. Set tokenizer.chat_template to the one the "
+                "reward model was trained with, or pass prompts as plain strings with text_format='plain'."
+            )
+        self.tokenizer = tokenizer
+        self.text_format = text_format
+        limit = max_length if max_length is not None else tokenizer.model_max_length
+        self.max_length = int(min(limit, _NO_LIMIT))
+        self.on_too_long = on_too_long
+        self.split_special_tokens = split_special_tokens
+        self.append_eos = append_eos
+        self._special = frozenset(tokenizer.all_special_ids)
+        self._specials_text = tuple(token for token in tokenizer.all_special_tokens if token)
+
+    def contract(self) -> dict[str, Any]:
+        """What makes two tokenisations the same, for the fingerprint."""
+        return {
+            "format": self.text_format,
+            "max_length": self.max_length,
+            "on_too_long": self.on_too_long,
+            "split_special_tokens": self.split_special_tokens,
+            "append_eos": self.append_eos,
+        }
+
+    def encode(self, prompt: Text, response: str, where: str = "item") -> Encoded:
+        """Token ids and spans of one item.
+
+        Raises:
+            InputError: messages for a format that takes none, a template that rewrites the response, an item that is too
+                long under `on_too_long="error"`.
+        """
+        if self.text_format == "pair":
+            encoded = self._encode_pair(prompt, response, where)
+        elif self.text_format == "chat":
+            encoded = self._encode_rendered(*self._render_chat(prompt, response, where))
+        else:
+            encoded = self._encode_plain(prompt, response, where)
+        reasons = list(encoded.reasons)
+        if not response.strip():
+            reasons.append("empty_response")
+        if any(token in text for text in (response, *_contents(prompt)) for token in self._specials_text):
+            reasons.append("special_tokens_in_text")
+        return self._shorten(replace(encoded, reasons=tuple(reasons)), where)
+
+    def pad(self, items: Sequence[Encoded], device: torch.device | str = "cpu") -> Batch:
+        """Right-padded model inputs of a batch."""
+        width = max(len(item.input_ids) for item in items)
+        pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+
+        def stack(rows: list[list[Any]], fill: Any, dtype: torch.dtype) -> Tensor:
+            return torch.tensor([row + [fill] * (width - len(row)) for row in rows], dtype=dtype, device=device)
+
+        inputs = {
+            "input_ids": stack([item.input_ids for item in items], pad_id, torch.long),
+            "attention_mask": stack([[1] * len(item.input_ids) for item in items], 0, torch.long),
+        }
+        types = [item.token_type_ids for item in items if item.token_type_ids is not None]
+        if types:
+            inputs["token_type_ids"] = stack(types, 0, torch.long)
+        spans = Spans(
+            prompt_end=torch.tensor([item.prompt_end for item in items], dtype=torch.long, device=device),
+            prompt_mask=stack([item.prompt_mask for item in items], False, torch.bool),
+            response_mask=stack([item.response_mask for item in items], False, torch.bool),
+        )
+        return Batch(inputs, spans)
+
+    def _encode_pair(self, prompt: Text, response: str, where: str) -> Encoded:
+        if not isinstance(prompt, str):
+            raise InputError(
+                f"{where}: a list of messages, but the tokenizer has no chat template and reads text pairs. "
+                "Set tokenizer.chat_template, or join the turns into one string."
+            )
+        # Both cuts are made here, so the tokenizer's own truncation (and its warning) stays off.
+        out = self.tokenizer(
+            prompt,
+            response,
+            truncation=False,
+            verbose=False,
+            split_special_tokens=self.split_special_tokens,
+            return_special_tokens_mask=True,
+        )
+        segments = out.sequence_ids(0)
+        special = [s is None for s in segments]
+        first = next((i for i, s in enumerate(segments) if s == 1), None)
+        if first is None:
+            # No response token: the response would stand before the closing special token.
+            first = len(segments) - 1
+        ids = list(out["input_ids"])
+        return Encoded(
+            input_ids=ids,
+            token_type_ids=list(out["token_type_ids"]) if "token_type_ids" in out else None,
+            prompt_end=first - 1,
+            prompt_mask=[
+                s == 0 and i > 0 and t not in self._special for i, (s, t) in enumerate(zip(segments, ids, strict=True))
+            ],
+            response_mask=[s == 1 and t not in self._special for s, t in zip(segments, ids, strict=True)],
+            dropped=0,
+            reasons=("no_special_tokens",) if not any(special) else (),
+        )
+
+    def _encode_plain(self, prompt: Text, response: str, where: str) -> Encoded:
+        if not isinstance(prompt, str):
+            raise InputError(
+                f"{where}: a list of messages, but this guard reads plain text (text_format='plain'). "
+                "Pass strings, or fit the guard on messages with the tokenizer's chat template."
+            )
+        text = prompt + response
+        return self._encode_rendered(text, (len(prompt), len(text)), [(0, len(prompt))], add_special_tokens=True)
+
+    def _render_chat(
+        self, prompt: Text, response: str, where: str
+    ) -> tuple[str, tuple[int, int], list[tuple[int, int]]]:
+        """Rendered text, the response's characters, and the characters of the prompt's own words."""
+        messages: list[Message]
+        if isinstance(prompt, str):
+            messages = parse_dialogue(prompt) or [{"role": "user", "content": prompt}]
+        else:
+            messages = prompt
+        rendered = self._apply(messages, response, where)
+        frame = self._apply(messages, _PLACEHOLDER, where)
+        at = frame.rfind(_PLACEHOLDER)
+        before, after = (frame[:at], frame[at + len(_PLACEHOLDER) :]) if at >= 0 else ("", "")
+        if at < 0 or not (rendered.startswith(before) and rendered.endswith(after)):
+            raise InputError(
+                f"{where}: the chat template rewrites the response or the turns before it, so its place in the text is not "
+                "known. Pass the rendered text as plain strings (text_format='plain')."
+            )
+        start, end = len(before), max(len(before), len(rendered) - len(after))
+        spans, search = [], 0
+        for message in messages:
+            for content in (message["content"], message["content"].strip()):
+                found = rendered.find(content, search, start)
+                if found >= 0:
+                    spans.append((found, found + len(content)))
+                    search = found + len(content)
+                    break
+        return rendered, (start, end), spans
+
+    def _apply(self, messages: Sequence[Message], response: str, where: str) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [*messages, {"role": "assistant", "content": response}], tokenize=False, add_generation_prompt=False
+            )
+        except Exception as error:  # a template is the model's own Jinja code: it may raise anything
+            raise InputError(
+                f"{where}: the chat template refused roles {[m['role'] for m in messages]} ({type(error).__name__})"
+            ) from error
+        return str(text)
+
+    def _encode_rendered(
+        self,
+        text: str,
+        response: tuple[int, int],
+        prompt: list[tuple[int, int]],
+        *,
+        add_special_tokens: bool = False,
+    ) -> Encoded:
+        out = self.tokenizer(
+            text,
+            truncation=False,
+            verbose=False,
+            add_special_tokens=add_special_tokens,
+            split_special_tokens=self.split_special_tokens and self.text_format == "plain",
+            return_offsets_mapping=True,
+        )
+        ids: list[int] = list(out["input_ids"])
+        offsets: list[tuple[int, int]] = list(out["offset_mapping"])
+        types = list(out["token_type_ids"]) if "token_type_ids" in out else None
+        eos = self.tokenizer.eos_token_id
+        if self.append_eos and add_special_tokens and eos is not None and ids[-1:] != [eos]:
+            ids, offsets = [*ids, eos], [*offsets, (len(text), len(text))]
+            types = None if types is None else [*types, types[-1]]
+        start, end = response
+        response_mask = [
+            a < end and b > max(start, a) and t not in self._special for (a, b), t in zip(offsets, ids, strict=True)
+        ]
+        inside = [any(a < hi and b > max(lo, a) for lo, hi in prompt) for a, b in offsets]
+        # A token that straddles the border holds words of the response, so it is the response's.
+        prompt_mask = [
+            i > 0 and p and not r and t not in self._special
+            for i, (p, r, t) in enumerate(zip(inside, response_mask, ids, strict=True))
+        ]
+        before = [i for i, (a, b) in enumerate(offsets) if b <= start and (a < b or i == 0)]
+        straddling = next((i for i, (a, b) in enumerate(offsets) if b > start and a < b), len(ids))
+        last = min(before[-1] if before else 0, max(straddling - 1, 0))
+        return Encoded(ids, types, last, prompt_mask, response_mask, 0, ())
+
+    def _shorten(self, item: Encoded, where: str) -> Encoded:
+        """Cut from the left, after a leading special token: the prompt first, the response's start only if it must be."""
+        excess = len(item.input_ids) - self.max_length
+        if excess <= 0:
+            return item
+        if self.on_too_long == "error":
+            raise InputError(
+                f"{where}: {len(item.input_ids)} tokens, the limit is max_length={self.max_length}. Shorten the item, raise "
+                "max_length, or choose on_too_long='flag'."
+            )
+        keep_front = 1 if item.input_ids[0] in self._special else 0
+        # In a text pair the separator between prompt and response stays.
+        kept_middle = {item.prompt_end} if self.text_format == "pair" else set()
+        removable = [i for i in range(keep_front, len(item.input_ids) - 1) if i not in kept_middle]
+        cut = frozenset(removable[:excess])
+
+        def left(values: list[Any]) -> list[Any]:
+            return [value for i, value in enumerate(values) if i not in cut]
+
+        reasons = (*item.reasons, "truncated") if self.on_too_long == "flag" else item.reasons
+        return replace(
+            item,
+            input_ids=left(item.input_ids),
+            token_type_ids=None if item.token_type_ids is None else left(item.token_type_ids),
+            prompt_end=max(item.prompt_end - sum(i <= item.prompt_end for i in cut), 0),
+            prompt_mask=left(item.prompt_mask),
+            response_mask=left(item.response_mask),
+            dropped=excess,
+            reasons=reasons,
+        )
+
+
+def spans_of_inputs(
+    tokenizer: Any,
+    inputs: Mapping[str, Any],
+    prompt_end: Tensor | None,
+    prompt_mask: Tensor | None,
+    response_mask: Tensor | None,
+) -> Spans:
+    """Spans of inputs that came tokenised: what the caller gives, else what ids and segments tell.
+
+    Without masks, every attended token that is not special counts, but position 0.
+
+    Raises:
+        InputError: tensors of another shape than the ids.
+    """
+    ids = inputs.get("input_ids")
+    if ids is None:
+        raise InputError("guard(**inputs) needs input_ids, (B, T); inputs_embeds leave the read-out position unknown")
+    types = inputs.get("token_type_ids")
+    if prompt_end is None and types is not None and bool((types == 1).any(1).all()):
+        prompt_end = (types == 1).int().argmax(1) - 1
+    for name, mask in (("prompt_mask", prompt_mask), ("response_mask", response_mask)):
+        if mask is not None and mask.shape != ids.shape:
+            raise InputError(f"{name}: expected shape {tuple(ids.shape)} like input_ids, got {tuple(mask.shape)}")
+    if prompt_end is None or (prompt_mask is not None and response_mask is not None):
+        return Spans(prompt_end, prompt_mask, response_mask)
+    if prompt_end.shape != ids.shape[:1]:
+        raise InputError(f"prompt_end: expected shape ({len(ids)},), one column per row, got {tuple(prompt_end.shape)}")
+    attended = inputs.get("attention_mask")
+    words = torch.ones_like(ids, dtype=torch.bool) if attended is None else attended.bool()
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    first = words.int().argmax(1)
+    special = torch.tensor(sorted(tokenizer.all_special_ids), device=ids.device)
+    words = words & ~torch.isin(ids, special) & (columns != first[:, None])
+    in_prompt = columns <= prompt_end.to(ids.device)[:, None]
+    return Spans(prompt_end, words & in_prompt, words & ~in_prompt)
+
+
+def _contents(prompt: Text) -> list[str]:
+    return [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]

@@ -1,0 +1,66 @@
+import pytest
+import torch
+
+from rm_ood import ops
+from rm_ood.ops import reference, scatter
+
+
+def problem(n, k, d, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, generator=rng, dtype=torch.float64) + 3
+    return x, torch.randint(k, (n,), generator=rng), x.sum(0) / max(n, 1) + 0.1
+
+
+@pytest.mark.parametrize(("n", "k", "d"), [(0, 2, 3), (1, 1, 1), (5, 4, 7), (300, 3, 65), (70, 2, 600)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_scatter_equals_the_reference(n, k, d, dtype):
+    x, labels, pivot = problem(n, k, d)
+    x = x.to(dtype)
+    got = ops.class_scatter(x, labels, pivot, k)
+    exact = reference.class_scatter(x.double(), labels, pivot, k)
+    assert [t.dtype for t in got] == [torch.int64, torch.float64, torch.float64]
+    assert torch.equal(got[0], exact[0])
+    torch.testing.assert_close(got[1], exact[1], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got[2], exact[2], rtol=1e-12, atol=1e-10)
+    assert torch.equal(got[2], got[2].T)
+
+
+def test_batches_longer_than_a_chunk(monkeypatch):
+    x, labels, pivot = problem(50, 2, 6)
+    whole = ops.class_scatter(x, labels, pivot, 2)
+    monkeypatch.setattr(scatter, "_CHUNK", 8)
+    for part, expected in zip(ops.class_scatter(x, labels, pivot, 2), whole, strict=True):
+        torch.testing.assert_close(part, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_strides_gradients_and_autocast_do_not_matter():
+    x, labels, pivot = problem(40, 2, 9)
+    expected = ops.class_scatter(x, labels, pivot, 2)
+    for variant in (x.T.contiguous().T, x.repeat(1, 2)[:, :9], x.clone().requires_grad_()):
+        torch.testing.assert_close(ops.class_scatter(variant, labels, pivot, 2), expected, rtol=1e-13, atol=1e-13)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = ops.class_scatter(x.float(), labels, pivot, 2)[2]
+    assert torch.equal(got, ops.class_scatter(x.float(), labels, pivot, 2)[2])
+
+
+@pytest.mark.parametrize("n", [0, 40])
+def test_operator_is_registered_correctly(n):
+    x, labels, pivot = problem(n, 2, 30)
+    torch.library.opcheck(torch.ops.rm_ood.class_scatter.default, (x, labels, pivot, 2))
+    got = torch.ops.rm_ood.class_scatter(x, labels, pivot, 2)
+    assert torch.equal(got[2], ops.class_scatter(x, labels, pivot, 2)[2])
+
+
+def test_compiles_without_graph_break_and_has_a_fake():
+    compiled = torch.compile(ops.class_scatter, fullgraph=True, dynamic=True, backend="aot_eager")
+    x, labels, pivot = problem(40, 2, 30)
+    torch.testing.assert_close(compiled(x, labels, pivot, 2), ops.class_scatter(x, labels, pivot, 2), rtol=0, atol=0)
+    fake = ops.class_scatter(x.to("meta"), labels.to("meta"), pivot.to("meta"), 2)
+    assert [tuple(t.shape) for t in fake] == [(2,), (2, 30), (30, 30)]
+    assert [t.dtype for t in fake] == [torch.int64, torch.float64, torch.float64]
+
+
+def test_backend_info_names_what_runs():
+    info = ops.backend_info()
+    assert info["torch"] == torch.__version__
+    assert info["cpu"] == "pytorch"

@@ -1,0 +1,139 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.covariance import OAS, EmpiricalCovariance
+
+from rm_ood import covariance
+from rm_ood.errors import CalibrationError, InputError
+
+
+def centred_rows(n, d, seed, spread=2.0):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, d)) * 10.0 ** rng.uniform(-spread, spread, d)
+    return x - x.mean(0)
+
+
+def scatter_of(x):
+    return torch.from_numpy(x.T @ x)
+
+
+@settings(max_examples=40, derandomize=True, deadline=None)
+@given(st.integers(2, 40), st.integers(1, 12), st.integers(0, 2**16), st.sampled_from([1e-150, 1e-3, 1.0, 1e100]))
+def test_oas_equals_scikit_learn(n, d, seed, scale):
+    x = centred_rows(n, d, seed)
+    # Scikit-learn squares the covariance and leaves the range of float64 where this does not.
+    expected = OAS(assume_centered=True).fit(x).shrinkage_
+    assert covariance.oas_shrinkage(scatter_of(x * scale), n) == pytest.approx(expected, abs=1e-10)
+
+
+def test_oas_on_pooled_centred_classes_equals_scikit_learn():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(300, 6)) * np.arange(1, 7), rng.integers(0, 2, 300)
+    pooled = np.concatenate([x[y == c] - x[y == c].mean(0) for c in (0, 1)])
+    expected = OAS(assume_centered=True).fit(pooled).shrinkage_
+    assert 0 < expected < 1
+    assert covariance.oas_shrinkage(scatter_of(pooled), 300) == pytest.approx(expected, abs=1e-10)
+
+
+def test_oas_limits():
+    assert covariance.oas_shrinkage(torch.zeros(3, 3, dtype=torch.float64), 10) == 1.0
+    assert covariance.oas_shrinkage(torch.eye(3, dtype=torch.float64), 10) == 1.0
+    assert covariance.oas_shrinkage(torch.full((1, 1), 4.0, dtype=torch.float64), 10) == 0.0
+
+
+def test_effective_shrinkage_is_never_below_the_floor():
+    scatter = scatter_of(centred_rows(10_000, 3, 0))
+    oas = covariance.oas_shrinkage(scatter, 10_000)
+    assert 0 < oas < 0.01
+    assert covariance.effective_shrinkage("oas", 0.0, scatter, 10_000) == oas
+    assert covariance.effective_shrinkage("oas", 0.25, scatter, 10_000) == 0.25
+    assert covariance.effective_shrinkage(0.5, 0.25, scatter, 10_000) == 0.5
+    assert covariance.effective_shrinkage(0, 0.0, scatter, 10_000) == 0.0
+
+
+@pytest.mark.parametrize("shrinkage", ["oas", 0, 0.5, 1])
+def test_valid_settings_pass(shrinkage):
+    covariance.check_shrinkage(shrinkage, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("shrinkage", "floor", "message"),
+    [
+        ("ledoit", 0.0, "shrinkage='ledoit': expected 'oas' or a number"),
+        (-0.1, 0.0, "shrinkage=-0.1"),
+        (1.5, 0.0, "shrinkage=1.5"),
+        (math.nan, 0.0, "shrinkage=nan"),
+        (True, 0.0, "shrinkage=True"),
+        (None, 0.0, "shrinkage=None"),
+        ("oas", -1e-9, "floor=-1e-09: expected a number in"),
+        ("oas", "oas", "floor='oas'"),
+    ],
+)
+def test_invalid_settings_are_refused(shrinkage, floor, message):
+    with pytest.raises(InputError, match=message):
+        covariance.check_shrinkage(shrinkage, floor)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_covariance_is_scikit_learns_with_the_other_divisor(k):
+    x = centred_rows(50, 5, 1)
+    ours = covariance.shrunk_covariance(scatter_of(x), 50, k, 0.0).numpy()
+    expected = EmpiricalCovariance(assume_centered=True).fit(x).covariance_ * 50 / (50 - k)
+    np.testing.assert_allclose(ours, expected, rtol=1e-12, atol=1e-12 * np.abs(expected).max())
+    shrunk = covariance.shrunk_covariance(scatter_of(x), 50, k, 0.3).numpy()
+    identity = np.trace(expected) / 5 * np.eye(5)
+    np.testing.assert_allclose(shrunk, 0.7 * expected + 0.3 * identity, rtol=1e-12, atol=1e-12 * np.abs(expected).max())
+
+
+@settings(max_examples=30, derandomize=True, deadline=None)
+@given(st.integers(2, 12), st.integers(1, 12), st.integers(0, 2**16), st.sampled_from([1e-4, 1e-2, 0.5, 1.0]))
+def test_shrinkage_bounds_the_smallest_eigenvalue(n, d, seed, shrinkage):
+    scatter = scatter_of(centred_rows(n, d, seed))
+    cov = covariance.shrunk_covariance(scatter, n, 1, shrinkage)
+    trace = float(scatter.trace()) / (n - 1)
+    assert float(cov.trace()) == pytest.approx(trace, rel=1e-12)
+    assert float(torch.linalg.eigvalsh(cov)[0]) >= shrinkage * trace / d * (1 - 1e-9) - 1e-13 * trace
+
+
+def test_covariance_leaves_the_scatter_as_it_was():
+    scatter = scatter_of(centred_rows(20, 3, 0))
+    before = scatter.clone()
+    covariance.shrunk_covariance(scatter, 20, 1, 0.5)
+    assert torch.equal(scatter, before)
+
+
+@pytest.mark.parametrize(("n", "k", "got"), [(1, 1, "got 1 sample;"), (2, 2, "got 2 samples in 2 classes")])
+def test_no_degrees_of_freedom(n, k, got):
+    with pytest.raises(CalibrationError, match=got):
+        covariance.shrunk_covariance(torch.eye(2, dtype=torch.float64), n, k, 0.5)
+
+
+def test_no_variance():
+    with pytest.raises(CalibrationError, match="no variance: all 9 vectors"):
+        covariance.shrunk_covariance(torch.zeros(2, 2, dtype=torch.float64), 9, 1, 0.5)
+
+
+@settings(max_examples=30, derandomize=True, deadline=None)
+@given(st.integers(1, 20), st.integers(0, 2**16))
+def test_whitening_inverts_the_covariance(d, seed):
+    cov = covariance.shrunk_covariance(scatter_of(centred_rows(3 * d + 2, d, seed)), 3 * d + 2, 1, 1e-3)
+    w = covariance.whitening(cov)
+    assert torch.equal(w, w.tril())
+    assert (w.diagonal() > 0).all()
+    assert w.is_contiguous()
+    torch.testing.assert_close(w @ cov @ w.T, torch.eye(d, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+def test_singular_covariance_is_refused():
+    with pytest.raises(CalibrationError, match=r"singular: direction 2 of 2 .* Set floor or shrinkage"):
+        covariance.whitening(torch.ones(2, 2, dtype=torch.float64))
+
+
+def test_effective_rank_of_sphere_and_line():
+    assert covariance.effective_rank(torch.eye(7, dtype=torch.float64)) == pytest.approx(7)
+    assert covariance.effective_rank(torch.ones(7, 7, dtype=torch.float64)) == pytest.approx(1)
+    assert math.isnan(covariance.effective_rank(torch.zeros(2, 2, dtype=torch.float64)))
