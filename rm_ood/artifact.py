@@ -14,18 +14,18 @@ import json
 import math
 import os
 import re
-import secrets
-import time
 from collections.abc import Collection, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from rm_ood.atomic import locked_folder, remove_temporaries, sync_folder, write_temporary
 from rm_ood.errors import FormatError, InputError, IntegrityError, SaveError
+from rm_ood.strict_json import canonical_json, parse_json
 
 GUARD_FILE = "ood_guard.safetensors"
 CONFIG_FILE = "ood_guard_config.json"
@@ -77,7 +77,7 @@ def write_guard(
     """
     own = {name: _savable(name, tensor) for name, tensor in sorted(tensors.items())}
     envelope = _envelope(config, own)
-    text = _canonical(envelope)
+    text = canonical_json(envelope)
     blob = safetensors.torch.save(own, {_KEY: text})
     sizes = {
         "tensors": (len(own), MAX_TENSORS),
@@ -92,7 +92,7 @@ def write_guard(
     target = Path(folder)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        with _locked(target, LOCK_WAIT_S) as locked:
+        with locked_folder(target, LOCK_WAIT_S) as locked:
             if locked is False:
                 raise SaveError(f"{target}: another process has been saving here for {LOCK_WAIT_S:.0f} s")
             _save(target, blob, envelope, overwrite)
@@ -126,7 +126,7 @@ def _read_guard(target: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     differing = _copy_differences(target, envelope)
     if differing:
         # A save in another process may have been between its two files: look again while nobody saves.
-        with _locked(target, LOCK_WAIT_S):
+        with locked_folder(target, LOCK_WAIT_S):
             envelope, tensors, identity = _read(path)
             differing = _copy_differences(target, envelope)
     if differing:
@@ -169,59 +169,8 @@ def check_schema(
         raise FormatError(f"saved guard: {'; '.join(problems)}")
 
 
-def parse_json(data: bytes, what: str, limit: int) -> Any:
-    """Strict JSON: UTF-8, no NaN, Infinity or overflow, no doubled keys, no lone surrogates, bounded size and depth.
-
-    Raises:
-        FormatError: names `what` and the first thing that is wrong with it.
-    """
-    if len(data) > limit:
-        raise FormatError(f"{what}: {len(data)} bytes of JSON, at most {limit} are read")
-    try:
-        value = json.loads(
-            data.decode(),
-            parse_constant=_no_constant,
-            parse_int=_short_int,
-            parse_float=_finite_float,
-            object_pairs_hook=_unique_keys,
-        )
-        json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{what}: not strict JSON ({type(error).__name__}: {error})") from error
-    return value
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _short_int(digits: str) -> int:
-    if len(digits) > 20:
-        raise ValueError(f"an integer of {len(digits)} digits")
-    return int(digits)
-
-
-def _finite_float(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError("a number too large for a float")
-    return value
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in names if names.count(key) > 1)[:100]!r} appears twice")
-    return found
-
-
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
 def _digest(envelope: Mapping[str, Any], parts: Mapping[str, tuple[str, list[int], memoryview]]) -> str:
-    state = hashlib.sha256(_canonical({k: v for k, v in envelope.items() if k != "digest"}).encode())
+    state = hashlib.sha256(canonical_json({k: v for k, v in envelope.items() if k != "digest"}).encode())
     for name, (dtype, shape, data) in sorted(parts.items()):
         state.update(f"\n{name} {dtype} {shape}\n".encode())
         state.update(data)
@@ -229,10 +178,12 @@ def _digest(envelope: Mapping[str, Any], parts: Mapping[str, tuple[str, list[int
 
 
 def _parts(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, list[int], memoryview]]:
-    return {
-        name: (_DTYPE_NAMES[t.dtype], list(t.shape), memoryview(t.reshape(-1).view(torch.uint8).numpy()))
-        for name, t in tensors.items()
-    }
+    return {name: (_DTYPE_NAMES[t.dtype], list(t.shape), _bytes(t)) for name, t in tensors.items()}
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    raw: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(raw)
 
 
 def _savable(name: str, tensor: Tensor) -> Tensor:
@@ -246,7 +197,7 @@ def _savable(name: str, tensor: Tensor) -> Tensor:
 
 def _envelope(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     try:
-        plain = parse_json(_canonical(config).encode(), "settings", MAX_METADATA)
+        plain = parse_json(canonical_json(config).encode(), "settings", MAX_METADATA)
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"settings of the guard are not plain JSON: {error}") from error
     envelope = {"format_version": FORMAT_VERSION, "rm_ood_version": _version(), "config": plain}
@@ -257,7 +208,7 @@ def _version() -> str:
     try:
         return metadata.version("rm_ood")
     except metadata.PackageNotFoundError:
-        return "unknown"
+        return "0.0.0+source"
 
 
 def _readable(envelope: Mapping[str, Any]) -> bytes:
@@ -267,8 +218,7 @@ def _readable(envelope: Mapping[str, Any]) -> bytes:
 def _save(folder: Path, blob: bytes, envelope: Mapping[str, Any], overwrite: bool) -> None:
     _refuse_target(folder)
     for name in (GUARD_FILE, CONFIG_FILE):
-        for stale in folder.glob(f".{name}.*.tmp"):
-            stale.unlink()
+        remove_temporaries(folder, name)
     if (folder / GUARD_FILE).exists():
         same = _holds(folder, envelope)
         if not (same or overwrite):
@@ -276,16 +226,16 @@ def _save(folder: Path, blob: bytes, envelope: Mapping[str, Any], overwrite: boo
         if same and (folder / CONFIG_FILE).exists():
             return
     with contextlib.ExitStack() as cleanup:
-        guard = _write_temporary(folder, GUARD_FILE, blob, cleanup)
-        copy = _write_temporary(folder, CONFIG_FILE, _readable(envelope), cleanup)
+        guard = write_temporary(folder, GUARD_FILE, blob, cleanup)
+        copy = write_temporary(folder, CONFIG_FILE, _readable(envelope), cleanup)
         # Both are on the disk before anything is touched, and there is no copy while the authority changes: a kill in
         # between leaves a guard without its copy, never one beside the copy of another.
         (folder / CONFIG_FILE).unlink(missing_ok=True)
-        _sync_folder(folder)
+        sync_folder(folder)
         os.replace(guard, folder / GUARD_FILE)
-        _sync_folder(folder)
+        sync_folder(folder)
         os.replace(copy, folder / CONFIG_FILE)
-        _sync_folder(folder)
+        sync_folder(folder)
 
 
 def _refuse_target(folder: Path) -> None:
@@ -308,61 +258,6 @@ def _holds(folder: Path, envelope: Mapping[str, Any]) -> bool:
         return False
     as_now = {**envelope, "config": found["config"]}
     return not differing and _digest(as_now, _parts(tensors)) == envelope["digest"]
-
-
-def _write_temporary(folder: Path, name: str, data: bytes, cleanup: contextlib.ExitStack) -> Path:
-    path = folder / f".{name}.{secrets.token_hex(8)}.tmp"
-    with path.open("xb") as file:
-        cleanup.callback(path.unlink, missing_ok=True)
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return path
-
-
-def _sync_folder(folder: Path) -> None:
-    # Some network file systems cannot sync a folder; the bytes of the files are synced either way.
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, wait_s: float) -> Iterator[bool | None]:
-    """One saver at a time: True when held, False after `wait_s`, None where folders cannot be locked."""
-    try:
-        import fcntl
-
-        handle = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):
-        yield None
-        return
-    try:
-        yield _acquire(handle, wait_s)
-        # By hand: closing does not release it while a forked child still has the handle.
-        fcntl.flock(handle, fcntl.LOCK_UN)
-    finally:
-        os.close(handle)
-
-
-def _acquire(handle: int, wait_s: float) -> bool | None:
-    import fcntl
-
-    deadline = time.monotonic() + wait_s
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(0.02)
-        except OSError:
-            return None
-        else:
-            return True
 
 
 def _find(folder: Path) -> Path:
@@ -475,7 +370,7 @@ def _verify(path: Path, text: str, slices: Mapping[str, tuple[str, list[int], me
     if not isinstance(envelope, dict) or any(type(envelope.get(key)) is not kind for key, kind in types.items()):
         raise IntegrityError(f"{path}: the settings lack one of {', '.join(types)}; {_CHANGED}")
     # The digest is over values: the text has to be the one way of writing them, or a flipped bit could hide in it.
-    if _canonical(envelope) != text or _digest(envelope, slices) != envelope["digest"]:
+    if canonical_json(envelope) != text or _digest(envelope, slices) != envelope["digest"]:
         raise IntegrityError(f"{path}: the digest does not match the contents; {_CHANGED}")
     if not 1 <= envelope["format_version"] <= FORMAT_VERSION:
         raise FormatError(
@@ -508,13 +403,13 @@ def _differences(copy: Any, authority: Any, at: str) -> Iterator[str]:
                 yield below
             else:
                 yield from _differences(copy[key], authority[key], below)
-    elif _canonical(copy) != _canonical(authority):
+    elif canonical_json(copy) != canonical_json(authority):
         yield at or "everything"
 
 
 def _rebuild_copy(folder: Path, envelope: Mapping[str, Any], identity: _Identity) -> None:
     # Only while nobody saves, and only beside the very file that was read: a copy of an older guard would be an error.
-    with contextlib.suppress(OSError), _locked(folder, 0.0) as locked, contextlib.ExitStack() as cleanup:
+    with contextlib.suppress(OSError), locked_folder(folder, 0.0) as locked, contextlib.ExitStack() as cleanup:
         path = folder / CONFIG_FILE
         if locked and not path.exists() and _identity((folder / GUARD_FILE).stat()) == identity:
-            os.replace(_write_temporary(folder, CONFIG_FILE, _readable(envelope), cleanup), path)
+            os.replace(write_temporary(folder, CONFIG_FILE, _readable(envelope), cleanup), path)

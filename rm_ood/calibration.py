@@ -27,6 +27,7 @@ from rm_ood.conformal import (
     ranked_by_group,
 )
 from rm_ood.errors import CalibrationError, InputError
+from rm_ood.length import LengthStandardiser
 
 Bools = NDArray[np.bool_]
 MINIMUM_A = 50
@@ -77,97 +78,6 @@ def _splitmix64(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
-
-
-@dataclass(frozen=True)
-class LengthStandardiser:
-    """z = (value - location(length)) / scale(length), fitted on part A.
-
-    The value is the log of the score, so that squared distances of every width compare; for the channel `reward` (whose
-    score is |standardised reward|), or where scores may be negative, it is the score itself. Non-finite scores get
-    +inf.
-
-    location = b0 + b1 u + b2 v and log scale = g0 + g1 v, with u = log(1 + length) and v = (1 + length)^(-1/2). The
-    mean of L token vectors has noise of order L^(-1/2), so v bends where short spans do.
-    Lengths are clipped to those of part A: nothing extrapolates.
-    """
-
-    logarithmic: bool
-    shortest: int
-    longest: int
-    centre: Floats = field(repr=False)
-    spread: Floats = field(repr=False)
-    location: Floats = field(repr=False)
-    log_scale: Floats = field(repr=False)
-
-    @classmethod
-    def fit(cls, scores: Floats, lengths: Ints, *, logarithmic: bool) -> LengthStandardiser:
-        """Fit on (n,) scores and span lengths (tokens) of part A."""
-        shortest, longest = int(lengths.min()), int(lengths.max())
-        raw = _curves(lengths, shortest, longest)
-        centre, spread = raw.mean(axis=0), raw.std(axis=0)
-        spread = np.where(spread > 0, spread, 1.0)
-        design = np.column_stack([np.ones(len(raw)), (raw - centre) / spread])
-        location, log_scale = _fit_curves(_values(scores, logarithmic), design, design[:, [0, 2]])
-        return cls(logarithmic, shortest, longest, centre, spread, location, log_scale)
-
-    def __call__(self, scores: Floats, lengths: Ints) -> Floats:
-        """Standardised scores z, (q,) float64, comparable between channels; larger = more OOD."""
-        u, v = ((_curves(lengths, self.shortest, self.longest) - self.centre) / self.spread).T
-        location = self.location[0] + self.location[1] * u + self.location[2] * v
-        scale = np.maximum(np.exp(self.log_scale[0] + self.log_scale[1] * v), _SMALLEST_SCALE)
-        finite = np.isfinite(scores)
-        z = (_values(np.where(finite, scores, 0.0), self.logarithmic) - location) / scale
-        return np.where(finite, z, np.inf)
-
-
-# A channel whose scores are all equal has no scale; anything else it ever shows is then far out, and not 0 / 0.
-_SMALLEST_SCALE = 1e-6
-
-
-def _curves(lengths: Ints, shortest: int, longest: int) -> Floats:
-    tokens = 1.0 + np.clip(lengths, shortest, longest)
-    return np.column_stack([np.log(tokens), tokens**-0.5])
-
-
-def _values(scores: Floats, logarithmic: bool) -> Floats:
-    # A squared distance of exactly 0 is a legal score: far below everything, but finite.
-    return np.log(np.maximum(scores, np.finfo(np.float64).tiny)) if logarithmic else scores
-
-
-def _fit_curves(y: Floats, mean_design: Floats, scale_design: Floats) -> tuple[Floats, Floats]:
-    scale = np.ones(len(y))
-    for _ in range(4):
-        location = _huber(y, mean_design, scale)
-        residual = np.abs(y - mean_design @ location)
-        middle = max(float(np.median(residual)), _SMALLEST_SCALE)
-        log_scale = _mean_size(np.clip(residual, 1e-3 * middle, 6 * middle), scale_design)
-        scale = np.exp(scale_design @ log_scale)
-    return location, log_scale
-
-
-def _huber(y: Floats, design: Floats, scale: Floats) -> Floats:
-    weight = np.ones(len(y))
-    for _ in range(20):
-        weighted = design * (weight / scale**2)[:, None]
-        gram = weighted.T @ design
-        ridge = 1e-9 * np.trace(gram) * np.eye(len(gram))
-        b = np.linalg.solve(gram + ridge, weighted.T @ y)
-        size = np.abs(y - design @ b) / scale
-        cut = 1.345 * max(float(np.median(size)) / 0.6745, 1e-9)
-        weight = np.minimum(1.0, cut / np.maximum(size, 1e-300))
-    return b
-
-
-def _mean_size(size: Floats, design: Floats) -> Floats:
-    """Coefficients g of E[size] = exp(design g), the gamma regression with log link."""
-    g = np.zeros(design.shape[1])
-    g[0] = np.log(size.mean())
-    gram = design.T @ design
-    gram += 1e-9 * np.trace(gram) * np.eye(len(gram))
-    for _ in range(15):
-        g = g + np.clip(np.linalg.solve(gram, design.T @ (size * np.exp(-(design @ g)) - 1)), -1.0, 1.0)
-    return g
 
 
 @dataclass(frozen=True)
@@ -235,7 +145,7 @@ class Profile:
         labels = self._labels(spans, groups)
         z = {name: self._standardisers[name](table[:, i], _span(name, spans)) for i, name in enumerate(channels)}
         axis_score = _axis_scores(z, self.joined)
-        score = np.max(list(axis_score.values()), axis=0)
+        score = _largest(axis_score)
         return Ranking(
             z=z,
             channel_p={name: self._p(name, z[name], labels) for name in channels},
@@ -305,7 +215,7 @@ class CalibrationTable:
             raise CalibrationError(f"calibration table: {len(self.groups)} groups for {n} prompts")
         bad = np.isnan(self.scores) | np.isneginf(self.scores)
         if bad.any():
-            names = [name for name, hit in zip(self.channels, bad.any(axis=0), strict=True) if hit]
+            names = [self.channels[i] for i in np.flatnonzero(bad.any(axis=0))]
             raise CalibrationError(f"calibration scores: {int(bad.any(axis=1).sum())} rows are NaN or -inf in {names}")
         if self.lengths.min(initial=0) < 0:
             raise CalibrationError("calibration table: a span length is negative")
@@ -318,7 +228,7 @@ class CalibrationTable:
     @property
     def n_b(self) -> int:
         """Number of prompts in part B: the n of every promise."""
-        return int((~self.part_a).sum())
+        return self.n - int(self.part_a.sum())
 
     def profile(
         self,
@@ -348,25 +258,17 @@ class CalibrationTable:
             raise InputError(f"groups={groups!r}: the calibration rows were read without a group column")
         needed = minimum_calibration(alpha, confidence)
         self._check_size(needed, alpha, confidence)
-        part_b: Bools = ~self.part_a
         standardisers = {name: self._standardise(name) for name in self.channels}
-        lengths = self.lengths[part_b]
-        z = {
-            name: standardiser(self.scores[part_b, self.channels.index(name)], _span(name, lengths))
-            for name, standardiser in standardisers.items()
-        }
+        part_b: Bools = np.logical_not(self.part_a)
+        lengths, scores = self.lengths[part_b], self.scores[part_b]
+        z = {name: standardisers[name](scores[:, i], _span(name, lengths)) for i, name in enumerate(self.channels)}
         axis_score = _axis_scores(z, joined)
-        ranked = {_JOINED: np.max(list(axis_score.values()), axis=0), **z}
+        ranked = {_JOINED: _largest(axis_score), **z}
         ranked.update({_axis_key(axis): values for axis, values in axis_score.items()})
 
-        edges = None
-        labels = [ALL] * self.n_b
-        if groups == LENGTH:
-            edges = _length_edges(self.lengths[self.part_a, 1], lengths[:, 1], needed)
-            labels = _length_labels(lengths[:, 1], edges)
-        elif groups is not None and self.groups is not None:
-            labels = [self.groups[i] for i in np.flatnonzero(part_b)]
-        members = pool_groups(labels, needed)
+        edges = _length_edges(self.lengths[self.part_a, 1], lengths[:, 1], needed) if groups == LENGTH else None
+        labels, names = self._part_b_labels(groups, part_b, edges)
+        members = pool_groups({name: labels.count(name) for name in names}, needed)
         rows = {pooled: in_groups(labels, pooled) for pooled in set(members.values())}
         pools = {pooled: Pool.fit(ranked[_JOINED][inside], alpha, confidence) for pooled, inside in rows.items()}
         ascending = {
@@ -377,19 +279,27 @@ class CalibrationTable:
             confidence=confidence,
             joined=tuple(joined),
             channels=self.channels,
-            pools={label: pools[pooled] for label, pooled in members.items()},
+            pools={name: pools[members[name]] for name in names},
             length_edges=edges,
             _standardisers=standardisers,
-            _ascending={
-                key: {label: by_pool[pooled] for label, pooled in members.items()} for key, by_pool in ascending.items()
-            },
+            _ascending={key: {name: by_pool[members[name]] for name in names} for key, by_pool in ascending.items()},
         )
+
+    def _part_b_labels(
+        self, groups: str | None, part_b: Bools, edges: tuple[int, ...] | None
+    ) -> tuple[list[str], list[str]]:
+        """The group of each prompt of part B, and all groups in the order of the report."""
+        if edges is not None:
+            return _length_labels(self.lengths[part_b, 1], edges), _length_names(edges)
+        if groups is None or self.groups is None:
+            return [ALL] * self.n_b, [ALL]
+        return [self.groups[i] for i in np.flatnonzero(part_b)], sorted(set(self.groups))
 
     def _check_size(self, needed: int, alpha: float, confidence: float | None) -> None:
         total = prompts_needed(alpha, confidence)
-        missing = max(needed - self.n_b, 0 if self.part_a.any() else MINIMUM_A)
-        if missing:
-            missing = max(missing, total - self.n)
+        short = max(0, needed - self.n_b) + max(0, MINIMUM_A - int(self.part_a.sum()))
+        if short:
+            missing = max(short, total - self.n)
             raise CalibrationError(
                 f"alpha={alpha} at confidence {confidence} needs {total} calibration prompts ({needed} to rank among "
                 f"and the rest to fit the length curves): have {self.n}, need {missing} more. "
@@ -398,10 +308,13 @@ class CalibrationTable:
 
     def _standardise(self, name: str) -> LengthStandardiser:
         scores = self.scores[self.part_a, self.channels.index(name)]
-        lengths = _span(name, self.lengths[self.part_a])
         finite = np.isfinite(scores)
-        if not finite.any():
-            raise CalibrationError(f"channel {name}: no finite calibration score among the {scores.size} of part A")
+        if 2 * finite.sum() < MINIMUM_A:
+            raise CalibrationError(
+                f"channel {name}: only {int(finite.sum())} of the {scores.size} calibration scores of part A are finite"
+            )
+        lengths = _span(name, self.lengths[self.part_a])
+        # Squared distances compare as logs; |reward|, and detectors whose scores go below 0, as they are.
         logarithmic = name != REWARD and bool((scores >= 0).all())
         return LengthStandardiser.fit(scores[finite], lengths[finite], logarithmic=logarithmic)
 
@@ -419,7 +332,11 @@ def _span(channel: str, lengths: Ints) -> Ints:
 
 def _axis_scores(z: dict[str, Floats], joined: tuple[str, ...]) -> dict[str, Floats]:
     by_axis = {axis: [z[name] for name in joined if Channel.parse(name).axis == axis] for axis in AXES}
-    return {axis: np.max(columns, axis=0) for axis, columns in by_axis.items() if columns}
+    return {axis: np.maximum.reduce(columns) for axis, columns in by_axis.items() if columns}
+
+
+def _largest(axis_score: dict[str, Floats]) -> Floats:
+    return np.asarray(np.max(list(axis_score.values()), axis=0), dtype=np.float64)
 
 
 def _length_edges(part_a: Ints, part_b: Ints, needed: int) -> tuple[int, ...]:
@@ -436,8 +353,11 @@ def _length_edges(part_a: Ints, part_b: Ints, needed: int) -> tuple[int, ...]:
     return tuple(edges)
 
 
+def _length_names(edges: tuple[int, ...]) -> list[str]:
+    starts = [0, *(edge + 1 for edge in edges)]
+    return [*(f"{low}-{high} tokens" for low, high in zip(starts, edges, strict=False)), f"{starts[-1]}+ tokens"]
+
+
 def _length_labels(lengths: Ints, edges: tuple[int, ...]) -> list[str]:
-    bounds = [-1, *edges]
-    names = [f"{low + 1}-{high} tokens" for low, high in zip(bounds, edges, strict=False)]
-    names.append(f"{bounds[-1] + 1}+ tokens")
+    names = _length_names(edges)
     return [names[i] for i in np.searchsorted(edges, lengths, side="left")]

@@ -87,6 +87,7 @@ class Capture:
         self.read_out = read_out
         self.reward = reward
         self.head_path, self._head = find_head(model, head)
+        _check_labels(self._head, self.head_path, reward)
         parsed = {name: Channel.parse(name) for name in (FINAL, *channels) if name != REWARD}
         self._at_head = {name: c for name, c in parsed.items() if c.layer == FINAL}
         self._at_block: dict[int, dict[str, Channel]] = {}
@@ -153,6 +154,15 @@ class Capture:
             rewards=rewards.detach(),
             # Equal NaNs agree: the reward is then flagged for being NaN, not for the position.
             mismatch=~((from_head == rewards) | (from_head.isnan() & rewards.isnan())).detach(),
+        )
+
+
+def _check_labels(head: nn.Module, path: str, reward: str) -> None:
+    labels = getattr(head, "out_features", None)
+    if labels is not None and (reward_column(reward) >= labels or (labels != 1 and ":" not in reward)):
+        raise InputError(
+            f"reward={reward!r}: the head {path!r} has {labels} outputs. Name the one that is the reward, reward='logits:0' to "
+            f"'logits:{labels - 1}', or another head with head='dotted.path'."
         )
 
 

@@ -101,7 +101,7 @@ def _layer(value: float | int) -> float | int:
     return value
 
 
-def resolve_channels(channels: str | Iterable[str | Channel], axes: Iterable[str]) -> tuple[str, ...]:
+def resolve_channels(channels: str | Channel | Iterable[str | Channel], axes: Iterable[str]) -> tuple[str, ...]:
     """Names of the channels that are joined into the verdict, in canonical form, `final` first.
 
     `"default"` is `DEFAULT_CHANNELS` on the given axes. `final` is computed in every guard, but joins the verdict only
@@ -117,6 +117,10 @@ def resolve_channels(channels: str | Iterable[str | Channel], axes: Iterable[str
     if channels == "default":
         names = [name for name in DEFAULT_CHANNELS if Channel.parse(name).axis in axes]
     else:
+        if isinstance(channels, Channel):
+            channels = (channels,)
+        if not isinstance(channels, Iterable):
+            raise InputError(f"channels: expected names, got {type(channels).__name__}. {_SYNTAX}")
         listed = channels.split(",") if isinstance(channels, str) else list(channels)
         names = [str(Channel.parse(c.strip() if isinstance(c, str) else c)) for c in listed]
         outside = [name for name in names if Channel.parse(name).axis not in axes]

@@ -13,6 +13,7 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def _fit(a: argparse.Namespace) -> dict[str, Any]:
     from rm_ood.guard import OODGuard
     from rm_ood.reward_model import load_reward_model
 
-    settings = {f.name: getattr(a, f.name) for f in fields(GuardConfig) if getattr(a, f.name, None) is not None}
+    settings = {f.name: getattr(a, f.name) for f in fields(GuardConfig) if hasattr(a, f.name)}
     GuardConfig.from_dict(settings)  # a wrong option is told before a model is loaded
     model, tokenizer = load_reward_model(a.model, **_model_options(a))
     guard = OODGuard(model, tokenizer, **settings)
@@ -242,7 +243,8 @@ def _data_arguments(parser: argparse.ArgumentParser, help_text: str) -> None:
 
 def _settings(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("settings (kept in the guard)")
-    add = group.add_argument
+    # Absent unless given: the defaults are GuardConfig's.
+    add = partial(group.add_argument, default=argparse.SUPPRESS)
     add("--channels", help="default, final, or a list such as final,response/mean@0.67")
     add("--axes", type=lambda text: tuple(text.split(",")), help="prompt,response (default), or one of them")
     add("--detector", choices=["mahalanobis"], help="default: mahalanobis")
@@ -257,22 +259,21 @@ def _settings(parser: argparse.ArgumentParser) -> None:
     add("--layers", help="dotted path of the list of blocks, where the rule is wrong")
     add("--reward", help="logits (default) or logits:i")
     add("--read-out", choices=["auto", "non_pad", "last_token", "first"], help="default: auto")
-    add("--prompt-pass", action="store_true", default=None, help="judge the prompt in a second, prompt-only forward")
+    add("--prompt-pass", action="store_true", help="judge the prompt in a second, prompt-only forward")
     add("--shrinkage", type=_shrinkage, help="oas (default) or a coefficient in [0, 1]")
     add("--floor", type=float, help="smallest eigenvalue as a share of the mean one (default: 1e-4)")
     add("--text-format", choices=["auto", "chat", "pair", "plain"], help="default: auto, settled by the data")
-    add("--split-special-tokens", action="store_true", default=None, help="read typed special tokens as text")
-    add("--append-eos", action="store_true", default=None, help="end plain text with the end token")
-    add("--allow-empty", action="store_true", default=None, help="accept empty prompts")
+    add("--split-special-tokens", action="store_true", help="read typed special tokens as text")
+    add("--append-eos", action="store_true", help="end plain text with the end token")
+    add("--allow-empty", action="store_true", help="accept empty prompts")
     add("--max-chars", type=int, help="longest text in characters (default: 200000)")
     add("--on-bad", choices=["error", "drop"], help="unusable rows: stop (default), or leave out and count")
-    add("--one-class", action="store_true", default=None, help="one Gaussian for all responses")
+    add("--one-class", action="store_true", help="one Gaussian for all responses")
     add("--max-calibration", type=int, help="calibration prompts kept (default: 10000)")
 
 
-def _confidence(text: str) -> Any:
-    # None would read as "not given", so the absence of a confidence goes through the frozen settings as a word.
-    return "none" if text.lower() == "none" else float(text)
+def _confidence(text: str) -> float | None:
+    return None if text.lower() == "none" else float(text)
 
 
 def _shrinkage(text: str) -> float | str:

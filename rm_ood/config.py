@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 from rm_ood.channels import resolve_channels
 from rm_ood.errors import InputError
+from rm_ood.reward_model import READ_OUTS
+from rm_ood.text import FORMATS, ON_TOO_LONG
 
 
 @dataclass(frozen=True)
@@ -75,30 +78,40 @@ class GuardConfig:
     max_calibration: int = 10_000
 
     def __post_init__(self) -> None:
-        if self.confidence == "none":  # the command line's word for it
-            object.__setattr__(self, "confidence", None)
         axes = (self.axes,) if isinstance(self.axes, str) else tuple(self.axes)
         object.__setattr__(self, "axes", axes)
         object.__setattr__(self, "channels", resolve_channels(self.channels, axes))
-        _require(0 < self.alpha < 1, "alpha", self.alpha, "a fraction in (0, 1)")
+        _require(_is_number(self.alpha) and 0 < self.alpha < 1, "alpha", self.alpha, "a fraction in (0, 1)")
         _require(
-            self.confidence is None or 0 < self.confidence < 1,
+            self.confidence is None or (_is_number(self.confidence) and 0 < self.confidence < 1),
             "confidence",
             self.confidence,
             "a fraction in (0, 1) or None",
         )
         _require(self.detector == "mahalanobis", "detector", self.detector, "'mahalanobis'")
         _require(_is_shrinkage(self.shrinkage), "shrinkage", self.shrinkage, "'oas' or a number in [0, 1]")
-        _require(math.isfinite(self.floor) and 0 <= self.floor <= 1, "floor", self.floor, "a number in [0, 1]")
+        _require(_is_number(self.floor) and 0 <= self.floor <= 1, "floor", self.floor, "a number in [0, 1]")
         for name in ("batch_size", "max_calibration", "max_chars"):
             value = getattr(self, name)
-            _require(isinstance(value, int) and value > 0, name, value, "a positive integer")
+            _require(_is_integer(value) and value > 0, name, value, "a positive integer")
+        length, seed = self.max_length, self.seed
+        _require(length is None or (_is_integer(length) and length >= 2), "max_length", length, "2 tokens or more, or None")
+        _require(_is_integer(seed) and -(2**63) <= seed < 2**63, "seed", seed, "a 64-bit integer")
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            _require(value in choices, name, value, f"one of {choices}")
         _require(
-            self.max_length is None or self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens, or None"
+            isinstance(self.reward, str) and re.fullmatch(r"logits(:[0-9]+)?", self.reward) is not None,
+            "reward",
+            self.reward,
+            "'logits' or 'logits:<label index>'",
         )
-        _require(isinstance(self.seed, int) and -(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit integer")
-        _require(self.on_bad in ("error", "drop"), "on_bad", self.on_bad, "'error' or 'drop'")
-        _require(self.eval_mode in ("error", "switch"), "eval_mode", self.eval_mode, "'error' or 'switch'")
+        for name in ("prompt_pass", "split_special_tokens", "append_eos", "allow_empty", "one_class"):
+            value = getattr(self, name)
+            _require(isinstance(value, bool), name, value, "True or False")
+        for name in ("groups", "head", "layers"):
+            value = getattr(self, name)
+            _require(value is None or isinstance(value, str), name, value, "a string or None")
 
     @property
     def joined(self) -> tuple[str, ...]:
@@ -123,8 +136,25 @@ class GuardConfig:
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
 
-def _is_shrinkage(value: float | str) -> bool:
-    return value == "oas" if isinstance(value, str) else 0 <= value <= 1
+_CHOICES = {
+    "on_too_long": ON_TOO_LONG,
+    "text_format": ("auto", *FORMATS),
+    "read_out": READ_OUTS,
+    "on_bad": ("error", "drop"),
+    "eval_mode": ("error", "switch"),
+}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_shrinkage(value: Any) -> bool:
+    return value == "oas" if isinstance(value, str) else _is_number(value) and 0 <= value <= 1
 
 
 def _require(holds: bool, name: str, value: Any, wanted: str) -> None:

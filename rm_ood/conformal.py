@@ -27,6 +27,7 @@ from rm_ood.errors import CalibrationError, InputError, NotFittedError
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 ALL = "all"
+_ULPS = 16
 
 
 def p_values(calibration: ArrayLike, scores: ArrayLike, confidence: float | None) -> Floats:
@@ -49,6 +50,7 @@ def p_values(calibration: ArrayLike, scores: ArrayLike, confidence: float | None
     return p_of_rank(ranks(sorted_scores(calibration), scores), np.size(calibration), confidence)
 
 
+@lru_cache(maxsize=256)
 def guaranteed_rank(n: int, alpha: float, confidence: float | None) -> int:
     """The k such that flagging the scores above the k-th largest of n calibration scores keeps the promise; 0: none.
 
@@ -60,13 +62,14 @@ def guaranteed_rank(n: int, alpha: float, confidence: float | None) -> int:
     low, high = 0, n
     while low < high:
         middle = (low + high + 1) // 2
-        if p_of_rank(np.array([middle]), n, confidence)[0] <= alpha:
+        if _p_of_rank(np.array([middle]), n, confidence)[0] <= alpha:
             low = middle
         else:
             high = middle - 1
     return low
 
 
+@lru_cache(maxsize=256)
 def minimum_calibration(alpha: float, confidence: float | None) -> int:
     """Smallest number of calibration scores with which `alpha` can be promised: 299 for 1 % at 95 %."""
     check_alpha(alpha)
@@ -96,20 +99,25 @@ def false_alarm_interval(
 
 def p_of_rank(rank: Ints, n: int, confidence: float | None) -> Floats:
     """p-values of ranks 1..n+1 among n calibration scores, (m,) float64, strictly increasing in the rank."""
-    if confidence is None:
-        return np.asarray(rank / (n + 1), dtype=np.float64)
-    table = _known_quantiles(n, confidence)
+    table = _known(n, confidence)
     unknown = np.unique(rank[np.isnan(table[rank])])
-    table[unknown] = _beta_quantile(unknown, n, confidence)
+    if unknown.size:
+        table[unknown] = _p_of_rank(unknown, n, confidence)
     return table[rank]
 
 
 @lru_cache(maxsize=64)
-def _known_quantiles(n: int, confidence: float) -> Floats:
+def _known(n: int, confidence: float | None) -> Floats:
     """Table by rank that `p_of_rank` fills as ranks are asked for: the quantiles cost more than all the rest."""
-    table = np.full(n + 2, np.nan)
-    table[n + 1] = 1.0
-    return table
+    return np.full(n + 2, np.nan)
+
+
+def _p_of_rank(rank: Ints, n: int, confidence: float | None) -> Floats:
+    if confidence is None:
+        return np.asarray(rank / (n + 1), dtype=np.float64)
+    p = np.ones(rank.size)
+    p[rank <= n] = _beta_quantile(rank[rank <= n], n, confidence)
+    return p
 
 
 def _beta_quantile(rank: Ints, n: int, confidence: float) -> Floats:
@@ -122,9 +130,6 @@ def _beta_quantile(rank: Ints, n: int, confidence: float) -> Floats:
     reached = special.betainc(a, b, near) >= confidence
     first = np.where(reached.any(axis=0), reached.argmax(axis=0), _ULPS)
     return np.asarray(near[first, np.arange(len(p))], dtype=np.float64)
-
-
-_ULPS = 16
 
 
 def sorted_scores(calibration: ArrayLike) -> Floats:
@@ -152,23 +157,22 @@ def ranks(ascending: Floats, scores: ArrayLike) -> Ints:
     return np.where(np.isfinite(s), rank, 1).astype(np.int64)
 
 
-def too_few(n: int, alpha: float, confidence: float | None, where: str = "") -> CalibrationError:
+def too_few(n: int, alpha: float, confidence: float | None) -> CalibrationError:
     """The error for a calibration set that cannot carry the promise."""
     need = minimum_calibration(alpha, confidence)
     promise = "on average" if confidence is None else f"at confidence {confidence}"
     return CalibrationError(
-        f"alpha={alpha} {promise} needs {need} calibration prompts{where}: have {n}, need {need - n} more. "
+        f"alpha={alpha} {promise} needs {need} calibration prompts: have {n}, need {need - n} more. "
         "Pass more in-distribution prompts, or raise alpha."
     )
 
 
-def pool_groups(labels: Sequence[str], needed: int) -> dict[str, tuple[str, ...]]:
+def pool_groups(counts: Mapping[str, int], needed: int) -> dict[str, tuple[str, ...]]:
     """Which groups each group is ranked together with: alone when it has at least `needed` members.
 
     The smaller groups are pooled into one rest. A rest that is still too small joins the smallest group that is large
     enough; with no such group, the rest is everything there is.
     """
-    counts = Counter(labels)
     alone = {label: count for label, count in counts.items() if count >= needed}
     rest = sorted(label for label in counts if label not in alone)
     if alone and rest and sum(counts[label] for label in rest) < needed:
@@ -187,7 +191,7 @@ class Pool:
     threshold: float
 
     @classmethod
-    def fit(cls, scores: ArrayLike, alpha: float, confidence: float | None, where: str = "") -> Pool:
+    def fit(cls, scores: ArrayLike, alpha: float, confidence: float | None) -> Pool:
         """Sort, find k and the k-th largest score.
 
         Raises:
@@ -196,12 +200,12 @@ class Pool:
         ascending = sorted_scores(scores)
         k = guaranteed_rank(ascending.size, alpha, confidence)
         if k == 0:
-            raise too_few(ascending.size, alpha, confidence, where)
+            raise too_few(ascending.size, alpha, confidence)
         threshold = float(ascending[-k])
         if math.isinf(threshold):
             count = int(np.isinf(ascending).sum())
             raise CalibrationError(
-                f"calibration scores: {count} of {ascending.size}{where} are infinite, and the threshold is the "
+                f"calibration scores: {count} of {ascending.size} are infinite, and the threshold is the "
                 f"{k}-th largest. Find out why these inputs have no finite score before calibrating on them."
             )
         return cls(ascending, k, threshold)
@@ -246,7 +250,7 @@ class ConformalCalibrator:
         if len(labels) != values.size:
             raise InputError(f"groups: {len(labels)} labels for {values.size} scores")
         sorted_scores(values)
-        members = pool_groups(labels, needed)
+        members = pool_groups(Counter(labels), needed)
         pools = {m: Pool.fit(values[in_groups(labels, m)], self.alpha, self.confidence) for m in set(members.values())}
         self.n_ = values.size
         self.pools_ = {label: pools[m] for label, m in members.items()}
@@ -317,9 +321,9 @@ def check_groups(groups: Sequence[str] | None, n: int, known: Iterable[str]) -> 
 
 
 def check_alpha(alpha: float) -> None:
-    """Refuse a false-alarm rate outside (0, 1)."""
-    if not 0 < alpha < 1:
-        raise InputError(f"alpha={alpha}: expected a fraction in (0, 1)")
+    """Refuse a false-alarm rate outside (0, 1), or so small that no calibration set could reach it."""
+    if not 1e-9 <= alpha < 1:
+        raise InputError(f"alpha={alpha}: expected a fraction in (0, 1), at least 1e-9")
 
 
 def check_confidence(confidence: float | None) -> None:

@@ -160,7 +160,9 @@ def demo_shifts(test: Sequence[Row], words: Sequence[str], seed: int) -> Iterato
     """
     rng = random.Random(seed + 1)
     moved = [*test[1:], test[0]]
-    yield Shift("random pair", "prompt", None, [_with(a, prompt=b["prompt"]) for a, b in zip(test, moved, strict=True)], False)
+    yield Shift(
+        "random pair", "prompt", None, [_with(a, prompt=b["prompt"]) for a, b in zip(test, moved, strict=True)], False
+    )
     replies = [random_replies([Conversation(r["prompt"], r["chosen"]) for r in test], rng) for _ in range(2)]
     mismatched = [_with(row, chosen=c, rejected=r) for row, c, r in zip(test, *replies, strict=True)]
     yield Shift("random pair", "response", None, mismatched, False)
@@ -208,7 +210,7 @@ def train_reward_model(rows: Sequence[Row], seed: int, progress: bool = True) ->
             chosen, rejected = model(**inputs).logits[:, 0].chunk(2)
             loss = torch.nn.functional.softplus(rejected - chosen).mean()
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -279,10 +281,7 @@ def _shift_row(shift: Shift, clean: Scores, shifted: Scores) -> dict[str, Any]:
 def _score(guard: OODGuard, rows: Sequence[Row], coin: NDArray[np.int64]) -> Scores:
     n = len(rows)
     prompts = [row["prompt"] for row in rows]
-    with warnings.catch_warnings():
-        # The guard rightly warns that this traffic is not what it was calibrated on.
-        warnings.simplefilter("ignore", CalibrationWarning)
-        decisions = guard.check(prompts * 2, [row["chosen"] for row in rows] + [row["rejected"] for row in rows])
+    decisions = guard.check(prompts * 2, [row["chosen"] for row in rows] + [row["rejected"] for row in rows])
     rewards = decisions.rewards.reshape(2, n).T
     judged: Decisions = decisions[np.arange(n) + n * coin]
     axes = {axis: judged.axis(axis) for axis in SIDES}
@@ -317,10 +316,12 @@ def _reproducible(seed: int) -> Iterator[None]:
     """Own random state and thread count, and quiet loading; the caller's come back after."""
     threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
     bars = transformers.logging.is_progress_bar_enabled()
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
         torch.set_num_threads(_THREADS)
-        # The head is new, as it should be: no warning about it.
+        # A head that is new is what the demo wants, and the guard's two warnings (few fit data, traffic that is not what
+        # it was calibrated on) are what the demo is about.
+        warnings.simplefilter("ignore", CalibrationWarning)
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         try:

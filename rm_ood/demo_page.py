@@ -69,7 +69,8 @@ def page(report: dict[str, Any]) -> str:
         {"chance": 0.5},
     )
     cells = "".join(
-        f"<tr><th>{html.escape(row[0])}</th>{''.join(f'<td>{cell}</td>' for cell in row[1:])}</tr>" for row in _rows(report)
+        f"<tr><th>{html.escape(row[0])}</th>{''.join(f'<td>{cell}</td>' for cell in row[1:])}</tr>"
+        for row in _rows(report)
     )
     titles = "".join(f"<th>{title}</th>" for _, title in _COLUMNS)
     summary = "".join(f"<p>{html.escape(line)}</p>" for line in _summary(report))

@@ -14,7 +14,7 @@ from torch import Tensor
 from rm_ood.capture import Capture, Captured
 from rm_ood.channels import FINAL, Channel
 from rm_ood.config import GuardConfig
-from rm_ood.reward_model import check_padding, eval_mode
+from rm_ood.reward_model import check_padding, eval_mode, text_config
 from rm_ood.text import Encoded, TextEncoder
 
 
@@ -65,6 +65,7 @@ class Embedder:
             on_too_long=c.on_too_long,
             split_special_tokens=c.split_special_tokens,
             append_eos=c.append_eos,
+            pad_id=text_config(self.model).pad_token_id,
         )
 
     def _model_limit(self) -> int:
@@ -90,14 +91,13 @@ class Embedder:
     def _embed(self, items: list[Encoded], text: TextEncoder) -> Embedded:
         with eval_mode(self.model, switch=self.config.eval_mode == "switch"), torch.inference_mode():
             captured = self._forward(items, text)
-            if self.config.prompt_pass:
+            mine = [name for name in captured.vectors if Channel.parse(name).axis == "prompt"]
+            if self.config.prompt_pass and mine:
                 alone = self._forward([item.prompt_only() for item in items], text)
-                mine = [name for name in captured.vectors if Channel.parse(name).axis == "prompt"]
                 captured.vectors.update({name: alone.vectors[name] for name in mine})
         lengths = np.array([[sum(item.prompt_mask), sum(item.response_mask)] for item in items], dtype=np.int64)
         reasons = [
-            (*item.reasons, *(("empty_prompt_span",) if span[0] == 0 else ()))
-            for item, span in zip(items, lengths, strict=True)
+            (*item.reasons, *_empty_spans(span, item.reasons)) for item, span in zip(items, lengths, strict=True)
         ]
         truncated = np.array([item.dropped > 0 for item in items], dtype=bool)
         return embedded(captured, lengths, reasons, truncated)
@@ -105,6 +105,13 @@ class Embedder:
     def _forward(self, items: list[Encoded], text: TextEncoder) -> Captured:
         batch = text.pad(items, device=self.device)
         return self.capture.forward(batch.inputs, batch.spans)[1]
+
+
+def _empty_spans(lengths: NDArray[np.int64], known: tuple[str, ...]) -> tuple[str, ...]:
+    """Reasons for spans without a token of their own, which take the read-out vector instead."""
+    prompt = ("empty_prompt_span",) if lengths[0] == 0 else ()
+    response = ("empty_response_span",) if lengths[1] == 0 and "empty_response" not in known else ()
+    return (*prompt, *response)
 
 
 def embedded(

@@ -16,7 +16,8 @@ from rm_ood.reward_model import find_head, text_config
 # What changes a vector; padding side is recorded and never compared.
 _CONFIG_FIELDS = (
     "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "intermediate_size", "vocab_size", "max_position_embeddings", "rope_theta", "rope_scaling", "num_labels",
+    "intermediate_size", "vocab_size", "max_position_embeddings", "rope_parameters", "rope_theta", "rope_scaling",
+    "num_labels", "head_dim", "sliding_window", "layer_types", "attention_bias", "mlp_bias",
     "pad_token_id", "classifier_pooling", "hidden_act", "layer_norm_eps", "rms_norm_eps", "tie_word_embeddings",
 )  # fmt: skip
 _RECORDED_ONLY = frozenset({"padding_side", "commit"})

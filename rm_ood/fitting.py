@@ -105,7 +105,8 @@ class CalibrationReservoir:
             del self._kept[dropped]
 
     def _rank(self, key: int) -> int:
-        return stable_hash(f"{key:016x}", self.seed + 1)
+        # Another seed than the split's, that is a 64-bit seed too.
+        return stable_hash(f"{key:016x}", self.seed ^ 1)
 
     def __len__(self) -> int:
         return len(self._kept)

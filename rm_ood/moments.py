@@ -89,8 +89,11 @@ class ClassMoments:
         self._combine(other, -1)
         # What rounding left of a class that is gone would be read as its mean.
         self._sums[self._counts == 0] = 0.0
-        if not bool(self._counts.any()):
+        left = bool(self._counts.any())
+        if not left:
             self._scatter.zero_()
+        # The rows that chose the pivot may be gone: choose again with the next ones.
+        self._n_at_pivot = int(left)
         return self
 
     def all_reduce(self, group: Any = None) -> Self:
@@ -199,8 +202,9 @@ class ClassMoments:
             self._accumulate(x, y)
 
     def _accumulate(self, x: Tensor, y: Tensor) -> None:
-        for rows, labels in zip(x.split(_FLUSH_ROWS), y.split(_FLUSH_ROWS), strict=True):
-            rows, labels = rows.to(self.device, torch.float64), labels.to(self.device)
+        for start in range(0, len(x), _FLUSH_ROWS):
+            rows = x[start : start + _FLUSH_ROWS].to(self.device, torch.float64)
+            labels = y[start : start + _FLUSH_ROWS].to(self.device)
             if self._n_at_pivot == 0:
                 # A row, not a mean: features that never change are then exactly 0 about it.
                 self._pivot = rows[0].clone()

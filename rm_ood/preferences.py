@@ -14,10 +14,11 @@ import json
 import os
 import re
 import unicodedata
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 from rm_ood.errors import InputError
 
@@ -96,18 +97,33 @@ def _iter_file(path: Path) -> Iterator[Any]:
         yield from _iter_parquet(path)
         return
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
-        for number, line in enumerate(cast(Iterable[bytes], lines), start=1):
+        number = 0
+        while line := _next_line(cast(IO[bytes], lines), path.name, number):
+            number += 1
             if line.strip():
                 yield _parse_line(path.name, number, line)
 
 
+def _next_line(lines: IO[bytes], name: str, number: int) -> bytes:
+    try:
+        return lines.readline()
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{name}: not a whole gzip file (it breaks after line {number}). Copy it again.") from error
+
+
 def _iter_parquet(path: Path) -> Iterator[Any]:
     try:
+        import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise InputError(f"{path.name}: reading Parquet needs pyarrow: pip install 'rm_ood[data]'") from error
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
-        yield from batch.to_pylist()
+    with path.open("rb") as source:
+        try:
+            batches = pyarrow.parquet.ParquetFile(source).iter_batches(batch_size=1024)
+            while (batch := next(batches, None)) is not None:
+                yield from batch.to_pylist()
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowIOError) as error:
+            raise InputError(f"{path.name}: not a whole Parquet file. Copy it again.") from error
 
 
 def _parse_line(name: str, number: int, line: bytes) -> Any:
@@ -210,10 +226,14 @@ def _split_implicit(
     responses: list[tuple[str, Any, int | None]], where: str
 ) -> tuple[Text, list[tuple[str, Any, int | None]]]:
     """Implicit prompt: what the whole dialogues share, up to the last assistant turn."""
+    split: list[tuple[Any, Any]]
     if all(isinstance(value, (list, tuple)) for _, value, _ in responses):
         split = [(list(value[:-1]), list(value[-1:])) for _, value, _ in responses]
     elif all(isinstance(value, str) for _, value, _ in responses):
         split = [_split_string(value, f"{where}.{name}") for name, value, _ in responses]
+        if all(tail[:1] in ("", " ") for _, tail in split):
+            # The space after the marker is the dialogue's, not the response's.
+            split = [(f"{head} ", tail[1:]) for head, tail in split]
     else:
         kinds = sorted({type(value).__name__ for _, value, _ in responses})
         raise InputError(f"{where}: no prompt column, and chosen and rejected are not all of one kind: {kinds}")
@@ -227,13 +247,14 @@ def _split_implicit(
     return cast(Text, prompt), named
 
 
-def _split_string(text: str, where: str) -> tuple[Any, Any]:
-    at = text.rfind("\n\nAssistant:")
-    if at < 0:
+def _split_string(text: str, where: str) -> tuple[str, str]:
+    before, marker, after = text.rpartition("\n\nAssistant:")
+    if not marker:
         raise InputError(
             f"{where}: no prompt column, and the text has no 'Assistant:' turn to split at. Add a prompt column."
         )
-    return text[:at], text[at + len("\n\nAssistant:") :].lstrip(" ")
+    # The marker stays in the prompt: prompt + response is the text that the reward model was trained on.
+    return before + marker, after
 
 
 def check_prompt(value: Any, where: str, *, allow_empty: bool = False, max_chars: int = 200_000) -> Text:
@@ -250,6 +271,12 @@ def check_prompt(value: Any, where: str, *, allow_empty: bool = False, max_chars
     if not isinstance(value, (list, tuple)):
         raise InputError(f"{where}: expected str or a list of messages, got {_kind(value)}")
     messages = [_check_message(message, f"{where}[{i}]", max_chars) for i, message in enumerate(value)]
+    size = sum(len(m["content"]) for m in messages)
+    if size > max_chars:
+        raise InputError(
+            f"{where}: {size} characters in {len(messages)} messages; the limit is max_chars={max_chars}. Cut the dialogue, "
+            "or raise max_chars."
+        )
     if not allow_empty and not any(m["content"].strip() for m in messages):
         raise InputError(f"{where}: no text in {len(messages)} messages. Pass allow_empty=True if that can happen.")
     return messages
@@ -303,7 +330,7 @@ def _check_string(text: str, where: str, max_chars: int) -> None:
 
 
 def _kind(value: Any) -> str:
-    size = f" of length {len(value)}" if hasattr(value, "__len__") else ""
+    size = f" of length {len(value)}" if isinstance(value, (str, bytes, list, tuple, Mapping)) else ""
     return "None" if value is None else type(value).__name__ + size
 
 
@@ -312,7 +339,10 @@ def parse_dialogue(text: str) -> list[Message] | None:
     parts = _DIALOGUE_TURN.split("\n\n" + text.strip("\n"))
     if len(parts) < 3 or parts[0].strip() or parts[1] != "Human":
         return None
-    turns = zip(parts[1::2], parts[2::2], strict=True)
+    turns = list(zip(parts[1::2], parts[2::2], strict=True))
+    if turns[-1][0] == "Assistant" and not turns[-1][1].strip():
+        # A prompt that ends in `Assistant:` asks for that turn; it does not hold it.
+        turns.pop()
     return [{"role": _ROLES[speaker], "content": content.strip()} for speaker, content in turns]
 
 

@@ -122,7 +122,7 @@ def read_reward(outputs: Any, reward: str) -> Tensor:
         InputError: no such output, or several labels and none chosen.
     """
     name, _, index = reward.partition(":")
-    if name != "logits" or (index and not index.isdigit()):
+    if name != "logits" or (index and not index.isdecimal()):
         raise InputError(f"reward={reward!r}: expected 'logits' or 'logits:<label index>'")
     logits = getattr(outputs, "logits", None)
     if logits is None or logits.ndim != 2:

@@ -22,8 +22,9 @@ from rm_ood.preferences import Message, Text, parse_dialogue
 
 FORMATS = ("chat", "pair", "plain")
 ON_TOO_LONG = ("flag", "truncate", "error")
-# Stands in for the response while a template is rendered, to learn what the template writes before and after it.
+# Stand in for the texts while a template is rendered, to learn what the template writes between them.
 _PLACEHOLDER = "\u2039response\u203a"
+_SLOT = "\u2039message {}\u203a"
 # Tokenizers without a limit report about 1e30.
 _NO_LIMIT = 1_000_000
 
@@ -120,6 +121,7 @@ class TextEncoder:
             cut, and the prompt goes first, from its start.
         split_special_tokens: read special tokens that users typed as ordinary text.
         append_eos: end plain text with the tokenizer's end token, as TRL's RewardTrainer trains on.
+        pad_id: the model's pad id, which tells it where an item ends; None takes the tokenizer's.
 
     Raises:
         InputError: a slow tokenizer, an unknown option, no chat template for `"chat"`.
@@ -134,6 +136,7 @@ class TextEncoder:
         on_too_long: str = "flag",
         split_special_tokens: bool = False,
         append_eos: bool = False,
+        pad_id: int | None = None,
     ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise InputError(
@@ -154,6 +157,8 @@ class TextEncoder:
         self.on_too_long = on_too_long
         self.split_special_tokens = split_special_tokens
         self.append_eos = append_eos
+        ids = (pad_id, tokenizer.pad_token_id, 0)
+        self._pad_id = next(i for i in ids if i is not None)
         self._special = frozenset(tokenizer.all_special_ids)
         self._specials_text = tuple(token for token in tokenizer.all_special_tokens if token)
 
@@ -190,13 +195,12 @@ class TextEncoder:
     def pad(self, items: Sequence[Encoded], device: torch.device | str = "cpu") -> Batch:
         """Right-padded model inputs of a batch."""
         width = max(len(item.input_ids) for item in items)
-        pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
 
         def stack(rows: list[list[Any]], fill: Any, dtype: torch.dtype) -> Tensor:
             return torch.tensor([row + [fill] * (width - len(row)) for row in rows], dtype=dtype, device=device)
 
         inputs = {
-            "input_ids": stack([item.input_ids for item in items], pad_id, torch.long),
+            "input_ids": stack([item.input_ids for item in items], self._pad_id, torch.long),
             "attention_mask": stack([[1] * len(item.input_ids) for item in items], 0, torch.long),
         }
         types = [item.token_type_ids for item in items if item.token_type_ids is not None]
@@ -256,12 +260,23 @@ class TextEncoder:
         self, prompt: Text, response: str, where: str
     ) -> tuple[str, tuple[int, int], list[tuple[int, int]]]:
         """Rendered text, the response's characters, and the characters of the prompt's own words."""
-        messages: list[Message]
-        if isinstance(prompt, str):
-            messages = parse_dialogue(prompt) or [{"role": "user", "content": prompt}]
-        else:
-            messages = prompt
+        parsed = parse_dialogue(prompt) if isinstance(prompt, str) else prompt
+        messages: list[Message] = [{"role": "user", "content": str(prompt)}] if parsed is None else parsed
         rendered = self._apply(messages, response, where)
+        slots = [_SLOT.format(i) for i in range(len(messages))]
+        masked = [{**message, "content": slot} for message, slot in zip(messages, slots, strict=True)]
+        known = _match_frame(
+            rendered,
+            self._apply(masked, _PLACEHOLDER, where),
+            [*slots, _PLACEHOLDER],
+            [*(message["content"] for message in messages), response],
+        )
+        return (rendered, known[-1], known[:-1]) if known is not None else self._search_chat(messages, rendered, where)
+
+    def _search_chat(
+        self, messages: list[Message], rendered: str, where: str
+    ) -> tuple[str, tuple[int, int], list[tuple[int, int]]]:
+        """`_render_chat` for templates whose own text depends on the messages' content."""
         frame = self._apply(messages, _PLACEHOLDER, where)
         at = frame.rfind(_PLACEHOLDER)
         before, after = (frame[:at], frame[at + len(_PLACEHOLDER) :]) if at >= 0 else ("", "")
@@ -275,7 +290,7 @@ class TextEncoder:
         for message in messages:
             for content in (message["content"], message["content"].strip()):
                 found = rendered.find(content, search, start)
-                if found >= 0:
+                if content and found >= 0:
                     spans.append((found, found + len(content)))
                     search = found + len(content)
                     break
@@ -316,15 +331,16 @@ class TextEncoder:
             ids, offsets = [*ids, eos], [*offsets, (len(text), len(text))]
             types = None if types is None else [*types, types[-1]]
         start, end = response
-        response_mask = [
+        answering = [
             a < end and b > max(start, a) and t not in self._special for (a, b), t in zip(offsets, ids, strict=True)
         ]
         inside = [any(a < hi and b > max(lo, a) for lo, hi in prompt) for a, b in offsets]
         # A token that straddles the border holds words of the response, so it is the response's.
         prompt_mask = [
             i > 0 and p and not r and t not in self._special
-            for i, (p, r, t) in enumerate(zip(inside, response_mask, ids, strict=True))
+            for i, (p, r, t) in enumerate(zip(inside, answering, ids, strict=True))
         ]
+        response_mask = [i > 0 and r for i, r in enumerate(answering)]
         before = [i for i, (a, b) in enumerate(offsets) if b <= start and (a < b or i == 0)]
         straddling = next((i for i, (a, b) in enumerate(offsets) if b > start and a < b), len(ids))
         last = min(before[-1] if before else 0, max(straddling - 1, 0))
@@ -345,18 +361,21 @@ class TextEncoder:
         kept_middle = {item.prompt_end} if self.text_format == "pair" else set()
         removable = [i for i in range(keep_front, len(item.input_ids) - 1) if i not in kept_middle]
         cut = frozenset(removable[:excess])
-
-        def left(values: list[Any]) -> list[Any]:
-            return [value for i, value in enumerate(values) if i not in cut]
+        if len(cut) < excess or (any(item.response_mask) and not any(_without(item.response_mask, cut)[1:])):
+            raise InputError(
+                f"{where}: max_length={self.max_length} leaves no token of the response in the {self.text_format} format. "
+                "Raise max_length."
+            )
 
         reasons = (*item.reasons, "truncated") if self.on_too_long == "flag" else item.reasons
         return replace(
             item,
-            input_ids=left(item.input_ids),
-            token_type_ids=None if item.token_type_ids is None else left(item.token_type_ids),
+            input_ids=_without(item.input_ids, cut),
+            token_type_ids=None if item.token_type_ids is None else _without(item.token_type_ids, cut),
             prompt_end=max(item.prompt_end - sum(i <= item.prompt_end for i in cut), 0),
-            prompt_mask=left(item.prompt_mask),
-            response_mask=left(item.response_mask),
+            # Another token stands at position 0 now.
+            prompt_mask=[False, *_without(item.prompt_mask, cut)[1:]],
+            response_mask=[False, *_without(item.response_mask, cut)[1:]],
             dropped=excess,
             reasons=reasons,
         )
@@ -374,7 +393,7 @@ def spans_of_inputs(
     Without masks, every attended token that is not special counts, but position 0.
 
     Raises:
-        InputError: tensors of another shape than the ids.
+        InputError: tensors of another shape than the ids, or a column outside them.
     """
     ids = inputs.get("input_ids")
     if ids is None:
@@ -385,10 +404,19 @@ def spans_of_inputs(
     for name, mask in (("prompt_mask", prompt_mask), ("response_mask", response_mask)):
         if mask is not None and mask.shape != ids.shape:
             raise InputError(f"{name}: expected shape {tuple(ids.shape)} like input_ids, got {tuple(mask.shape)}")
-    if prompt_end is None or (prompt_mask is not None and response_mask is not None):
+    prompt_mask, response_mask = (None if m is None else m.bool() for m in (prompt_mask, response_mask))
+    if prompt_end is None:
+        return Spans(None, prompt_mask, response_mask)
+    if prompt_end.shape != ids.shape[:1] or prompt_end.is_floating_point():
+        raise InputError(
+            f"prompt_end: expected shape ({len(ids)},) of integers, one column per row, got {tuple(prompt_end.shape)} "
+            f"{prompt_end.dtype}"
+        )
+    # An index out of range would end in a device-side assertion, which takes the whole CUDA context with it.
+    if bool(((prompt_end < 0) | (prompt_end >= ids.shape[1])).any()):
+        raise InputError(f"prompt_end: a column outside 0 to {ids.shape[1] - 1}, the columns of input_ids")
+    if prompt_mask is not None and response_mask is not None:
         return Spans(prompt_end, prompt_mask, response_mask)
-    if prompt_end.shape != ids.shape[:1]:
-        raise InputError(f"prompt_end: expected shape ({len(ids)},), one column per row, got {tuple(prompt_end.shape)}")
     attended = inputs.get("attention_mask")
     words = torch.ones_like(ids, dtype=torch.bool) if attended is None else attended.bool()
     columns = torch.arange(ids.shape[1], device=ids.device)
@@ -396,7 +424,34 @@ def spans_of_inputs(
     special = torch.tensor(sorted(tokenizer.all_special_ids), device=ids.device)
     words = words & ~torch.isin(ids, special) & (columns != first[:, None])
     in_prompt = columns <= prompt_end.to(ids.device)[:, None]
-    return Spans(prompt_end, words & in_prompt, words & ~in_prompt)
+    return Spans(
+        prompt_end,
+        words & in_prompt if prompt_mask is None else prompt_mask,
+        words & ~in_prompt if response_mask is None else response_mask,
+    )
+
+
+def _match_frame(rendered: str, frame: str, slots: list[str], texts: list[str]) -> list[tuple[int, int]] | None:
+    """Where `texts`, as they are or stripped, stand in `rendered`, which is `frame` with texts in place of slots.
+
+    None where it is not: the template changes its own words with those of the messages.
+    """
+    spans, at = [], 0
+    for slot, text in zip(slots, texts, strict=True):
+        before, found, frame = frame.partition(slot)
+        if not found or not rendered.startswith(before, at):
+            return None
+        at += len(before)
+        forms = [t for t in (text, text.strip()) if rendered.startswith(t + frame[:1], at)]
+        if not forms:
+            return None
+        spans.append((at, at + len(forms[0])))
+        at += len(forms[0])
+    return spans if rendered[at:] == frame else None
+
+
+def _without(values: list[Any], cut: frozenset[int]) -> list[Any]:
+    return [value for i, value in enumerate(values) if i not in cut]
 
 
 def _contents(prompt: Text) -> list[str]:

@@ -29,7 +29,8 @@ class TrafficCheck:
         """Count a call's combined scores; the message to warn with, once, when they do not look calibrated."""
         if self._done:
             return None
-        self._scores.extend(scores.tolist())
+        # NaN would make the test's own p-value NaN; what cannot be scored counts as the strangest.
+        self._scores.extend(np.nan_to_num(scores, nan=np.inf, posinf=np.inf, neginf=-np.inf).tolist())
         if len(self._scores) < REQUESTS:
             return None
         self._done = True

@@ -26,9 +26,7 @@ def as_vectors(x: Any, *, n_features: int | None = None, name: str = "x") -> Ten
     if tensor.is_meta:
         raise InputError(f"{name}: a tensor on the meta device holds no values")
     if tensor.is_complex() or tensor.is_quantized:
-        raise InputError(
-            f"{name}: expected real vectors, got {tensor.dtype}. Complex data not supported"
-        )
+        raise InputError(f"{name}: expected real vectors, got {tensor.dtype}. Complex data not supported")
     if tensor.ndim != 2:
         hint = f" Reshape your data: {name}[None] is one vector." if tensor.ndim == 1 else ""
         raise InputError(f"{name}: expected shape (n, d), got {tuple(tensor.shape)}.{hint}")

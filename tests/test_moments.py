@@ -49,9 +49,7 @@ def test_one_pass_equals_two_passes(dtype):
 
 
 @settings(max_examples=40, derandomize=True, deadline=None)
-@given(
-    st.integers(1, 40), st.integers(1, 5), st.integers(1, 3), st.lists(st.integers(0, 40), max_size=6), st.randoms()
-)
+@given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 3), st.lists(st.integers(0, 40), max_size=6), st.randoms())
 def test_shards_of_any_size_merge_in_any_order(n, d, k, cuts, random):
     x, y = data(n, d, k, seed=n, mean=100.0)
     edges = [0, *sorted(min(cut, n) for cut in cuts), n]
@@ -106,6 +104,15 @@ def test_small_batches_are_held_back_and_copied():
     buffer.fill_(100.0)
     assert moments.means.tolist() == [[2.0, 2.0]]
     assert moments.within_scatter().tolist() == [[8.0, 8.0], [8.0, 8.0]]
+
+
+def test_held_back_rows_are_bounded():
+    x, y = data(5000, 2, 2, dtype=torch.float32)
+    moments = ClassMoments(2, 2)
+    for i in range(0, 5000, 1000):
+        moments.update(x[i : i + 1000], y[i : i + 1000])
+        assert moments._n_pending <= 2000
+    assert_same(moments, exact(x, y, 2))
 
 
 def test_results_are_copies():
@@ -168,7 +175,7 @@ def test_subtract_refuses_what_was_never_added():
 
 @pytest.mark.parametrize("action", ["merge", "subtract"])
 def test_other_shapes_are_refused(action):
-    with pytest.raises(MismatchError, match="4 features and 2 classes .* 3 features and 2 classes"):
+    with pytest.raises(MismatchError, match=r"4 features and 2 classes .* 3 features and 2 classes"):
         getattr(ClassMoments(3, 2), action)(ClassMoments(4, 2))
 
 

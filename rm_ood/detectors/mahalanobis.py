@@ -186,8 +186,7 @@ class MahalanobisDetector:
         whitening = covariance.whitening(covariance.shrunk_covariance(scatter, n, k, shrinkage)).to(self.dtype)
         means = moments.means
         center = means.mean(0).to(self.dtype)
-        # From the rounded whitening and centre, so that both errors cancel out of the distance.
-        offsets = ((means - center.double()) @ whitening.double().T).to(self.dtype)
+        offsets = _offsets(means, center, whitening).to(self.dtype)
         in_range = all(bool(t.isfinite().all()) for t in (whitening, center, offsets))
         if not in_range or not bool((whitening.diagonal() > 0).all()):
             raise CalibrationError(f"the scale of the vectors does not fit {self.dtype}; rescale them, or use float64")
@@ -197,6 +196,11 @@ class MahalanobisDetector:
         self.shrinkage_, self.effective_rank_ = shrinkage, covariance.effective_rank(scatter)
         self.n_samples_, self.n_features_in_ = n, d
         return self
+
+
+def _offsets(means: Tensor, center: Tensor, whitening: Tensor) -> Tensor:
+    """Class means in whitened space, from the stored, rounded state: so its rounding cancels out of the distance."""
+    return (means - center.double()) @ whitening.double().T
 
 
 def _warn_about(counts: Tensor, classes: np.ndarray[Any, Any], scatter: Tensor, n: int, d: int) -> None:
@@ -243,3 +247,6 @@ def _check_state(tensors: dict[str, Tensor]) -> None:
         raise FormatError("whitening: not lower triangular with a positive diagonal")
     if not bool((tensors["class_counts"] > 0).all()):
         raise FormatError("class_counts: not all positive")
+    # Looser than the fit's own rounding, tighter than any other guard's offsets.
+    if not torch.allclose(tensors["offsets"].double(), _offsets(means, tensors["center"], whitening), 1e-4, 1e-4):
+        raise FormatError("offsets: not those of the means, center and whitening")

@@ -35,7 +35,10 @@ def dot_plot(
         _text(_LEFT, 16, title, weight="bold"),
     ]
     for tick in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
-        parts += [_line(_x(tick), _TOP - 6, _x(tick), bottom, "#ddd"), _text(_x(tick), bottom + 16, f"{tick:g}", "middle")]
+        parts += [
+            _line(_x(tick), _TOP - 6, _x(tick), bottom, "#ddd"),
+            _text(_x(tick), bottom + 16, f"{tick:g}", "middle"),
+        ]
     for name, at in (marks or {}).items():
         parts += [_line(_x(at), _TOP - 6, _x(at), bottom, "#333", "4 3"), _text(_x(at), _TOP - 10, name, "middle")]
     for row, label in enumerate(labels):

@@ -1,0 +1,73 @@
+"""Pieces of an atomic save: a lock on the folder, temporary files beside the target, a synced folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def write_temporary(folder: Path, name: str, data: bytes, cleanup: contextlib.ExitStack) -> Path:
+    """Write and sync a file beside `name`, for `os.replace`; `cleanup` removes it if it is still there."""
+    path = folder / f".{name}.{secrets.token_hex(8)}.tmp"
+    with path.open("xb") as file:
+        cleanup.callback(path.unlink, missing_ok=True)
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return path
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder last through a power cut."""
+    # Some network file systems cannot sync a folder; the bytes of the files are synced either way.
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove_temporaries(folder: Path, name: str) -> None:
+    """Remove what killed saves left behind; to be called with the folder locked."""
+    for stale in folder.glob(f".{name}.*.tmp"):
+        stale.unlink()
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path, wait_s: float) -> Iterator[bool | None]:
+    """One saver at a time: True when held, False after `wait_s`, None where folders cannot be locked."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield None
+        return
+    try:
+        yield _acquire(handle, wait_s)
+        # By hand: closing does not release it while a forked child still has the handle.
+        fcntl.flock(handle, fcntl.LOCK_UN)
+    finally:
+        os.close(handle)
+
+
+def _acquire(handle: int, wait_s: float) -> bool | None:
+    import fcntl
+
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.02)
+        except OSError:
+            return None
+        else:
+            return True
