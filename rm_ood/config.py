@@ -95,7 +95,9 @@ class GuardConfig:
             value = getattr(self, name)
             _require(_is_integer(value) and value > 0, name, value, "a positive integer")
         length, seed = self.max_length, self.seed
-        _require(length is None or (_is_integer(length) and length >= 2), "max_length", length, "2 tokens or more, or None")
+        _require(
+            length is None or (_is_integer(length) and length >= 2), "max_length", length, "2 tokens or more, or None"
+        )
         _require(_is_integer(seed) and -(2**63) <= seed < 2**63, "seed", seed, "a 64-bit integer")
         for name, choices in _CHOICES.items():
             value = getattr(self, name)

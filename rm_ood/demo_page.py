@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import textwrap
 from typing import Any
 
 from rm_ood.study.plots import dot_plot
@@ -16,7 +17,7 @@ _COLUMNS = (
 _NOTES = (
     "AUROC against the clean rows, one response per prompt (energy: one pair); .5 is blind. any, prompt, resp.: the guard's "
     "default channels, joined and by axis. final: the distance in what the head reads, alone. reward: |standardised "
-    "reward|, alone. energy: the paper's score of a reward pair. flagged: share of the responses below alpha.",
+    "reward|, alone. energy: the paper's score of a reward pair. flagged: share of the items whose p-value is at most alpha.",
     "Languages are not translations of the English rows: a one-sided language row pairs texts at random, so read it beside "
     "`random pair`, which does the same in English. Accuracy is given where the preference still means something.",
 )
@@ -127,6 +128,4 @@ def _cell(row: dict[str, Any], path: str) -> str:
 
 
 def _wrapped(notes: tuple[str, ...]) -> list[str]:
-    import textwrap
-
     return [line for note in notes for line in textwrap.wrap(note, 108)]

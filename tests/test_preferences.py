@@ -422,7 +422,7 @@ def test_the_prompt_key_sees_the_first_user_turn_normalised() -> None:
 
 
 def test_hashes_are_the_same_in_every_process() -> None:
-    assert stable_hash("prompt", 7) == 15139571062193389318
+    assert stable_hash("prompt", 7) == 6045687670125457724
     code = "from rm_ood.preferences import stable_hash; print(stable_hash('prompt', 7))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(out.stdout) == stable_hash("prompt", 7)
