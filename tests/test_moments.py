@@ -165,6 +165,20 @@ def test_subtract_takes_away_what_was_added():
     assert_same(moments.update(x, y), exact(x, y, 2))
 
 
+def test_equal_rows_leave_exactly_nothing_however_many():
+    row = torch.tensor([[0.1, 1 / 3, 1e5 / 7]], dtype=torch.float64)
+    moments = ClassMoments(3, 2)
+    for n in (1, 999, 3001, 7000):
+        moments.merge(ClassMoments(3, 2).update(row.expand(n, 3), torch.arange(n) % 2))
+    assert not moments.within_scatter().any()
+
+
+def test_data_after_everything_was_taken_away_choose_their_own_pivot():
+    far, near = data(5000, 3, 1, mean=1e8), data(500, 3, 1)
+    moments = ClassMoments(3).update(*far).subtract(ClassMoments(3).update(*far)).update(*near)
+    assert_same(moments, exact(*near, 1))
+
+
 def test_subtract_refuses_what_was_never_added():
     x, y = data(10, 3, 2)
     moments = ClassMoments(3, 2).update(x, y)

@@ -40,8 +40,7 @@ def _forward(x: Tensor, labels: Tensor, pivot: Tensor, n_classes: int) -> tuple[
     sums = pivot.new_zeros(n_classes, d)
     scatter = pivot.new_zeros(d, d)
     block = max(64, -(-d // _BLOCKS))
-    # Autocast would round the products to bfloat16 or float16.
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad():
         for start in range(0, n, _CHUNK):
             centred = x[start : start + _CHUNK].to(torch.float64) - pivot
             sums.index_add_(0, labels[start : start + _CHUNK], centred)

@@ -130,6 +130,14 @@ def test_float32_agrees_with_float64(seed, mean):
     torch.testing.assert_close(narrow.double(), wide, rtol=1e-4, atol=0)
 
 
+def test_the_stored_whitening_is_the_metric():
+    x, y = data(n=400)
+    x = x + 1e5  # float32 cannot hold the centre: its rounding must cancel
+    detector = MahalanobisDetector().fit(x, y)
+    z = (torch.from_numpy(x)[:, None] - detector.means_) @ detector.whitening_.double().T
+    torch.testing.assert_close(detector.sq_distances(x).double(), z.square().sum(2), rtol=1e-5, atol=0)
+
+
 @settings(max_examples=20, derandomize=True, deadline=None)
 @given(st.integers(0, 2**16))
 def test_row_order_does_not_matter_and_duplicates_only_change_the_divisor(seed):
