@@ -35,7 +35,8 @@ MAX_HEADER = 2**20
 MAX_METADATA = 2**19
 MAX_TENSORS = 512
 MAX_JSON = 2**20
-MAX_DIMENSION = 2**40
+MAX_SIZE = 2**40
+MAX_DIMENSIONS = 8
 LOCK_WAIT_S = 60.0
 
 _KEY = "rm_ood"
@@ -350,7 +351,8 @@ def _parse_entry(path: Path, name: str, entry: Any) -> tuple[str, list[int], int
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise IntegrityError(f"{path}: tensor {shown} has an unknown dtype; {_CHANGED}")
-    if not _all_sizes(shape) or not _all_sizes(offsets) or len(offsets) != 2:
+    # The length first: the product of thousands of sizes would be a number of megabytes.
+    if not _all_sizes(shape) or len(shape) > MAX_DIMENSIONS or not _all_sizes(offsets) or len(offsets) != 2:
         raise IntegrityError(f"{path}: tensor {shown} has an impossible shape or place; {_CHANGED}")
     if math.prod(shape) * _DTYPES[dtype].itemsize != offsets[1] - offsets[0]:
         raise IntegrityError(f"{path}: tensor {shown} of shape {shape} does not fill its place; {_CHANGED}")
@@ -358,7 +360,7 @@ def _parse_entry(path: Path, name: str, entry: Any) -> tuple[str, list[int], int
 
 
 def _all_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(v) is int and 0 <= v <= MAX_DIMENSION for v in values)
+    return isinstance(values, list) and all(type(v) is int and 0 <= v <= MAX_SIZE for v in values)
 
 
 def _verify(path: Path, text: str, slices: Mapping[str, tuple[str, list[int], memoryview]]) -> dict[str, Any]:
@@ -383,12 +385,14 @@ def _verify(path: Path, text: str, slices: Mapping[str, tuple[str, list[int], me
 def _copy_differences(folder: Path, envelope: Mapping[str, Any]) -> list[str] | None:
     """Fields in which the readable copy differs from the authority; None when there is no copy."""
     path = folder / CONFIG_FILE
-    if not path.exists():
-        return None
-    if not path.is_file():
+    if path.exists() and not path.is_file():
         raise FormatError(f"{path} is not a regular file: delete it, it is rebuilt from {GUARD_FILE}")
-    with path.open("rb") as file:
-        data = file.read(MAX_JSON + 1)
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON + 1)
+    except FileNotFoundError:
+        # Not there, or just removed by a save in another process.
+        return None
     try:
         return list(_differences(parse_json(data, str(path), MAX_JSON), envelope, ""))
     except FormatError as error:

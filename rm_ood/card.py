@@ -117,7 +117,10 @@ class GuardCard:
             f"<tr><th>{html.escape(key)}</th><td><pre>{html.escape(json.dumps(value, indent=1))}</pre></td></tr>"
             for key, value in self.values.items()
         )
-        style = "body{font:15px system-ui;max-width:60em;margin:2em auto;padding:0 1em}pre{white-space:pre-wrap}th{text-align:left;vertical-align:top}"
+        style = (
+            "body{font:15px system-ui;max-width:60em;margin:2em auto;padding:0 1em}"
+            "pre{white-space:pre-wrap}th{text-align:left;vertical-align:top}"
+        )
         return (
             f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Guard card</title><style>{style}</style>'
             f"<h1>Guard card</h1><pre>{html.escape(str(self))}</pre><table>{rows}</table></html>"

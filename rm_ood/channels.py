@@ -71,10 +71,7 @@ class Channel:
         """Index of the block, from 0, whose output this channel reads in a stack of `n_blocks`."""
         if isinstance(self.layer, str):
             raise InputError(f"channel {self}: the final layer is read at the head, not at a block")
-        if isinstance(self.layer, int):
-            index = n_blocks + self.layer
-        else:
-            index = round(self.layer * n_blocks) - 1
+        index = n_blocks + self.layer if isinstance(self.layer, int) else round(self.layer * n_blocks) - 1
         if not 0 <= index < n_blocks:
             raise InputError(f"channel {self}: no such layer in a model of {n_blocks} blocks")
         return index

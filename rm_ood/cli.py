@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             # A warning is for the person at the terminal: one line, without the source line it was raised at.
             warnings.simplefilter("always", OODGuardWarning)
-            warnings.showwarning = _show_warning
+            warnings.showwarning = _show_warning  # type: ignore[assignment]
             result = arguments.run(arguments)
     except MismatchError as error:
         print(f"rm-ood {arguments.command}: {error}", file=sys.stderr)
@@ -129,11 +129,15 @@ def _dataset(data: str, split: str) -> Any:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise FileNotFoundError(f"no data file at {data}; loading it from the Hub needs: pip install 'rm_ood[data]'") from error
+        raise FileNotFoundError(
+            f"no data file at {data}; loading it from the Hub needs: pip install 'rm_ood[data]'"
+        ) from error
     try:
         return load_dataset(data, split=split)
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"no data file at {data}, and no such data set on the Hub ({type(error).__name__})") from error
+        raise FileNotFoundError(
+            f"no data file at {data}, and no such data set on the Hub ({type(error).__name__})"
+        ) from error
 
 
 # -- arguments
@@ -155,7 +159,9 @@ def _parser() -> argparse.ArgumentParser:
         rm-ood demo --output my-demo --seed 1 --json > report.json
         """,
     )  # fmt: skip
-    demo.add_argument("--output", default="rm-ood-demo", metavar="DIR", help="where the files go (default: %(default)s)")
+    demo.add_argument(
+        "--output", default="rm-ood-demo", metavar="DIR", help="where the files go (default: %(default)s)"
+    )
     demo.add_argument("--seed", type=int, default=0, help="same seed, same numbers (default: %(default)s)")
 
     fit = _command(
@@ -233,11 +239,15 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
 def _guard_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guard", required=True, metavar="GUARD", help="folder or Hub id of a saved guard")
     _model_arguments(parser)
-    parser.add_argument("--allow-dtype-change", action="store_true", help="accept the model in another dtype than at fit")
+    parser.add_argument(
+        "--allow-dtype-change", action="store_true", help="accept the model in another dtype than at fit"
+    )
 
 
 def _data_arguments(parser: argparse.ArgumentParser, help_text: str) -> None:
-    parser.add_argument("--data", required=True, metavar="PATH|ID", help=f"{help_text}; .jsonl, .jsonl.gz, .parquet, Hub id")
+    parser.add_argument(
+        "--data", required=True, metavar="PATH|ID", help=f"{help_text}; .jsonl, .jsonl.gz, .parquet, Hub id"
+    )
     parser.add_argument("--split", default="train", help="split of a Hub data set (default: %(default)s)")
 
 

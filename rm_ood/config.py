@@ -131,7 +131,8 @@ class GuardConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise InputError(f"settings {unknown} are not known; the settings are {sorted(known)}")
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**settings)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able settings."""

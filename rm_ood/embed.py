@@ -135,6 +135,21 @@ def embedded(
     return Embedded(captured.vectors, rewards, lengths, failed, reasons, truncated)
 
 
+def merge(parts: Sequence[Embedded], order: NDArray[np.int64]) -> Embedded:
+    """Several batches as one, its rows taken in `order`; vectors are left out."""
+    failed = [f for part in parts for f in part.failed]
+    reasons = [r for part in parts for r in part.reasons]
+    lengths = [part.lengths for part in parts if part.lengths is not None]
+    return Embedded(
+        vectors={},
+        rewards=np.concatenate([part.rewards for part in parts])[order],
+        lengths=np.concatenate(lengths)[order] if len(lengths) == len(parts) else None,
+        failed=[failed[i] for i in order],
+        reasons=[reasons[i] for i in order],
+        truncated=np.concatenate([part.truncated for part in parts])[order],
+    )
+
+
 def needed_channels(config: GuardConfig) -> tuple[str, ...]:
     """Channels to capture: those of the verdict, and `final`, which is in every guard."""
     return tuple(dict.fromkeys((FINAL, *config.joined)))

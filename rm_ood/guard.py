@@ -16,17 +16,18 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rm_ood import artifact, hub
+from rm_ood.calls import Call, read_call
 from rm_ood.capture import Capture
 from rm_ood.card import GuardCard
 from rm_ood.channels import FINAL, Channel
 from rm_ood.config import GuardConfig
 from rm_ood.decision import Decision, Decisions
 from rm_ood.detectors.mahalanobis import MahalanobisDetector
-from rm_ood.embed import Embedded, Embedder, embedded, needed_channels
+from rm_ood.embed import Embedded, Embedder, embedded, merge, needed_channels
 from rm_ood.errors import CalibrationWarning, InputError, MismatchError, NotFittedError
 from rm_ood.fingerprint import check_fingerprint, fingerprint
 from rm_ood.fit import Fitter, check_overlap, warn_if_shifted
-from rm_ood.preferences import Text, check_prompt, check_response
+from rm_ood.preferences import Text
 from rm_ood.reward_model import eval_mode
 from rm_ood.state import ChannelScores, FittedState
 from rm_ood.text import spans_of_inputs
@@ -170,9 +171,18 @@ class OODGuard:
     # -- verdicts
 
     @overload
-    def check(self, prompt: Text, response: str | list[Any], /) -> Decision: ...
+    def check(
+        self, prompt: Text, response: str, *, groups: Sequence[str] | None = None, progress: bool = False
+    ) -> Decision: ...
     @overload
-    def check(self, prompt: Sequence[Any], response: Sequence[Any], /) -> Decisions: ...
+    def check(
+        self,
+        prompt: Sequence[Any],
+        response: Sequence[Any],
+        *,
+        groups: Sequence[str] | None = None,
+        progress: bool = False,
+    ) -> Decisions: ...
     def check(
         self, prompt: Any, response: Any, *, groups: Sequence[str] | None = None, progress: bool = False
     ) -> Decision | Decisions:
@@ -191,35 +201,19 @@ class OODGuard:
             NotFittedError: the guard is not fitted or not calibrated.
             InputError: names the field, what came, and the remedy; nothing is scored.
         """
-        state, c = self._fitted(), self.config
-        one = isinstance(response, str) or _is_messages(response)
-        prompts, nested = ([prompt], [response]) if one else _pairs(prompt, response)
-        items: list[tuple[Text, str]] = []
-        index: list[int] = []
-        for i, (p, answers) in enumerate(zip(prompts, nested, strict=True)):
-            where = "prompt" if one else f"items[{i}].prompt"
-            text = check_prompt(p, where, allow_empty=c.allow_empty, max_chars=c.max_chars)
-            several = isinstance(answers, (list, tuple)) and not _is_messages(answers)
-            for j, answer in enumerate(answers if several else [answers]):
-                name = "response" if one else f"items[{i}].response{f'[{j}]' if several else ''}"
-                items.append((text, check_response(answer, name, max_chars=c.max_chars)))
-                index.append(i)
-        decisions = self._check_items(state, items, np.array(index, dtype=np.int64), groups, progress)
-        return decisions[0] if one else decisions
+        state = self._fitted()
+        call = read_call(prompt, response, self.config)
+        decisions = self._check_items(state, call, groups, progress)
+        return decisions[0] if call.is_single else decisions
 
-    def _check_items(
-        self,
-        state: FittedState,
-        items: Sequence[tuple[Text, str]],
-        prompt_index: NDArray[np.int64],
-        groups: Sequence[str] | None,
-        progress: bool,
-    ) -> Decisions:
+    def _check_items(self, state: FittedState, call: Call, groups: Sequence[str] | None, progress: bool) -> Decisions:
         column = self._model_column()
         # A guard that is not calibrated says so before the forwards, not after.
         state.profile(state.config.joined)
+        if not call.items:
+            return state.nothing()
         text = column.text(state.config.text_format)
-        encoded = [text.encode(p, r, f"items[{i}]") for i, (p, r) in enumerate(items)]
+        encoded = [text.encode(p, r, f"items[{i}]") for i, (p, r) in enumerate(call.items)]
         order: list[NDArray[np.int64]] = []
         parts: list[Embedded] = []
         scores: list[ChannelScores] = []
@@ -229,21 +223,9 @@ class OODGuard:
                 scores.append(state.score(part.vectors, part.rewards))
                 parts.append(replace(part, vectors={}))
                 bar.update(len(index))
-        if not items:
-            return self._nothing(state)
         where = np.concatenate(order)
-        back = np.argsort(where)
-        merged = _merge(parts, back)
-        decisions = state.decide(
-            ChannelScores.concatenate(scores).reorder(where),
-            rewards=merged.rewards,
-            lengths=merged.lengths,
-            groups=groups,
-            failed=merged.failed,
-            reasons=merged.reasons,
-            truncated=merged.truncated,
-            prompt_index=prompt_index,
-        )
+        scored = ChannelScores.concatenate(scores).take(np.argsort(where))
+        decisions = state.decide(scored, merge(parts, np.argsort(where)), groups=groups, prompt_index=call.prompt_index)
         self._watch(decisions)
         return decisions
 
@@ -280,18 +262,15 @@ class OODGuard:
         spans = None if lengths is None else np.asarray(lengths, dtype=np.int64)
         if spans is not None and spans.shape != (n, 2):
             raise InputError(f"lengths: expected shape ({n}, 2), prompt and response tokens, got {spans.shape}")
-        return state.decide(
-            state.score(vectors, values),
-            rewards=values,
+        part = Embedded(
+            vectors={},
+            rewards=np.full(n, np.nan) if values is None else values,
             lengths=spans,
-            groups=groups,
-            failed=[
-                "non_finite" if bad else None for bad in (np.zeros(n, bool) if values is None else ~np.isfinite(values))
-            ],
+            failed=[None] * n if values is None else ["non_finite" if bad else None for bad in ~np.isfinite(values)],
             reasons=[()] * n,
             truncated=np.zeros(n, dtype=bool),
-            prompt_index=np.arange(n),
         )
+        return state.decide(state.score(vectors, values), part, groups=groups)
 
     def __call__(
         self,
@@ -326,16 +305,7 @@ class OODGuard:
         part = embedded(captured, spans.lengths(), [note] * n, np.zeros(n, dtype=bool))
         with torch.inference_mode():
             scores = state.score(part.vectors, part.rewards)
-        decisions = state.decide(
-            scores,
-            rewards=part.rewards,
-            lengths=part.lengths,
-            groups=None,
-            failed=part.failed,
-            reasons=part.reasons,
-            truncated=part.truncated,
-            prompt_index=np.arange(n),
-        )
+        decisions = state.decide(scores, part)
         object.__setattr__(outputs, "ood", decisions)
         return outputs
 
@@ -469,47 +439,3 @@ class OODGuard:
             message = traffic.update(np.max([axis.ood_scores for axis in decisions.axes.values()], axis=0))
         if message is not None:
             warnings.warn(message, CalibrationWarning, stacklevel=4)
-
-    def _nothing(self, state: FittedState) -> Decisions:
-        empty = ChannelScores(state.channel_names, np.empty((0, len(state.channel_names))), {})
-        return state.decide(
-            empty,
-            rewards=np.empty(0),
-            lengths=np.empty((0, 2), dtype=np.int64),
-            groups=None if state.config.groups in (None, "length") else [],
-            failed=[],
-            reasons=[],
-            truncated=np.empty(0, dtype=bool),
-            prompt_index=np.empty(0, dtype=np.int64),
-        )
-
-
-def _is_messages(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(v, Mapping) for v in value)
-
-
-def _pairs(prompt: Any, response: Any) -> tuple[list[Any], list[Any]]:
-    """Prompts and responses side by side; one prompt with a list of answers is one pair."""
-    if not isinstance(response, (list, tuple)):
-        raise InputError(f"response: expected str or a list, got {type(response).__name__}")
-    if isinstance(prompt, str) or _is_messages(prompt):
-        return [prompt], [list(response)]
-    if not isinstance(prompt, (list, tuple)):
-        raise InputError(f"prompt: expected str, messages or a list of those, got {type(prompt).__name__}")
-    if len(prompt) != len(response):
-        raise InputError(f"{len(prompt)} prompts and {len(response)} responses: expected as many of each")
-    return list(prompt), list(response)
-
-
-def _merge(parts: list[Embedded], back: NDArray[np.int64]) -> Embedded:
-    """Several batches as one, rows in the order `back`; vectors are left out."""
-    failed = [f for part in parts for f in part.failed]
-    reasons = [r for part in parts for r in part.reasons]
-    return Embedded(
-        vectors={},
-        rewards=np.concatenate([part.rewards for part in parts])[back],
-        lengths=np.concatenate([part.lengths for part in parts])[back],
-        failed=[failed[i] for i in back],
-        reasons=[reasons[i] for i in back],
-        truncated=np.concatenate([part.truncated for part in parts])[back],
-    )

@@ -205,17 +205,14 @@ class ClassMoments:
         for start in range(0, len(x), _FLUSH_ROWS):
             rows = x[start : start + _FLUSH_ROWS].to(self.device, torch.float64)
             labels = y[start : start + _FLUSH_ROWS].to(self.device)
-            if self._n_at_pivot == 0:
-                # A row, not a mean: features that never change are then exactly 0 about it.
-                self._pivot = rows[0].clone()
             self._recentre((rows - self._pivot).sum(0), len(rows))
             self._add(*class_scatter(rows, labels, self._pivot, self.n_classes), 1)
 
     def _recentre(self, coming: Tensor, n_coming: int) -> None:
         """Move the pivot to the mean, that of rows about to be added included, when the rows have doubled.
 
-        The rows that chose the pivot may lie far from the others. About a mean of at least half of all rows the scatter
-        is at most three times the one about the mean of all, so taking the means out cancels no more than that.
+        The rows that chose the pivot may lie far from the others. About the mean of at least half of all rows the
+        scatter is at most twice the one about the mean of all, so taking the means out cancels no more than that.
         """
         n = int(self._counts.sum()) + n_coming
         if n >= 2 * self._n_at_pivot:
@@ -254,8 +251,6 @@ class ClassMoments:
         other._flush()
         if other._n_at_pivot == 0:
             return self
-        if self._n_at_pivot == 0:
-            self._pivot = other._pivot.to(self.device, copy=True)
         if sign > 0:
             sums, n = other._sums.sum(0).to(self.device), int(other._counts.sum())
             self._recentre(sums + n * (other._pivot.to(self.device) - self._pivot), n)

@@ -137,7 +137,8 @@ def read_reward(outputs: Any, reward: str) -> Tensor:
     column = int(index or 0)
     if column >= logits.shape[1]:
         raise InputError(f"reward={reward!r}: the model returns {logits.shape[1]} logits per item")
-    return logits[:, column]
+    rewards: Tensor = logits[:, column]
+    return rewards
 
 
 def reward_column(reward: str) -> int:
@@ -155,7 +156,7 @@ def read_out_positions(model: Any, inputs: dict[str, Any], rule: str) -> Tensor:
     Raises:
         InputError: an unknown rule, or a batch without a pad token.
     """
-    ids = inputs["input_ids"]
+    ids: Tensor = inputs["input_ids"]
     if rule not in READ_OUTS:
         raise InputError(f"read_out={rule!r}: expected one of {READ_OUTS}")
     if rule == "first":
@@ -163,12 +164,13 @@ def read_out_positions(model: Any, inputs: dict[str, Any], rule: str) -> Tensor:
     columns = torch.arange(ids.shape[1], device=ids.device)
     if rule == "last_token":
         mask = inputs.get("attention_mask")
-        return (columns * (torch.ones_like(ids) if mask is None else mask)).argmax(-1)
+        attended: Tensor = torch.ones_like(ids) if mask is None else mask
+        return (columns * attended).argmax(-1)
     pad = text_config(model).pad_token_id
     if pad is None:
         check_padding(model, ids.shape[0])
         return torch.full((ids.shape[0],), ids.shape[1] - 1, dtype=torch.long, device=ids.device)
-    return (columns * (ids != pad)).argmax(-1)
+    return torch.where(ids != pad, columns, 0).argmax(-1)
 
 
 def check_padding(model: Any, batch_size: int) -> None:

@@ -17,6 +17,7 @@ from rm_ood.channels import FINAL, REWARD, Channel
 from rm_ood.config import GuardConfig
 from rm_ood.decision import AxisDecisions, ChannelDecisions, Decisions
 from rm_ood.detectors.mahalanobis import MahalanobisDetector
+from rm_ood.embed import Embedded
 from rm_ood.errors import FormatError, InputError, MismatchError, NotFittedError
 from rm_ood.preferences import CHOSEN, REJECTED
 
@@ -38,13 +39,9 @@ class ChannelScores:
         classes = {name: np.concatenate([part.classes[name] for part in parts]) for name in names}
         return cls(parts[0].channels, np.concatenate([part.scores for part in parts]), classes)
 
-    def reorder(self, order: NDArray[np.int64]) -> ChannelScores:
-        """Rows put back where `order` says they came from."""
-        inverse = np.empty_like(order)
-        inverse[order] = np.arange(len(order))
-        return ChannelScores(
-            self.channels, self.scores[inverse], {name: d[inverse] for name, d in self.classes.items()}
-        )
+    def take(self, order: NDArray[np.int64]) -> ChannelScores:
+        """Rows in another order."""
+        return ChannelScores(self.channels, self.scores[order], {name: d[order] for name, d in self.classes.items()})
 
 
 @dataclass(frozen=True)
@@ -125,42 +122,51 @@ class FittedState:
     def decide(
         self,
         scored: ChannelScores,
+        part: Embedded,
         *,
-        rewards: Floats | None,
-        lengths: NDArray[np.int64] | None,
-        groups: Sequence[str] | None,
-        failed: Sequence[str | None],
-        reasons: Sequence[tuple[str, ...]],
-        truncated: NDArray[np.bool_],
-        prompt_index: NDArray[np.int64],
+        groups: Sequence[str] | None = None,
+        prompt_index: NDArray[np.int64] | None = None,
     ) -> Decisions:
-        """Verdicts from raw scores. Items that could not be scored get the smallest p-value, so they are flagged."""
+        """Verdicts from raw scores. Items that could not be scored get the smallest p-value, so they are flagged.
+
+        Args:
+            scored: raw channel scores of n items.
+            part: what else is known of them; its vectors are not read.
+            groups: (n,) labels, for a guard with a grouping column.
+            prompt_index: (n,) which prompt of the call an item belongs to.
+        """
         joined = tuple(name for name in self.config.joined if name in scored.channels)
         if not joined:
             raise InputError(f"none of the guard's channels {self.config.joined} was given; got {scored.channels}")
-        bad = np.array([f is not None for f in failed], dtype=bool) | ~np.isfinite(scored.scores).all(1)
+        bad = np.array([f is not None for f in part.failed], dtype=bool) | ~np.isfinite(scored.scores).all(1)
         raw = np.where(bad[:, None], np.inf, scored.scores)
-        with_lengths = lengths is not None
-        spans = np.zeros((len(raw), 2), dtype=np.int64) if lengths is None else lengths
-        ranking = self.profile(joined, with_lengths=with_lengths).rank(raw, scored.channels, spans, groups)
-        notes = []
-        for i, (fail, given) in enumerate(zip(failed, reasons, strict=True)):
-            if fail is None and not np.isfinite(raw[i]).all():
-                fail = "non_finite"
-            notes.append(given if fail is None else (fail, *given))
+        spans = np.zeros((len(raw), 2), dtype=np.int64) if part.lengths is None else part.lengths
+        profile = self.profile(joined, with_lengths=part.lengths is not None)
+        ranking = profile.rank(raw, scored.channels, spans, groups)
+        notes = [
+            ((fail or "non_finite"), *given) if is_bad else given
+            for is_bad, fail, given in zip(bad, part.failed, part.reasons, strict=True)
+        ]
         distances = scored.classes.get(FINAL)
         return Decisions(
-            rewards=np.full(len(raw), np.nan) if rewards is None else rewards,
+            rewards=part.rewards,
             is_ood=ranking.p <= self.config.alpha,
             p_values=ranking.p,
             axes=self._axes(raw, scored, ranking),
             nearest_class=None if distances is None else np.where(bad, -1, distances.argmin(1)),
             class_log_odds=None if distances is None else np.where(bad, np.nan, class_log_odds(distances)),
             reasons=tuple(notes),
-            truncated=truncated,
-            prompt_index=prompt_index,
+            truncated=part.truncated,
+            prompt_index=np.arange(len(raw)) if prompt_index is None else prompt_index,
             alpha=self.config.alpha,
         )
+
+    def nothing(self) -> Decisions:
+        """The verdicts on no items."""
+        names = self.channel_names
+        none = Embedded({}, np.empty(0), np.empty((0, 2), dtype=np.int64), [], [], np.empty(0, dtype=bool))
+        classes = {n: np.empty((0, len(d.classes_))) for n, d in self.detectors.items() if len(d.classes_) > 1}
+        return self.decide(ChannelScores(names, np.empty((0, len(names))), classes), none, groups=[])
 
     def _axes(self, raw: Floats, scored: ChannelScores, ranking: Ranking) -> dict[str, AxisDecisions]:
         axes = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from typing import Any, NoReturn
 
 from rm_ood.errors import FormatError
@@ -56,6 +57,6 @@ def _finite_float(text: str) -> float:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in names if names.count(key) > 1)[:100]!r} appears twice")
+        name = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"key {name[:100]!r} appears twice")
     return found

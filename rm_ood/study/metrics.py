@@ -57,8 +57,9 @@ def confidence(chosen: ArrayLike, rejected: ArrayLike) -> Floats:
         InputError, NonFiniteError: as `pair_accuracy`.
     """
     c, r = _pairs(chosen, rejected)
-    # Half of each, so that two rewards near the largest float do not overflow their difference.
-    return np.asarray(special.expit(2 * np.abs(c / 2 - r / 2)), dtype=np.float64)
+    # A difference past the largest float is infinite, and its confidence 1, as it should be.
+    with np.errstate(over="ignore"):
+        return np.asarray(special.expit(np.abs(c - r)), dtype=np.float64)
 
 
 def ece(
@@ -117,7 +118,9 @@ def energy_score(chosen: ArrayLike, rejected: ArrayLike, T: float = 1.0) -> Floa
     if not (math.isfinite(T) and T > 0):
         raise InputError(f"T={T}: expected a positive temperature")
     c, r = _pairs(chosen, rejected)
-    return np.asarray(-T * np.logaddexp(c / T, r / T), dtype=np.float64)
+    # The larger reward plus a rest in [0, T log 2]; an infinite difference leaves the larger reward alone.
+    with np.errstate(over="ignore"):
+        return np.asarray(-np.maximum(c, r) - T * np.log1p(np.exp(-np.abs(c - r) / T)), dtype=np.float64)
 
 
 def auroc(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:

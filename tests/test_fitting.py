@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rm_ood import fitting
+from rm_ood.fitting import CalibrationReservoir, DuplicateSketch, FitMoments, Kept, KeySet, windows
+from rm_ood.preferences import stable_hash
+
+KEYS = st.integers(0, 2**64 - 1)
+
+
+def kept(key: int, response_hash: int = 0) -> Kept:
+    return Kept(key, response_hash, None, None, {}, 0.0, (1, 1))
+
+
+# -- keys
+
+
+@given(st.lists(KEYS), st.lists(KEYS), st.integers(1, 5))
+def test_a_key_set_is_a_set(first: list[int], second: list[int], chunk: int) -> None:
+    keys = KeySet(np.array(first, dtype=np.uint64))
+    expected = set(first)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitting, "_CHUNK", chunk)
+        for key in second:
+            assert keys.add(key) == (key not in expected)
+            expected.add(key)
+            assert len(keys) == len(expected)
+    assert keys.sorted().tolist() == sorted(expected)
+    assert keys.sorted().dtype == np.uint64
+    assert all(key in keys for key in expected)
+    assert all((key in keys) == (key in expected) for key in (0, 1, 2**64 - 1))
+
+
+def test_an_empty_key_set_holds_nothing() -> None:
+    assert len(KeySet()) == 0
+    assert 5 not in KeySet()
+    assert KeySet().sorted().shape == (0,)
+
+
+# -- the reservoir
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 5)), min_size=1), st.randoms(use_true_random=False))
+def test_the_draw_depends_on_the_data_and_never_on_their_order(
+    offers: list[tuple[int, int]], rng: random.Random
+) -> None:
+    def draw(order: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        reservoir = CalibrationReservoir(4, seed=3)
+        for key, response_hash in order:
+            reservoir.offer(kept(key, response_hash))
+        return [(k.key, k.response_hash) for k in reservoir.items()]
+
+    shuffled = list(offers)
+    rng.shuffle(shuffled)
+    found = draw(offers)
+    assert found == draw(shuffled)
+    assert len(found) == min(4, len({key for key, _ in offers}))
+    # One response a prompt: the one with the smallest hash.
+    assert all(h == min(r for k, r in offers if k == key) for key, h in found)
+
+
+def test_what_is_not_wanted_would_not_be_kept() -> None:
+    reservoir = CalibrationReservoir(3, seed=0)
+    rng = random.Random(0)
+    for _ in range(300):
+        item = kept(rng.randrange(40), rng.randrange(20))
+        before = [(k.key, k.response_hash) for k in reservoir.items()]
+        wanted = reservoir.wants(item.key, item.response_hash)
+        reservoir.offer(item)
+        assert ([(k.key, k.response_hash) for k in reservoir.items()] != before) == wanted
+        assert len(reservoir) <= 3
+
+
+@pytest.mark.parametrize("seed", [-(2**63), -1, 0, 2**63 - 1])
+def test_every_64_bit_seed_draws(seed: int) -> None:
+    reservoir = CalibrationReservoir(2, seed)
+    for key in range(5):
+        reservoir.offer(kept(key, reservoir.response_hash(str(key))))
+    assert len(reservoir) == 2
+
+
+def test_the_draw_is_uniform_over_prompts_and_moves_with_the_seed() -> None:
+    drawn = []
+    for seed in range(40):
+        reservoir = CalibrationReservoir(50, seed)
+        for key in range(200):
+            reservoir.offer(kept(key))
+        drawn.append({k.key for k in reservoir.items()})
+    counts = np.array([sum(key in d for d in drawn) for key in range(200)])
+    # Binomial(40, 1/4): mean 10, five standard deviations.
+    assert counts.mean() == 10
+    assert counts.max() < 10 + 5 * 2.74
+    assert len({frozenset(d) for d in drawn}) == 40
+
+
+# -- duplicates
+
+
+def test_row14_the_share_of_repeats_is_exact_while_it_fits() -> None:
+    sketch = DuplicateSketch()
+    assert sketch.share == 0
+    for i in (1, 2, 3, 3, 3, 4, 4, 5):
+        sketch.add(i)
+    assert sketch.share == 3 / 8
+
+
+def test_row14_the_share_of_repeats_is_estimated_in_bounded_memory() -> None:
+    sketch = DuplicateSketch(size=500)
+    for i in range(20_000):
+        sketch.add(stable_hash(str(i if i % 2 else i % 4_000)))
+    # 10,000 odd numbers, and 2,000 even ones five times each.
+    assert len(sketch._counts) <= 500
+    assert sketch.share == pytest.approx(0.4, abs=0.1)
+
+
+# -- moments
+
+
+def vectors(n: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(n)
+    return {name: torch.randn(n, 3, generator=generator) for name in ("final", "prompt/mean@0.5")}
+
+
+def test_responses_count_by_class_and_prompts_once() -> None:
+    moments = FitMoments(2)
+    labels, first = torch.tensor([0, 1, 0, 1, 1]), torch.tensor([True, False, True, False, True])
+    x = vectors(5)
+    rewards = np.arange(5.0)
+    moments.update(x, rewards, labels, first)
+    moments.update(x, rewards + 1, labels, torch.zeros(5, dtype=torch.bool))
+    final, prompt = moments.channels["final"], moments.channels["prompt/mean@0.5"]
+    assert final.counts.tolist() == [4, 6]
+    assert prompt.counts.tolist() == [3]
+    torch.testing.assert_close(final.means[1], x["final"][labels == 1].double().mean(0))
+    torch.testing.assert_close(prompt.means[0], x["prompt/mean@0.5"][first].double().mean(0))
+    assert moments.reward.n_samples == 10
+    assert float(moments.reward.means[0, 0]) == 2.5
+
+
+def test_one_class_takes_any_label() -> None:
+    moments = FitMoments(1)
+    moments.update(vectors(4), np.ones(4), torch.tensor([0, 1, 0, 1]), torch.ones(4, dtype=torch.bool))
+    assert moments.channels["final"].counts.tolist() == [4]
+
+
+@given(st.lists(st.integers()), st.integers(1, 7))
+def test_windows_hold_all_items_in_order(items: list[int], size: int) -> None:
+    parts = list(windows(iter(items), size))
+    assert [x for part in parts for x in part] == items
+    assert all(len(part) == size for part in parts[:-1])
+    assert all(0 < len(part) <= size for part in parts)
+
+
+def test_windows_are_lazy() -> None:
+    def endless() -> Any:
+        while True:
+            yield 1
+
+    assert next(windows(endless(), 3)) == [1, 1, 1]

@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rm_ood.errors import InputError, MismatchError
+from rm_ood.reward_model import (
+    check_padding,
+    eval_mode,
+    find_blocks,
+    find_head,
+    load_reward_model,
+    read_out_positions,
+    read_reward,
+    reward_column,
+    text_config,
+)
+
+
+def outputs(logits: Any) -> Any:
+    return SimpleNamespace(logits=logits)
+
+
+# -- loading
+
+
+def save(model: Any, tokenizer: Any, path: Path) -> str:
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def test_a_saved_model_loads_in_eval_mode_with_its_weights(tmp_path: Path, tiny_decoder: tuple[Any, Any]) -> None:
+    folder = save(*tiny_decoder, tmp_path)
+    model, tokenizer = load_reward_model(folder, device="cpu")
+    assert not any(module.training for module in model.modules())
+    torch.testing.assert_close(model.score.weight, tiny_decoder[0].score.weight, rtol=0, atol=0)
+    assert tokenizer.is_fast
+    half, _ = load_reward_model(folder, dtype="bfloat16", device="cpu")
+    assert half.dtype == torch.bfloat16
+
+
+def test_a_checkpoint_without_a_reward_head_is_refused(tmp_path: Path, tiny_decoder: tuple[Any, Any]) -> None:
+    folder = save(tiny_decoder[0].model, tiny_decoder[1], tmp_path)
+    with pytest.raises(
+        InputError, match=r"lacks 1 weights of LlamaForSequenceClassification \(first: \['score.weight'\]\)"
+    ):
+        load_reward_model(folder)
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./none", "~/none"])
+def test_row23_a_missing_folder_is_named(path: str) -> None:
+    with pytest.raises(FileNotFoundError, match=f"no reward model folder at {path}"):
+        load_reward_model(path)
+
+
+# -- head and blocks
+
+
+def test_the_head_is_the_last_linear_with_num_labels_outputs(
+    tiny_decoder: tuple[Any, Any], minilm: tuple[Any, Any]
+) -> None:
+    decoder, _ = tiny_decoder
+    assert find_head(decoder) == ("score", decoder.score)
+    assert find_head(minilm[0]) == ("classifier", minilm[0].classifier)
+    assert find_head(decoder, "model.layers.0.mlp") == ("model.layers.0.mlp", decoder.model.layers[0].mlp)
+
+
+def test_row39_a_model_without_a_head_lists_its_linears(tiny_decoder: tuple[Any, Any]) -> None:
+    body = tiny_decoder[0].model
+    with pytest.raises(InputError) as error:
+        find_head(body)
+    message = str(error.value)
+    assert "LlamaModel has no Linear with num_labels=1 outputs" in message
+    assert "Pass head='dotted.path'. Candidates: [" in message
+    assert "'layers.5.mlp.down_proj (64 -> 32)'" in message
+    # The last six, not all of them.
+    assert message.count("->") == 6
+
+
+def test_row39_a_model_without_a_config_lists_its_linears() -> None:
+    with pytest.raises(InputError, match=r"Sequential has no Linear with num_labels=None.*'0 \(3 -> 1\)'"):
+        find_head(nn.Sequential(nn.Linear(3, 1)))
+
+
+def test_row39_an_unknown_head_lists_the_linears(tiny_decoder: tuple[Any, Any]) -> None:
+    with pytest.raises(InputError, match=r"head='value': no such module. Candidates: .*score \(32 -> 1\)"):
+        find_head(tiny_decoder[0], "value")
+
+
+def test_blocks_are_the_list_as_long_as_the_model_is_deep(
+    tiny_decoder: tuple[Any, Any], minilm: tuple[Any, Any]
+) -> None:
+    assert find_blocks(tiny_decoder[0]) is tiny_decoder[0].model.layers
+    assert find_blocks(minilm[0]) is minilm[0].bert.encoder.layer
+    assert find_blocks(tiny_decoder[0], "model.layers") is tiny_decoder[0].model.layers
+
+
+def test_a_model_without_such_a_list_names_those_it_has(tiny_decoder: tuple[Any, Any]) -> None:
+    model, _ = tiny_decoder
+    with pytest.raises(InputError, match=r"layers='blocks': no such ModuleList. There are: \['model.layers'\]"):
+        find_blocks(model, "blocks")
+    model.config.num_hidden_layers = 4
+    with pytest.raises(InputError, match=r"num_hidden_layers=4 blocks; lists: \{'model.layers': 6\}.*channels='final'"):
+        find_blocks(model)
+
+
+def test_the_text_config_is_the_inner_one_of_a_multimodal_model(tiny_decoder: tuple[Any, Any]) -> None:
+    assert text_config(tiny_decoder[0]).pad_token_id is not None
+    plain = SimpleNamespace(config=SimpleNamespace(pad_token_id=3))
+    assert text_config(plain).pad_token_id == 3
+
+
+# -- reward
+
+
+def test_the_reward_is_the_logit_that_was_named() -> None:
+    logits = torch.arange(6.0).reshape(3, 2)
+    assert read_reward(outputs(logits[:, :1]), "logits").tolist() == [0, 2, 4]
+    assert read_reward(outputs(logits), "logits:1").tolist() == [1, 3, 5]
+    assert (reward_column("logits"), reward_column("logits:1")) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("logits", "reward", "message"),
+    [
+        (torch.ones(3, 1), "score", "expected 'logits' or 'logits:<label index>'"),
+        (torch.ones(3, 1), "logits:first", "expected 'logits' or"),
+        (torch.ones(3, 1), "logits:²", "expected 'logits' or"),
+        (None, "logits", "expected logits of shape .batch, labels. in the model's output, got None"),
+        (torch.ones(3, 4, 1), "logits", r"got \(3, 4, 1\)"),
+        (torch.ones(3, 2), "logits", "returns 2 logits per item; name the one that is the reward: reward='logits:0'"),
+        (torch.ones(3, 2), "logits:2", "reward='logits:2': the model returns 2 logits per item"),
+    ],
+)
+def test_row39_rewards_that_cannot_be_told_are_refused(logits: Any, reward: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_reward(outputs(logits), reward)
+
+
+# -- read-out
+
+
+def model_with_pad(pad: int | None) -> Any:
+    return SimpleNamespace(config=SimpleNamespace(pad_token_id=pad))
+
+
+IDS = torch.tensor([[5, 6, 7, 0, 0], [0, 5, 6, 7, 8], [5, 0, 6, 0, 0], [0, 0, 0, 0, 0]])
+MASK = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("rule", "mask", "expected"),
+    [
+        ("auto", MASK, [2, 4, 2, 0]),
+        ("non_pad", MASK, [2, 4, 2, 0]),
+        ("last_token", MASK, [2, 4, 3, 1]),
+        ("last_token", MASK.bool(), [2, 4, 3, 1]),
+        ("last_token", None, [4, 4, 4, 4]),
+        ("first", MASK, [0, 0, 0, 0]),
+    ],
+)
+def test_read_out_positions(rule: str, mask: Any, expected: list[int]) -> None:
+    inputs = {"input_ids": IDS} if mask is None else {"input_ids": IDS, "attention_mask": mask}
+    assert read_out_positions(model_with_pad(0), inputs, rule).tolist() == expected
+
+
+def test_row53_row54_the_position_comes_from_the_ids_as_in_transformers(tiny_decoder: tuple[Any, Any]) -> None:
+    model, tokenizer = tiny_decoder
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == model.config.pad_token_id
+    eos = tokenizer.eos_token_id
+    ids = torch.tensor([[10, 11, 12, eos, eos, eos], [10, 11, 12, 13, 14, eos], [eos, eos, 10, 11, 12, 13]])
+    inputs = {"input_ids": ids, "attention_mask": (ids != eos).long()}
+    # The token before the final eos, wherever the padding is.
+    assert read_out_positions(model, inputs, "auto").tolist() == [2, 4, 5]
+    with torch.inference_mode():
+        every = model.score(model.model(**inputs).last_hidden_state)
+        rewards = model(**inputs).logits
+    torch.testing.assert_close(every[torch.arange(3), torch.tensor([2, 4, 5])], rewards, rtol=0, atol=0)
+
+
+def test_row55_a_batch_without_a_pad_token_is_refused_before_its_forward() -> None:
+    model = model_with_pad(None)
+    with pytest.raises(
+        InputError, match=r"no pad_token_id, so a batch of 4 .* model.config.pad_token_id = .* batch_size=1"
+    ):
+        read_out_positions(model, {"input_ids": IDS}, "auto")
+    with pytest.raises(InputError, match="a batch of 2"):
+        check_padding(model, 2)
+    check_padding(model, 1)
+    check_padding(model_with_pad(0), 64)
+    assert read_out_positions(model, {"input_ids": IDS[:1]}, "auto").tolist() == [4]
+
+
+def test_an_unknown_rule_is_refused() -> None:
+    with pytest.raises(InputError, match="read_out='middle': expected one of"):
+        read_out_positions(model_with_pad(0), {"input_ids": IDS}, "middle")
+
+
+# -- training mode
+
+
+def test_row40_training_mode_is_refused(tiny_decoder: tuple[Any, Any]) -> None:
+    model, _ = tiny_decoder
+    model.model.layers[3].train()
+    with (
+        pytest.raises(MismatchError, match=r"in training mode.*model.eval\(\) first, or pass eval_mode='switch'"),
+        eval_mode(model, switch=False),
+    ):
+        pytest.fail("the pass ran")
+    assert model.model.layers[3].training
+    assert not model.training
+
+
+def test_row40_switching_restores_every_modules_own_mode(tiny_decoder: tuple[Any, Any]) -> None:
+    model, _ = tiny_decoder
+    model.train()
+    model.model.layers[3].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    with eval_mode(model, switch=True):
+        assert not any(module.training for module in model.modules())
+    assert {name: module.training for name, module in model.named_modules()} == before
+    with pytest.raises(ZeroDivisionError), eval_mode(model, switch=True):
+        _ = 1 / 0
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
+def test_eval_mode_leaves_a_model_in_eval_mode_alone(tiny_decoder: tuple[Any, Any]) -> None:
+    with eval_mode(tiny_decoder[0], switch=False):
+        pass
+    assert not any(module.training for module in tiny_decoder[0].modules())
