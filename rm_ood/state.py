@@ -18,7 +18,7 @@ from rm_ood.config import GuardConfig
 from rm_ood.decision import AxisDecisions, ChannelDecisions, Decisions
 from rm_ood.detectors.mahalanobis import MahalanobisDetector
 from rm_ood.embed import Embedded
-from rm_ood.errors import FormatError, InputError, MismatchError, NotFittedError
+from rm_ood.errors import CalibrationError, FormatError, InputError, MismatchError, NotFittedError
 from rm_ood.preferences import CHOSEN, REJECTED
 
 Floats = NDArray[np.float64]
@@ -246,7 +246,9 @@ class FittedState:
                 for i, name in enumerate(names)
             }
             fingerprint, record = dict(config["fingerprint"]), dict(config["record"])
-        except (KeyError, TypeError, IndexError, InputError) as error:
+        except FormatError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"saved guard: settings are incomplete or malformed ({error})") from error
         if not np.isfinite([mean, sd]).all() or sd <= 0:
             raise FormatError(f"saved guard: reward mean {mean} and standard deviation {sd} are not usable")
@@ -297,9 +299,16 @@ def _table(tensors: Mapping[str, Tensor], channels: tuple[str, ...], group_names
         if any(not 0 <= code < len(group_names) for code in codes):
             raise FormatError("calibration.groups: a code outside the group names")
         groups = tuple(group_names[code] for code in codes)
-    return CalibrationTable(
-        scores.numpy(), channels, tensors["calibration.lengths"].numpy(), tensors["calibration.part_a"].numpy(), groups
-    )
+    try:
+        return CalibrationTable(
+            scores=scores.numpy(),
+            channels=channels,
+            lengths=tensors["calibration.lengths"].numpy(),
+            part_a=tensors["calibration.part_a"].numpy(),
+            groups=groups,
+        )
+    except CalibrationError as error:
+        raise FormatError(f"saved guard: {error}") from error
 
 
 def class_log_odds(distances: Floats) -> Floats:

@@ -1,0 +1,126 @@
+"""Imports run one way, in the order of the picture in the package's docstring, and `import rm_ood` is quiet."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rm_ood
+
+ROOT = Path(rm_ood.__file__).parent
+
+# A module imports only from modules before it.
+ORDER = """
+errors channels
+strict_json atomic artifact hub
+preferences text reward_model fingerprint
+vectors ops.reference ops.scatter ops.distance ops moments covariance
+detectors.base detectors.mahalanobis detectors.sklearn detectors
+length conformal calibration traffic
+config capture embed fitting decision state fit card calls guard
+study.metrics study.shifts study.plots study
+batch demo_page demo
+""".split()
+# The package's own names come from all of the above; the command line is their reader.
+LAST = ("", "cli")
+# Tensors only: they work on vectors that came from anywhere.
+STATISTICS = (
+    "vectors ops.reference ops.scatter ops.distance ops moments covariance detectors.base detectors.mahalanobis "
+)
+STATISTICS += "detectors.sklearn detectors length conformal calibration traffic"
+MODEL_COLUMN = {"preferences", "text", "reward_model", "fingerprint", "config", "capture", "embed", "fit", "guard"}
+OPTIONAL = {"datasets", "yaml", "pandas", "matplotlib", "triton", "pyarrow", "gguf", "chatterbot_corpus"}
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name below the package -> file."""
+    found = {}
+    for path in ROOT.rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts).removesuffix("__init__").rstrip(".")] = path
+    return found
+
+
+def imports(path: Path, known: set[str]) -> set[str]:
+    """Modules of the package that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import hides where it goes"
+            module = str(node.module)
+            for alias in node.names:
+                inner = f"{module}.{alias.name}"
+                found.add(inner if inner.removeprefix("rm_ood.") in known else module)
+    own = {name for name in found if name.split(".")[0] == "rm_ood"}
+    return {name.removeprefix("rm_ood").removeprefix(".") for name in own}
+
+
+def top_level(path: Path) -> set[str]:
+    """Packages that importing a file imports at once: those outside its functions."""
+    todo: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    found: set[str] = set()
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import):
+            found |= {a.name.split(".")[0] for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(str(node.module).split(".")[0])
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            todo += ast.iter_child_nodes(node)
+    return found
+
+
+def test_every_module_has_its_place_in_the_order() -> None:
+    assert len(ORDER) == len(set(ORDER))
+    assert {*ORDER, *LAST} == set(modules()), "a module is missing in ORDER, or gone: say where it stands"
+
+
+def test_imports_run_one_way() -> None:
+    files = modules()
+    place = {name: i for i, name in enumerate((*ORDER, *LAST))}
+    wrong = [
+        f"{name or 'rm_ood'} imports {other or 'rm_ood'}"
+        for name, path in files.items()
+        for other in imports(path, set(files))
+        if place[other] >= place[name]
+    ]
+    assert wrong == []
+
+
+def test_the_statistics_column_knows_no_model() -> None:
+    files = modules()
+    for name in STATISTICS.split():
+        assert not imports(files[name], set(files)) & MODEL_COLUMN, name
+        assert "transformers" not in files[name].read_text(encoding="utf-8"), name
+
+
+def test_extras_are_imported_where_they_are_used() -> None:
+    for name, path in modules().items():
+        assert not top_level(path) & (OPTIONAL | {"transformers"}), name
+
+
+def test_importing_the_package_is_quiet_and_needs_no_extra() -> None:
+    code = f"""
+import sys, warnings
+warnings.simplefilter("error")
+import rm_ood
+loaded = {sorted(OPTIONAL)}
+found = [name for name in loaded if name in sys.modules]
+assert not found, found
+import torch
+assert not torch.cuda.is_initialized()
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (out.returncode, out.stdout, out.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("name", sorted(rm_ood.__all__))
+def test_public_names_exist_and_say_what_they_are(name: str) -> None:
+    value = getattr(rm_ood, name)
+    assert name == "__version__" or value.__doc__
