@@ -50,9 +50,10 @@ def locked_folder(folder: Path, wait_s: float) -> Iterator[bool | None]:
         return
     try:
         yield _acquire(handle, wait_s)
-        # By hand: closing does not release it while a forked child still has the handle.
-        fcntl.flock(handle, fcntl.LOCK_UN)
     finally:
+        # By hand: closing does not release it while a forked child still has the handle.
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
 
 

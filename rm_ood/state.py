@@ -260,7 +260,7 @@ class FittedState:
         unknown = [n for n in tensors if n not in optional and not any(n.startswith(k) for k in known)]
         if unknown or FINAL not in detectors or "fit.prompt_keys" not in tensors:
             raise FormatError(
-                f"saved guard: unknown tensors {unknown}, channels {names}; 'final' and its keys are needed"
+                f"saved guard: unknown tensors {unknown}, channels {names}; 'final' and fit.prompt_keys are needed"
             )
         return cls(
             config=settings,

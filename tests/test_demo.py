@@ -45,6 +45,12 @@ def no_network(monkeypatch):
     refuse_network(monkeypatch)
 
 
+@pytest.fixture
+def one_thread(monkeypatch):
+    """Two threads on cores that other tests use as well wait for each other."""
+    monkeypatch.setattr(demo, "_THREADS", 1)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One whole run of the demo, with the network off; nearly all of this file's time."""
@@ -113,7 +119,9 @@ def test_words_are_whole_and_in_a_fixed_order(minilm):
     assert all(re.fullmatch("[a-z]{3,}", word) for word in words)
 
 
-def test_training_moves_every_weight_but_the_embedding_table_and_is_reproducible(minilm, monkeypatch, no_network):
+def test_training_moves_every_weight_but_the_embedding_table_and_is_reproducible(
+    minilm, monkeypatch, one_thread, no_network
+):
     monkeypatch.setattr(demo, "_EPOCHS", 1)
     rows = [row for row in demo.demo_rows(0)[0] if len(row["chosen"]) < 40][:16]
     state = torch.get_rng_state()
@@ -216,7 +224,9 @@ def test_the_guard_of_the_demo_loads(finished):
     assert guard.config.max_length == demo.MAX_LENGTH
 
 
-def test_measuring_again_gives_the_same_numbers_and_replaces_the_folder(minilm, monkeypatch, tmp_path, no_network):
+def test_measuring_again_gives_the_same_numbers_and_replaces_the_folder(
+    minilm, monkeypatch, tmp_path, one_thread, no_network
+):
     # The untrained model and a handful of rows: everything but the training, in small.
     everything = demo.demo_rows(0)
     few = (everything[0][:40], _one_per_prompt(everything[1])[:120], everything[2][:10])
@@ -242,7 +252,7 @@ def test_a_missing_model_package_is_named(monkeypatch):
         demo._model_folder()
 
 
-def test_progress_is_on_stderr(minilm, capsys):
+def test_progress_is_on_stderr(one_thread, capsys):
     with demo._reproducible(0):
         demo.train_reward_model(demo.demo_rows(0)[0][:4], 0, progress=True)
     out, err = capsys.readouterr()

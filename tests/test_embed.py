@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from conftest import preference_rows
 
 from rm_ood.capture import Capture, Captured
 from rm_ood.config import GuardConfig
-from rm_ood.embed import Embedded, Embedder, embedded, needed_channels
+from rm_ood.embed import Embedded, Embedder, embedded, merge, needed_channels
 from rm_ood.errors import InputError, MismatchError
 from rm_ood.text import Encoded, TextEncoder
 
@@ -30,15 +31,7 @@ def collect(embedder: Embedder, items: list[Encoded], text: TextEncoder) -> Embe
     order, parts = zip(*embedder.batches(items, text), strict=True)
     back = np.argsort(np.concatenate(order))
     vectors = {name: torch.cat([p.vectors[name] for p in parts])[back] for name in parts[0].vectors}
-    lengths = [p.lengths for p in parts if p.lengths is not None]
-    return Embedded(
-        vectors,
-        np.concatenate([p.rewards for p in parts])[back],
-        np.concatenate(lengths)[back],
-        [[f for p in parts for f in p.failed][i] for i in back],
-        [[r for p in parts for r in p.reasons][i] for i in back],
-        np.concatenate([p.truncated for p in parts])[back],
-    )
+    return replace(merge(parts, back), vectors=vectors)
 
 
 class Calls:
@@ -197,6 +190,24 @@ def test_what_cannot_be_trusted_is_named_row_by_row() -> None:
     assert part.failed == [None, "non_finite", "non_finite", "non_finite", "read_out_mismatch"]
     assert part.rewards.dtype == np.float64
     assert part.lengths is None
+
+
+def test_merged_batches_come_out_in_the_order_asked_for() -> None:
+    def part(*rewards: float) -> Embedded:
+        n = len(rewards)
+        lengths = np.array([[int(r), 1] for r in rewards])
+        names: list[str | None] = [f"f{r:.0f}" for r in rewards]
+        return Embedded({"final": torch.ones(n, 2)}, np.array(rewards), lengths, names, [(f"r{r:.0f}",) for r in rewards],
+                        np.array([r == 2 for r in rewards]))  # fmt: skip
+
+    whole = merge([part(3.0, 1.0), part(2.0)], np.array([1, 2, 0]))
+    assert whole.vectors == {}
+    assert whole.rewards.tolist() == [1, 2, 3]
+    assert whole.lengths is not None
+    assert whole.lengths.tolist() == [[1, 1], [2, 1], [3, 1]]
+    assert whole.failed == ["f1", "f2", "f3"]
+    assert whole.reasons == [("r1",), ("r2",), ("r3",)]
+    assert whole.truncated.tolist() == [False, True, False]
 
 
 def test_the_length_limit_is_the_smallest_that_holds(tiny_decoder: tuple[Any, Any], minilm: tuple[Any, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -42,6 +43,13 @@ def guard(tiny_decoder: Any, rows: Any) -> OODGuard:
     return make(tiny_decoder).fit(rows, calibration=0.5, progress=False)
 
 
+@pytest.fixture(scope="module")
+def fitted(_tiny_decoder: Any, decoder_tokenizer: Any) -> OODGuard:
+    """One guard for the tests that only read it."""
+    guard = make((copy.deepcopy(_tiny_decoder), decoder_tokenizer))
+    return guard.fit(preference_rows(400), calibration=0.5, progress=False)
+
+
 @pytest.fixture
 def fresh() -> list[dict[str, Any]]:
     return preference_rows(60, seed=9)
@@ -54,12 +62,12 @@ def texts(rows: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
 # -- verdicts
 
 
-def test_verdict_of_one_item_is_that_of_the_list(guard: OODGuard, fresh: Any) -> None:
+def test_verdict_of_one_item_is_that_of_the_list(fitted: OODGuard, fresh: Any) -> None:
     prompts, responses = texts(fresh)
-    many = guard.check(prompts, responses)
+    many = fitted.check(prompts, responses)
     assert isinstance(many, Decisions)
     assert len(many) == 60
-    one = guard.check(prompts[7], responses[7])
+    one = fitted.check(prompts[7], responses[7])
     assert isinstance(one, Decision)
     assert one.reward == pytest.approx(many.rewards[7], abs=1e-5)
     assert one.is_ood == many.is_ood[7]
@@ -68,9 +76,9 @@ def test_verdict_of_one_item_is_that_of_the_list(guard: OODGuard, fresh: Any) ->
     )
 
 
-def test_is_ood_is_exactly_p_at_most_alpha(guard: OODGuard, fresh: Any) -> None:
+def test_is_ood_is_exactly_p_at_most_alpha(fitted: OODGuard, fresh: Any) -> None:
     prompts, responses = texts(fresh)
-    decisions = guard.check(prompts + ["\u4f60\u597d " * 40] * 5, responses + ["\u4e16\u754c " * 40] * 5)
+    decisions = fitted.check(prompts + ["\u4f60\u597d " * 40] * 5, responses + ["\u4e16\u754c " * 40] * 5)
     assert (decisions.is_ood == (decisions.p_values <= 0.05)).all()
     for axis in decisions.axes.values():
         assert (axis.is_ood == (axis.p_values <= 0.05)).all()
@@ -78,40 +86,39 @@ def test_is_ood_is_exactly_p_at_most_alpha(guard: OODGuard, fresh: Any) -> None:
     assert not decisions.is_ood.all()
 
 
-def test_order_and_batch_size_do_not_matter(tiny_decoder: Any, rows: Any, fresh: Any, guard: OODGuard, tmp_path: Any) -> None:
+def test_order_and_batch_size_do_not_matter(fitted: OODGuard, fresh: Any) -> None:
     prompts, responses = texts(fresh)
-    guard.save_pretrained(tmp_path / "g")
-    reference = guard.check(prompts, responses)
+    reference = fitted.check(prompts, responses)
     shuffled = np.random.default_rng(0).permutation(60)
-    again = guard.check([prompts[i] for i in shuffled], [responses[i] for i in shuffled])
+    again = fitted.check([prompts[i] for i in shuffled], [responses[i] for i in shuffled])
     np.testing.assert_allclose(again.rewards, reference.rewards[shuffled], rtol=1e-5)
     np.testing.assert_allclose(again.p_values, reference.p_values[shuffled], rtol=1e-3)
-    single = [guard.check(p, r) for p, r in zip(prompts, responses, strict=True)]
+    single = [fitted.check(p, r) for p, r in zip(prompts, responses, strict=True)]
     for channel in ("final", "response/mean@0.67"):
         scores = [d.axes["response"].channels[channel].score for d in single]
         np.testing.assert_allclose(scores, reference.axis("response").channel(channel).scores, rtol=1e-4)
     assert [d.is_ood for d in single] == reference.is_ood.tolist()
 
 
-def test_nested_responses_come_out_flat_with_their_prompt(guard: OODGuard) -> None:
-    decisions = guard.check(["first question here", "second one"], [["a b c", "d e f", "g"], ["only one answer"]])
+def test_nested_responses_come_out_flat_with_their_prompt(fitted: OODGuard) -> None:
+    decisions = fitted.check(["first question here", "second one"], [["a b c", "d e f", "g"], ["only one answer"]])
     assert decisions.prompt_index.tolist() == [0, 0, 0, 1]
-    best_of = guard.check("first question here", ["a b c", "d e f"])
+    best_of = fitted.check("first question here", ["a b c", "d e f"])
     assert best_of.prompt_index.tolist() == [0, 0]
     np.testing.assert_allclose(best_of.rewards, decisions.rewards[:2], rtol=1e-5)
 
 
-def test_no_items_give_no_verdicts(guard: OODGuard) -> None:
-    decisions = guard.check([], [])
+def test_no_items_give_no_verdicts(fitted: OODGuard) -> None:
+    decisions = fitted.check([], [])
     assert len(decisions) == 0
     assert list(decisions) == []
 
 
-def test_reported_channels_that_do_not_join(guard: OODGuard, fresh: Any) -> None:
-    decisions = guard.check(*texts(fresh))
+def test_reported_channels_that_do_not_join(fitted: OODGuard, fresh: Any) -> None:
+    decisions = fitted.check(*texts(fresh))
     response = decisions.axis("response")
     assert set(response.channels) == {"final", "response/mean@0.67", "reward"}
-    joined = [response.channel(name).ood_scores for name in guard.config.joined if name in response.channels]
+    joined = [response.channel(name).ood_scores for name in fitted.config.joined if name in response.channels]
     np.testing.assert_array_equal(response.ood_scores, np.max(joined, axis=0))
 
 
@@ -186,19 +193,19 @@ def test_rewards_are_bit_identical_with_and_without_the_guard(
         assert torch.equal(model(**inputs).logits, bare)
 
 
-def test_call_gives_the_verdicts_of_check(guard: OODGuard, fresh: Any) -> None:
+def test_call_gives_the_verdicts_of_check(fitted: OODGuard, fresh: Any) -> None:
     prompts, responses = texts(fresh[:12])
-    out = guard(**guard.encode(prompts, responses))
-    checked = guard.check(prompts, responses)
+    out = fitted(**fitted.encode(prompts, responses))
+    checked = fitted.check(prompts, responses)
     np.testing.assert_allclose(out.ood.rewards, checked.rewards, rtol=1e-5)
     np.testing.assert_allclose(out.ood.p_values, checked.p_values, rtol=1e-3)
     assert out.ood.is_ood.tolist() == checked.is_ood.tolist()
 
 
-def test_call_without_spans_says_what_to_pass(guard: OODGuard) -> None:
-    inputs = guard.tokenizer(["a b c d"], return_tensors="pt")
+def test_call_without_spans_says_what_to_pass(fitted: OODGuard) -> None:
+    inputs = fitted.tokenizer(["a b c d"], return_tensors="pt")
     with pytest.raises(InputError, match="prompt_end"):
-        guard(**inputs)
+        fitted(**inputs)
 
 
 def test_call_finds_the_response_by_segments(minilm: Any, rows: Any) -> None:
@@ -414,14 +421,14 @@ def test_row64_a_check_during_a_fit_uses_the_old_state(guard: OODGuard, fresh: A
     assert guard.check(prompts, responses).p_values.tolist() != before.p_values.tolist()
 
 
-def test_row65_eight_threads_get_their_own_verdicts(guard: OODGuard, fresh: Any) -> None:
+def test_row65_eight_threads_get_their_own_verdicts(fitted: OODGuard, fresh: Any) -> None:
     prompts, responses = texts(fresh)
-    expected = guard.check(prompts, responses)
+    expected = fitted.check(prompts, responses)
     wrong: list[int] = []
 
     def work(start: int) -> None:
         for i in range(start, 60, 8):
-            one = guard.check(prompts[i], responses[i])
+            one = fitted.check(prompts[i], responses[i])
             if abs(one.reward - expected.rewards[i]) > 1e-4 or one.is_ood != expected.is_ood[i]:
                 wrong.append(i)
 
@@ -486,9 +493,9 @@ def test_vectors_alone_give_the_verdicts_of_the_final_profile(tiny_decoder: Any,
         alone.check("a", "b")
 
 
-def test_row17_vectors_of_another_width(guard: OODGuard) -> None:
+def test_row17_vectors_of_another_width(fitted: OODGuard) -> None:
     with pytest.raises(MismatchError, match="expected 32 features, got 33"):
-        guard.check_embeddings(np.zeros((2, 33)))
+        fitted.check_embeddings(np.zeros((2, 33)))
 
 
 @pytest.mark.parametrize(
@@ -501,15 +508,15 @@ def test_row17_vectors_of_another_width(guard: OODGuard) -> None:
         ({"embeddings": np.zeros((2, 32))}, {"lengths": [[1, 2]]}, InputError, r"shape \(2, 2\)"),
     ],
 )  # fmt: skip
-def test_row20_malformed_vectors(guard: OODGuard, arguments: Any, options: Any, error: Any, message: str) -> None:
+def test_row20_malformed_vectors(fitted: OODGuard, arguments: Any, options: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
-        guard.check_embeddings(**arguments, **options)
+        fitted.check_embeddings(**arguments, **options)
 
 
-def test_rows1_2_non_finite_vectors_are_flagged(guard: OODGuard) -> None:
+def test_rows1_2_non_finite_vectors_are_flagged(fitted: OODGuard) -> None:
     vectors = np.random.default_rng(0).normal(size=(3, 32)).astype(np.float32)
     vectors[0, 0], vectors[1, 5] = np.nan, np.inf
-    decisions = guard.check_embeddings(vectors, rewards=[0.0, 0.0, np.nan])
+    decisions = fitted.check_embeddings(vectors, rewards=[0.0, 0.0, np.nan])
     assert decisions.reasons == (("non_finite",),) * 3
     assert decisions.is_ood.all()
 
@@ -572,9 +579,9 @@ def test_repr_tells_where_the_guard_stands(tiny_decoder: Any, guard: OODGuard) -
         (" ", "x", "prompt: empty"),
     ],
 )
-def test_row48_malformed_calls_name_the_field(guard: OODGuard, prompt: Any, response: Any, message: str) -> None:
+def test_row48_malformed_calls_name_the_field(fitted: OODGuard, prompt: Any, response: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        guard.check(prompt, response)
+        fitted.check(prompt, response)
 
 
 # -- saved

@@ -19,14 +19,16 @@ def test_rows_are_appended_under_one_header(tmp_path):
         rows = list(csv.DictReader(lines))
     assert [r["provider"] for r in rows] == ["p", "q"]
     assert (rows[0]["value"], rows[0]["low"], rows[0]["ratio"], rows[1]["ratio"]) == ("1.25", "", "", "3.142")
-    assert (
-        list(rows[0])
-        == (
-            "suite op provider shape dtype metric value low high unit peak_memory ratio device driver torch triton commit date"
-        ).split()
-    )
+    assert tuple(rows[0]) == harness.COLUMNS
     assert rows[0]["torch"]
     assert rows[0]["date"]
+
+
+def test_columns_are_those_that_readers_of_the_table_know():
+    known = (
+        "suite op provider shape dtype metric value low high unit peak_memory ratio device driver torch triton commit"
+    )
+    assert " ".join(harness.COLUMNS) == f"{known} date"
 
 
 def test_providers_alternate_and_are_paired():
@@ -103,6 +105,6 @@ def test_further_arguments_go_to_suites_that_write_their_own_output(monkeypatch)
     )
     assert run.main(["detection", "--rows", "3"]) == 7
     assert given == [["--rows", "3"]]
+    monkeypatch.setattr(run.importlib, "import_module", lambda _: types.SimpleNamespace(measure=list))
     with pytest.raises(SystemExit):
-        monkeypatch.setattr(run.importlib, "import_module", lambda _: types.SimpleNamespace(measure=list))
         run.main(["scoring", "--rows", "3"])

@@ -186,7 +186,7 @@ def test_a_template_that_strips_the_texts_is_followed(decoder: Setup) -> None:
     template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] | trim }}\n{% endfor %}<end>"
     tokenizer = with_template(decoder.tokenizer, template)
     encoded = TextEncoder(tokenizer, "chat").encode("  hello there ", " fine \n")
-    assert words(decoder.tokenizer, encoded, encoded.response_mask).strip() == "fine"
+    assert words(decoder.tokenizer, encoded, encoded.response_mask).lstrip() == "fine"
     assert words(decoder.tokenizer, encoded, encoded.prompt_mask).strip() == "hello there"
 
 
@@ -213,6 +213,14 @@ def test_a_template_that_leaves_a_message_out_gives_it_no_span(decoder: Setup) -
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hello there"}]
     encoded = TextEncoder(tokenizer, "chat").encode(messages, "It is fine.")
     assert words(decoder.tokenizer, encoded, encoded.prompt_mask).strip() == "hello there"
+
+
+def test_a_prompt_that_the_template_rewrites_has_no_span(decoder: Setup) -> None:
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | replace('x', 'y') }}\n{% endfor %}"
+    tokenizer = with_template(decoder.tokenizer, template)
+    encoded = TextEncoder(tokenizer, "chat").encode("one extra", "It is fixed.")
+    assert not any(encoded.prompt_mask)
+    assert words(decoder.tokenizer, encoded, encoded.response_mask).strip() == "It is fiyed."
 
 
 @pytest.mark.parametrize(

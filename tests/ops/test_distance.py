@@ -15,7 +15,18 @@ def problem(n, k, d, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("n", "k", "d"), [(0, 2, 5), (1, 1, 1), (1, 2, 600), (16, 3, 63), (17, 3, 63), (257, 1, 129), (600, 2, 200)]
+    ("n", "k", "d"),
+    [
+        (0, 2, 5),
+        (1, 1, 1),
+        (1, 2, 600),
+        (16, 3, 63),
+        (17, 3, 63),
+        (257, 1, 129),
+        (600, 2, 200),
+        (30, 700, 5),
+        (2, 9000, 3),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_distance_is_as_accurate_as_the_plain_form(n, k, d, dtype):
