@@ -24,7 +24,7 @@ from rm_ood.reward_model import (
     read_reward,
     reward_column,
 )
-from rm_ood.text import Spans
+from rm_ood.spans import Spans
 
 
 @dataclass

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import stats
-from sklearn.metrics import roc_auc_score
 from tqdm.auto import tqdm
 
 from rm_ood.calibration import CalibrationTable, split_parts
@@ -334,8 +333,8 @@ def _informativeness(
     if FINAL not in scored.classes or not {CHOSEN, REJECTED} <= set(known.tolist()) or np.ptp(rewards) == 0:
         return None
     odds = class_log_odds(scored.classes[FINAL])
-    known_odds = odds[known >= 0]
+    wins = stats.mannwhitneyu(odds[known == CHOSEN], odds[known == REJECTED]).statistic
     return {
-        "auroc": float(roc_auc_score(known[known >= 0] == CHOSEN, known_odds)),
+        "auroc": float(wins / ((known == CHOSEN).sum() * (known == REJECTED).sum())),
         "reward_correlation": float(stats.spearmanr(odds, rewards).statistic),
     }

@@ -29,8 +29,8 @@ from rm_ood.fingerprint import check_fingerprint, fingerprint
 from rm_ood.fit import Fitter, check_overlap, warn_if_shifted
 from rm_ood.preferences import Text
 from rm_ood.reward_model import eval_mode
+from rm_ood.spans import spans_of_inputs
 from rm_ood.state import ChannelScores, FittedState
-from rm_ood.text import spans_of_inputs
 from rm_ood.traffic import TrafficCheck
 
 # Items encoded ahead, so that batches hold items of like length.

@@ -8,23 +8,20 @@ prefix-preserving.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from rm_ood.errors import InputError
-from rm_ood.preferences import Message, Text, parse_dialogue
+from rm_ood.preferences import Text, parse_dialogue
+from rm_ood.spans import Spans
+from rm_ood.template import render_chat
 
 FORMATS = ("chat", "pair", "plain")
 ON_TOO_LONG = ("flag", "truncate", "error")
-# Stand in for the texts while a template is rendered, to learn what the template writes between them.
-_PLACEHOLDER = "\u2039response\u203a"
-_SLOT = "\u2039message {}\u203a"
 # Tokenizers without a limit report about 1e30.
 _NO_LIMIT = 1_000_000
 
@@ -62,26 +59,6 @@ class Encoded:
             prompt_mask=self.prompt_mask[:end],
             response_mask=[False] * end,
         )
-
-
-@dataclass(frozen=True)
-class Spans:
-    """Where prompt and response are in a batch; None where nobody could tell.
-
-    Attributes:
-        prompt_end: (B,) int, column of the last token before the response.
-        prompt_mask, response_mask: (B, T) bool.
-    """
-
-    prompt_end: Tensor | None
-    prompt_mask: Tensor | None
-    response_mask: Tensor | None
-
-    def lengths(self) -> NDArray[np.int64] | None:
-        """Tokens in the prompt's and the response's span, (B, 2)."""
-        if self.prompt_mask is None or self.response_mask is None:
-            return None
-        return torch.stack([self.prompt_mask.sum(1), self.response_mask.sum(1)], 1).cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -182,7 +159,7 @@ class TextEncoder:
         if self.text_format == "pair":
             encoded = self._encode_pair(prompt, response, where)
         elif self.text_format == "chat":
-            encoded = self._encode_rendered(*self._render_chat(prompt, response, where))
+            encoded = self._encode_rendered(*render_chat(self.tokenizer, prompt, response, where))
         else:
             encoded = self._encode_plain(prompt, response, where)
         reasons = list(encoded.reasons)
@@ -226,10 +203,8 @@ class TextEncoder:
             truncation=False,
             verbose=False,
             split_special_tokens=self.split_special_tokens,
-            return_special_tokens_mask=True,
         )
         segments = out.sequence_ids(0)
-        special = [s is None for s in segments]
         first = next((i for i, s in enumerate(segments) if s == 1), None)
         if first is None:
             # No response token: the response would stand before the closing special token.
@@ -244,7 +219,7 @@ class TextEncoder:
             ],
             response_mask=[s == 1 and t not in self._special for s, t in zip(segments, ids, strict=True)],
             dropped=0,
-            reasons=("no_special_tokens",) if not any(special) else (),
+            reasons=(),
         )
 
     def _encode_plain(self, prompt: Text, response: str, where: str) -> Encoded:
@@ -255,57 +230,6 @@ class TextEncoder:
             )
         text = prompt + response
         return self._encode_rendered(text, (len(prompt), len(text)), [(0, len(prompt))], add_special_tokens=True)
-
-    def _render_chat(
-        self, prompt: Text, response: str, where: str
-    ) -> tuple[str, tuple[int, int], list[tuple[int, int]]]:
-        """Rendered text, the response's characters, and the characters of the prompt's own words."""
-        parsed = parse_dialogue(prompt) if isinstance(prompt, str) else prompt
-        messages: list[Message] = [{"role": "user", "content": str(prompt)}] if parsed is None else parsed
-        rendered = self._apply(messages, response, where)
-        slots = [_SLOT.format(i) for i in range(len(messages))]
-        masked = [{**message, "content": slot} for message, slot in zip(messages, slots, strict=True)]
-        known = _match_frame(
-            rendered,
-            self._apply(masked, _PLACEHOLDER, where),
-            [*slots, _PLACEHOLDER],
-            [*(message["content"] for message in messages), response],
-        )
-        return (rendered, known[-1], known[:-1]) if known is not None else self._search_chat(messages, rendered, where)
-
-    def _search_chat(
-        self, messages: list[Message], rendered: str, where: str
-    ) -> tuple[str, tuple[int, int], list[tuple[int, int]]]:
-        """`_render_chat` for templates whose own text depends on the messages' content."""
-        frame = self._apply(messages, _PLACEHOLDER, where)
-        at = frame.rfind(_PLACEHOLDER)
-        before, after = (frame[:at], frame[at + len(_PLACEHOLDER) :]) if at >= 0 else ("", "")
-        if at < 0 or not (rendered.startswith(before) and rendered.endswith(after)):
-            raise InputError(
-                f"{where}: the chat template rewrites the response or the turns before it, so its place in the text is not "
-                "known. Pass the rendered text as plain strings (text_format='plain')."
-            )
-        start, end = len(before), max(len(before), len(rendered) - len(after))
-        spans, search = [], 0
-        for message in messages:
-            for content in (message["content"], message["content"].strip()):
-                found = rendered.find(content, search, start)
-                if content and found >= 0:
-                    spans.append((found, found + len(content)))
-                    search = found + len(content)
-                    break
-        return rendered, (start, end), spans
-
-    def _apply(self, messages: Sequence[Message], response: str, where: str) -> str:
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [*messages, {"role": "assistant", "content": response}], tokenize=False, add_generation_prompt=False
-            )
-        except Exception as error:  # a template is the model's own Jinja code: it may raise anything
-            raise InputError(
-                f"{where}: the chat template refused roles {[m['role'] for m in messages]} ({type(error).__name__})"
-            ) from error
-        return str(text)
 
     def _encode_rendered(
         self,
@@ -379,75 +303,6 @@ class TextEncoder:
             dropped=excess,
             reasons=reasons,
         )
-
-
-def spans_of_inputs(
-    tokenizer: Any,
-    inputs: Mapping[str, Any],
-    prompt_end: Tensor | None,
-    prompt_mask: Tensor | None,
-    response_mask: Tensor | None,
-) -> Spans:
-    """Spans of inputs that came tokenised: what the caller gives, else what ids and segments tell.
-
-    Without masks, every attended token that is not special counts, but position 0.
-
-    Raises:
-        InputError: tensors of another shape than the ids, or a column outside them.
-    """
-    ids = inputs.get("input_ids")
-    if ids is None:
-        raise InputError("guard(**inputs) needs input_ids, (B, T); inputs_embeds leave the read-out position unknown")
-    types = inputs.get("token_type_ids")
-    if prompt_end is None and types is not None and bool((types == 1).any(1).all()):
-        prompt_end = (types == 1).int().argmax(1) - 1
-    for name, mask in (("prompt_mask", prompt_mask), ("response_mask", response_mask)):
-        if mask is not None and mask.shape != ids.shape:
-            raise InputError(f"{name}: expected shape {tuple(ids.shape)} like input_ids, got {tuple(mask.shape)}")
-    prompt_mask, response_mask = (None if m is None else m.bool() for m in (prompt_mask, response_mask))
-    if prompt_end is None:
-        return Spans(None, prompt_mask, response_mask)
-    if prompt_end.shape != ids.shape[:1] or prompt_end.is_floating_point():
-        raise InputError(
-            f"prompt_end: expected shape ({len(ids)},) of integers, one column per row, got {tuple(prompt_end.shape)} "
-            f"{prompt_end.dtype}"
-        )
-    # An index out of range would end in a device-side assertion, which takes the whole CUDA context with it.
-    if bool(((prompt_end < 0) | (prompt_end >= ids.shape[1])).any()):
-        raise InputError(f"prompt_end: a column outside 0 to {ids.shape[1] - 1}, the columns of input_ids")
-    if prompt_mask is not None and response_mask is not None:
-        return Spans(prompt_end, prompt_mask, response_mask)
-    attended = inputs.get("attention_mask")
-    words = torch.ones_like(ids, dtype=torch.bool) if attended is None else attended.bool()
-    columns = torch.arange(ids.shape[1], device=ids.device)
-    first = words.int().argmax(1)
-    special = torch.tensor(sorted(tokenizer.all_special_ids), device=ids.device)
-    words = words & ~torch.isin(ids, special) & (columns != first[:, None])
-    in_prompt = columns <= prompt_end.to(ids.device)[:, None]
-    return Spans(
-        prompt_end,
-        words & in_prompt if prompt_mask is None else prompt_mask,
-        words & ~in_prompt if response_mask is None else response_mask,
-    )
-
-
-def _match_frame(rendered: str, frame: str, slots: list[str], texts: list[str]) -> list[tuple[int, int]] | None:
-    """Where `texts`, as they are or stripped, stand in `rendered`, which is `frame` with texts in place of slots.
-
-    None where it is not: the template changes its own words with those of the messages.
-    """
-    spans, at = [], 0
-    for slot, text in zip(slots, texts, strict=True):
-        before, found, frame = frame.partition(slot)
-        if not found or not rendered.startswith(before, at):
-            return None
-        at += len(before)
-        forms = [t for t in (text, text.strip()) if rendered.startswith(t + frame[:1], at)]
-        if not forms:
-            return None
-        spans.append((at, at + len(forms[0])))
-        at += len(forms[0])
-    return spans if rendered[at:] == frame else None
 
 
 def _without(values: list[Any], cut: frozenset[int]) -> list[Any]:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from rm_ood.capture import Capture, Captured
 from rm_ood.errors import CaptureError, InputError
-from rm_ood.text import Batch, Encoded, Spans, TextEncoder
+from rm_ood.spans import Spans
+from rm_ood.text import Batch, Encoded, TextEncoder
 
 CHANNELS = (
     "response/mean@0.67", "prompt/mean@0.67", "prompt/mean@-5", "response/readout@0.5", "prompt/prompt_end@0.5", "reward",

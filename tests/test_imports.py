@@ -17,7 +17,7 @@ ROOT = Path(rm_ood.__file__).parent
 LINES = (
     "errors channels",
     "strict_json atomic artifact hub",
-    "preferences text reward_model fingerprint",
+    "preferences spans template text reward_model fingerprint",
     "vectors ops.reference ops.scatter ops.distance ops moments covariance",
     "detectors.base detectors.mahalanobis detectors.sklearn detectors",
     "length conformal calibration traffic",
@@ -30,7 +30,19 @@ ORDER = " ".join(LINES).split()
 LAST = ("", "cli")
 # Tensors only: they work on vectors that came from anywhere.
 STATISTICS = " ".join(LINES[3:6]).split()
-MODEL_COLUMN = {"preferences", "text", "reward_model", "fingerprint", "config", "capture", "embed", "fit", "guard"}
+MODEL_COLUMN = {
+    "preferences",
+    "spans",
+    "template",
+    "text",
+    "reward_model",
+    "fingerprint",
+    "config",
+    "capture",
+    "embed",
+    "fit",
+    "guard",
+}
 OPTIONAL = {"datasets", "yaml", "pandas", "matplotlib", "triton", "pyarrow", "gguf", "chatterbot_corpus"}
 
 

@@ -25,6 +25,7 @@ LAWS: dict[str, Draw] = {
     "gumbel": lambda rng, n: _spread(n) * rng.gumbel(size=n.size),
     "t4": lambda rng, n: _spread(n) * rng.standard_t(4, size=n.size),
     "one in twelve is odd": lambda rng, n: _spread(n) * (rng.normal(size=n.size) + 2.5 * (rng.random(n.size) < 0.08)),
+    "skewness shrinks": lambda rng, n: _spread(n) * (rng.gamma(1 + n / 20) - 1 - n / 20) / np.sqrt(1 + n / 20),
     "document and token noise": lambda rng, n: np.log(rng.gamma(30, size=n.size) / 30 + 12 * rng.gamma(n / 2) / n**2),
 }
 

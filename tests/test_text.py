@@ -11,7 +11,8 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from rm_ood.errors import InputError
-from rm_ood.text import Encoded, Spans, TextEncoder, resolve_format, spans_of_inputs
+from rm_ood.spans import Spans, spans_of_inputs
+from rm_ood.text import Encoded, TextEncoder, resolve_format
 
 PROMPT = "What should we cook for the garden party tonight?"
 # Emoji with joiners, CJK, combining marks, a bidi mark, NUL, code and right-to-left text.
@@ -421,9 +422,9 @@ def test_a_token_across_the_border_is_the_responses(decoder: Setup) -> None:
     assert encoded.prompt_end == 1
 
 
-def test_a_pair_tokenizer_without_special_tokens_or_segments_says_so(decoder: Setup) -> None:
+def test_a_pair_tokenizer_without_special_tokens_or_segments(decoder: Setup) -> None:
     encoded = decoder.encoder("pair").encode("hello there", " you")
-    assert encoded.reasons == ("no_special_tokens",)
+    assert encoded.reasons == ()
     assert encoded.token_type_ids is None
     assert words(decoder.tokenizer, encoded, encoded.response_mask) == " you"
 

@@ -23,7 +23,6 @@ Floats = NDArray[np.float64]
 
 _TIES = ("half", "correct")
 _CLOSED = ("right", "left")
-_RECALL = 0.95
 
 
 def pair_accuracy(chosen: ArrayLike, rejected: ArrayLike, ties: str = "half") -> float:
@@ -164,8 +163,8 @@ def fpr95_ood_positive(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
 
 
 def _rank(n: int) -> int:
-    """Smallest count that is at least 95 % of n; exact where .95 n is whole, which floats are not."""
-    return math.ceil(round(_RECALL * n, 9))
+    """Smallest count that is at least 95 % of n, in whole numbers: .95 is no binary fraction."""
+    return -(-95 * n // 100)
 
 
 def _correct(chosen: Floats, rejected: Floats, ties: str) -> Floats:

@@ -33,6 +33,11 @@ def test_noise_is_the_same_for_one_seed_and_never_empties_a_text(text, p, seed):
     assert bool(words_of(noisy)) == bool(words_of(text))
 
 
+def test_a_text_whose_every_word_was_deleted_keeps_one_random_word():
+    noisy = {word_perturbation(" one ", 1.0, WORDS, seed) for seed in range(50)}
+    assert noisy == {*WORDS, *(f"{word} one" for word in WORDS)}
+
+
 @given(texts, st.floats(0, 1), st.integers(-5, 5))
 def test_what_is_left_of_a_text_keeps_its_order(text, p, seed):
     left = [word for word in words_of(word_perturbation(text, p, WORDS, seed)) if not word.startswith("x")]
