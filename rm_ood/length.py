@@ -77,7 +77,7 @@ def _positive(spread: float) -> float:
 
 def _curves(lengths: Ints, shortest: int, longest: int) -> tuple[Floats, Floats]:
     tokens = 1.0 + np.clip(lengths, shortest, longest)
-    return tokens**-0.5, np.log(tokens)
+    return np.asarray(tokens**-0.5, dtype=np.float64), np.asarray(np.log(tokens), dtype=np.float64)
 
 
 def _design(v: Floats, u: Floats, axes: Floats) -> Floats:
