@@ -62,7 +62,7 @@ def _demo(a: argparse.Namespace) -> dict[str, Any]:
     report = run_demo(Path(a.output), seed=a.seed, progress=a.progress)
     if not a.json:
         print_table(report)
-    written = f"\nFiles in {a.output}: guard/, report.json, report.html"
+    written = f"\nFiles in {a.output}: guard/, reward-model/, report.json, report.html"
     return {"json": report, "text": written}
 
 

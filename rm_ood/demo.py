@@ -86,7 +86,7 @@ class Scores:
 
 
 def run_demo(output: str | Path, seed: int = 0, progress: bool = True) -> dict[str, Any]:
-    """Train, fit, calibrate, measure; leaves `guard/`, `report.html` and `report.json` in `output`.
+    """Train, fit, calibrate, measure; leaves `guard/`, `reward-model/`, `report.html` and `report.json` in `output`.
 
     Args:
         output: folder, made if it is not there; an older demo in it is replaced.
@@ -105,6 +105,8 @@ def run_demo(output: str | Path, seed: int = 0, progress: bool = True) -> dict[s
     with _reproducible(seed):
         train, calibration, test = demo_rows(seed)
         model, tokenizer = train_reward_model(train, seed, progress)
+        model.save_pretrained(folder / "reward-model")
+        tokenizer.save_pretrained(folder / "reward-model")
         with OODGuard(model, tokenizer, alpha=ALPHA, seed=seed, max_length=MAX_LENGTH) as guard:
             guard.fit(train, calibration=calibration, progress=progress)
             guard.save_pretrained(folder / "guard", overwrite=True)

@@ -46,7 +46,9 @@ def run(*arguments: object) -> int:
 
 
 def check(place: Path, data: Path, output: object, *more: object) -> int:
-    return run("check", "--guard", place / "guard", "--model", place / "model", "--data", data, "--output", output, *more)
+    return run(
+        "check", "--guard", place / "guard", "--model", place / "model", "--data", data, "--output", output, *more
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -81,7 +83,16 @@ def test_fit_prints_the_card_and_saves(place: Path, tmp_path: Path, capsys: pyte
 
 
 def test_fit_refuses_to_replace_another_guard(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["fit", "--model", place / "model", "--data", place / "pairs.jsonl", "--output", place / "guard", "--no-progress"]
+    options = [
+        "fit",
+        "--model",
+        place / "model",
+        "--data",
+        place / "pairs.jsonl",
+        "--output",
+        place / "guard",
+        "--no-progress",
+    ]
     before = (place / "guard" / "ood_guard.safetensors").read_bytes()
     assert run(*options, "--alpha", 0.1) == 1
     assert "overwrite" in capsys.readouterr().err
@@ -105,7 +116,9 @@ def test_check_writes_one_row_per_verdict(place: Path, tmp_path: Path, capsys: p
     assert summary["flagged"]["combined"] == sum(v["is_ood"] for v in verdicts)
 
 
-def test_check_to_stdout_numbers_rows_without_ids(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_to_stdout_numbers_rows_without_ids(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [{"prompt": r["prompt"], "response": r["chosen"]} for r in preference_rows(3, seed=8)]
     assert check(place, write(tmp_path / "in.jsonl", rows), "-", "--no-progress") == 0
     captured = capsys.readouterr()
@@ -114,7 +127,10 @@ def test_check_to_stdout_numbers_rows_without_ids(place: Path, tmp_path: Path, c
 
 
 def test_a_bad_row_writes_nothing(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows: list[dict[str, Any]] = [{"prompt": "a secret word", "response": "fine"}, {"prompt": "a secret word", "response": 3}]
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a secret word", "response": "fine"},
+        {"prompt": "a secret word", "response": 3},
+    ]
     assert check(place, write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl", "--no-progress") == 1
     message = capsys.readouterr().err
     assert "rows[1].response: expected str, got int" in message
@@ -147,7 +163,9 @@ def test_missing_places_exit_1(place: Path, tmp_path: Path, capsys: pytest.Captu
     assert "cannot write" in capsys.readouterr().err
 
 
-def test_another_model_exits_3(place: Path, tmp_path: Path, _tiny_decoder: Any, decoder_tokenizer: Any, capsys: Any) -> None:
+def test_another_model_exits_3(
+    place: Path, tmp_path: Path, _tiny_decoder: Any, decoder_tokenizer: Any, capsys: Any
+) -> None:
     import copy
 
     other = copy.deepcopy(_tiny_decoder)
@@ -161,7 +179,9 @@ def test_another_model_exits_3(place: Path, tmp_path: Path, _tiny_decoder: Any, 
     assert "head_weights" in capsys.readouterr().err
 
 
-def test_a_folder_without_a_trained_head_is_no_reward_model(place: Path, tmp_path: Path, minilm: Any, capsys: Any) -> None:
+def test_a_folder_without_a_trained_head_is_no_reward_model(
+    place: Path, tmp_path: Path, minilm: Any, capsys: Any
+) -> None:
     model, tokenizer = minilm
     model.bert.save_pretrained(tmp_path / "encoder")
     tokenizer.save_pretrained(tmp_path / "encoder")
@@ -190,7 +210,9 @@ def test_calibrate_warns_in_one_line(place: Path, tmp_path: Path, capsys: pytest
     assert error[0].startswith("rm-ood: warning: the calibration data do not look like the held-out share")
 
 
-def test_report_prints_the_card_and_writes_a_page(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_prints_the_card_and_writes_a_page(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("report", "--guard", place / "guard", "--html", tmp_path / "card.html") == 0
     text = capsys.readouterr().out
     assert "rank k =" in text
@@ -202,7 +224,9 @@ def test_report_prints_the_card_and_writes_a_page(place: Path, tmp_path: Path, c
 
 
 def test_wrong_settings_are_told_before_the_model_is_loaded(place: Path, tmp_path: Path, capsys: Any) -> None:
-    assert run("fit", "--model", "no/such-model", "--data", place / "pairs.jsonl", "--output", tmp_path, "--alpha", 7) == 1
+    assert (
+        run("fit", "--model", "no/such-model", "--data", place / "pairs.jsonl", "--output", tmp_path, "--alpha", 7) == 1
+    )
     assert "alpha=7.0: expected a fraction in (0, 1)" in capsys.readouterr().err
 
 
@@ -218,13 +242,19 @@ def test_interrupt_exits_130(place: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_installed_command_runs(place: Path) -> None:
     command = Path(sys.executable).with_name("rm-ood")
     done = subprocess.run(
-        [command, "report", "--guard", place / "guard", "--json"], capture_output=True, text=True, check=False, env={**os.environ}
+        [command, "report", "--guard", place / "guard", "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ},
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["calibration"]["alpha"] == 0.05
 
 
-def test_a_hub_data_set_goes_through_datasets(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_hub_data_set_goes_through_datasets(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     import datasets
 
     rows = [{"prompt": " ".join(_WORDS[:5]), "response": "fine"}]
@@ -237,7 +267,17 @@ def test_a_hub_data_set_goes_through_datasets(place: Path, tmp_path: Path, monke
         return datasets.Dataset.from_list(rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    options = ["--guard", place / "guard", "--model", place / "model", "--output", "-", "--split", "test", "--no-progress"]
+    options = [
+        "--guard",
+        place / "guard",
+        "--model",
+        place / "model",
+        "--output",
+        "-",
+        "--split",
+        "test",
+        "--no-progress",
+    ]
     assert run("check", *options, "--data", "org/data") == 0
     assert asked == [("org/data", "test")]
     assert run("check", *options, "--data", "org/none") == 1

@@ -153,7 +153,7 @@ def test_an_epoch_sees_every_row_once_with_replies_of_its_own():
 @pytest.mark.slow
 def test_the_report_has_the_contracts_shape(finished):
     folder, returned = finished
-    assert {path.name for path in folder.iterdir()} == {"guard", "report.html", "report.json"}
+    assert {path.name for path in folder.iterdir()} == {"guard", "reward-model", "report.html", "report.json"}
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert set(report) == {"id", "shifts", "alpha", "versions", "seconds"}
     assert set(report["id"]) == {"n", "accuracy", "ece", "false_alarm_rate"}

@@ -177,7 +177,10 @@ def test_rewards_are_bit_identical_with_and_without_the_guard(
     model, tokenizer = request.getfixturevalue(which)
     prompts, responses = texts(rows[:batch_size])
     inputs = tokenizer(
-        [p + " " + r for p, r in zip(prompts, responses, strict=True)], return_tensors="pt", padding=True, padding_side=side
+        [p + " " + r for p, r in zip(prompts, responses, strict=True)],
+        return_tensors="pt",
+        padding=True,
+        padding_side=side,
     )
     with torch.inference_mode():
         bare = model(**inputs).logits.clone()
@@ -232,9 +235,7 @@ def test_chat_guard_says_that_spans_are_approximate(tiny_decoder: Any) -> None:
 def test_same_data_in_another_order_give_the_same_guard(tiny_decoder: Any, rows: Any, fresh: Any) -> None:
     one = make(tiny_decoder).fit(rows, calibration=0.5, progress=False)
     two = make(tiny_decoder).fit(rows[::-1], calibration=0.5, progress=False)
-    np.testing.assert_allclose(
-        one.check(*texts(fresh)).p_values, two.check(*texts(fresh)).p_values, rtol=2e-2
-    )
+    np.testing.assert_allclose(one.check(*texts(fresh)).p_values, two.check(*texts(fresh)).p_values, rtol=2e-2)
     assert one._fitted().table.n == two._fitted().table.n
     assert (one._fitted().fit_keys == two._fitted().fit_keys).all()
 
@@ -259,7 +260,9 @@ def test_every_form_of_the_same_data_gives_the_same_fit(tiny_decoder: Any, rows:
         data = tmp_path / "rows.parquet"
         datasets.Dataset.from_list(rows).to_parquet(data)
     elif form == "messages":
-        data = [{k: [{"role": "user" if k == "prompt" else "assistant", "content": v}] for k, v in r.items()} for r in rows]
+        data = [
+            {k: [{"role": "user" if k == "prompt" else "assistant", "content": v}] for k, v in r.items()} for r in rows
+        ]
         options = {"text_format": "chat"}
         expected = make(tiny_decoder, **options).fit(rows, calibration=0.5, progress=False)
     else:
@@ -293,7 +296,10 @@ def test_calibrate_takes_unlabelled_rows_and_replaces(guard: OODGuard) -> None:
 
 
 def test_calibrating_on_other_traffic_warns(guard: OODGuard) -> None:
-    odd = [{"prompt": f"{i} \u0434\u0430 \u043d\u0435\u0442 " * 9, "response": "\u3042\u308a\u304c\u3068\u3046 " * 9} for i in range(200)]
+    odd = [
+        {"prompt": f"{i} \u0434\u0430 \u043d\u0435\u0442 " * 9, "response": "\u3042\u308a\u304c\u3068\u3046 " * 9}
+        for i in range(200)
+    ]
     with pytest.warns(CalibrationWarning, match="do not look like the held-out share"):
         guard.calibrate(odd, progress=False)
 
@@ -378,7 +384,11 @@ def test_row4_infinite_vectors_stop_the_fit_or_are_dropped(tiny_decoder: Any, ro
 
 
 def test_row58_bad_rows_are_errors_or_counted(tiny_decoder: Any, rows: Any) -> None:
-    bad = [*rows, {"prompt": "p", "chosen": "same", "rejected": "same"}, {"prompt": "p", "chosen": None, "rejected": "x"}]
+    bad = [
+        *rows,
+        {"prompt": "p", "chosen": "same", "rejected": "same"},
+        {"prompt": "p", "chosen": None, "rejected": "x"},
+    ]
     with pytest.raises(InputError, match=r"rows\[400\]: chosen and rejected are the same"):
         make(tiny_decoder).fit(bad, calibration=0.5, progress=False)
     guard = make(tiny_decoder, on_bad="drop").fit(bad, calibration=0.5, progress=False)
@@ -391,7 +401,9 @@ def test_constant_rewards_are_refused(tiny_decoder: Any, rows: Any) -> None:
         make(tiny_decoder).fit(rows, calibration=0.5, progress=False)
 
 
-def test_row61_an_interrupted_fit_leaves_guard_and_model_as_they_were(tiny_decoder: Any, rows: Any, guard: OODGuard) -> None:
+def test_row61_an_interrupted_fit_leaves_guard_and_model_as_they_were(
+    tiny_decoder: Any, rows: Any, guard: OODGuard
+) -> None:
     before = guard.check("a question", "an answer")
 
     def interrupted() -> Any:
@@ -469,7 +481,9 @@ def test_row54_pad_equal_to_eos_follows_the_model(tiny_decoder: Any, rows: Any) 
 # -- vectors
 
 
-def test_vectors_alone_give_the_verdicts_of_the_final_profile(tiny_decoder: Any, rows: Any, fresh: Any, tmp_path: Any) -> None:
+def test_vectors_alone_give_the_verdicts_of_the_final_profile(
+    tiny_decoder: Any, rows: Any, fresh: Any, tmp_path: Any
+) -> None:
     guard = make(tiny_decoder, channels="final").fit(rows, calibration=0.5, progress=False)
     guard.save_pretrained(tmp_path / "guard")
     prompts, responses = texts(fresh)

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from rm_ood import CalibrationTable, ClassMoments, FormatError, GuardConfig, InputError, MahalanobisDetector, MismatchError
+from rm_ood import (
+    CalibrationTable,
+    ClassMoments,
+    FormatError,
+    GuardConfig,
+    InputError,
+    MahalanobisDetector,
+    MismatchError,
+)
 from rm_ood.calibration import split_parts
 from rm_ood.state import FittedState
 

@@ -121,7 +121,10 @@ def shifted_sets(data: Path, clean: list[Row], limit: int) -> Iterator[tuple[str
     yield "both: maths (gsm8k)", chosen(rows("preference/gsm8k_en"))
     yield "both: code (humanevalpack)", chosen(rows("preference/humanevalpack"))
     for language in ("de", "es", "fr", "zh"):
-        yield f"prompt: maths in {language}, answers in English", chosen(rows("preference/mgsm_prompt_shift", lang=language))
+        yield (
+            f"prompt: maths in {language}, answers in English",
+            chosen(rows("preference/mgsm_prompt_shift", lang=language)),
+        )
     english = {r["id"]: r for r in rows("preference/truthfulqa_multi", lang="en")}
     for language in ("es", "ca"):
         other = [r for r in rows("preference/truthfulqa_multi", lang=language) if r["id"] in english]
@@ -147,7 +150,9 @@ def noise(text: str, p: float, words: list[str]) -> str:
     """Word noise that leaves the dialogue's turn markers alone."""
     turns = text.split("\n\n")
     return "\n\n".join(
-        f"{head}: {word_perturbation(body, p, words)}" if sep and head in ("Human", "Assistant") else word_perturbation(t, p, words)
+        f"{head}: {word_perturbation(body, p, words)}"
+        if sep and head in ("Human", "Assistant")
+        else word_perturbation(t, p, words)
         for t in turns
         for head, sep, body in [t.partition(": ")]
     )
@@ -193,7 +198,9 @@ def report(guard: OODGuard, verdicts: dict[str, Verdicts], output: Path) -> None
             row[f"default {axis} flagged"] = float((p_values(ranked, found.join(channels), 0.95) <= ALPHA).mean())
         table.append(row)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "detection.json").write_text(json.dumps({"alpha": ALPHA, "rows": table, **_false_alarms(state, clean)}, indent=1))
+    (output / "detection.json").write_text(
+        json.dumps({"alpha": ALPHA, "rows": table, **_false_alarms(state, clean)}, indent=1)
+    )
     print_main(table)
     print_joins(table)
 
@@ -228,10 +235,13 @@ def print_main(table: list[Row]) -> None:
 def print_joins(table: list[Row]) -> None:
     """Means over the shifted sets, for every join."""
     shifted = [row for row in table if row["set"].split(":")[0] in ("prompt", "response", "both")]
-    print("\n| channels | mean AUROC: prompt | response | both | all | mean flagged | clean flagged |\n|---|---|---|---|---|---|---|")
+    print(
+        "\n| channels | mean AUROC: prompt | response | both | all | mean flagged | clean flagged |\n|---|---|---|---|---|---|---|"
+    )
     for join in JOINS:
         by_side = [
-            np.mean([r[f"{join} auroc"] for r in shifted if r["set"].startswith(side)]) for side in ("prompt", "response", "both")
+            np.mean([r[f"{join} auroc"] for r in shifted if r["set"].startswith(side)])
+            for side in ("prompt", "response", "both")
         ]
         overall = np.mean([r[f"{join} auroc"] for r in shifted])
         flagged = np.mean([r[f"{join} flagged"] for r in shifted])
@@ -253,7 +263,9 @@ def dump(path: Path, rows: list[Row]) -> Path:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(ROOT / "benchmarks/.cache/smollm2-rm"), help="folder of train_reward_model.py")
+    parser.add_argument(
+        "--model", default=str(ROOT / "benchmarks/.cache/smollm2-rm"), help="folder of train_reward_model.py"
+    )
     parser.add_argument("--data", default=str(ROOT.parent / "shared/data"), help="folder with preference/*.jsonl.gz")
     parser.add_argument("--work", default=str(ROOT / "benchmarks/.cache/detection"), help="verdicts are kept here")
     parser.add_argument("--output", default=str(ROOT / "benchmarks/results"), help="where detection.json goes")
