@@ -50,7 +50,7 @@ def decoder_tokenizer() -> Any:
 
 
 @pytest.fixture(scope="session")
-def _tiny_decoder(decoder_tokenizer: Any) -> Any:
+def shared_decoder(decoder_tokenizer: Any) -> Any:
     config = LlamaConfig(
         vocab_size=len(decoder_tokenizer),
         hidden_size=32,
@@ -68,9 +68,9 @@ def _tiny_decoder(decoder_tokenizer: Any) -> Any:
 
 
 @pytest.fixture
-def tiny_decoder(_tiny_decoder: Any, decoder_tokenizer: Any) -> tuple[Any, Any]:
+def tiny_decoder(shared_decoder: Any, decoder_tokenizer: Any) -> tuple[Any, Any]:
     """A random Llama of width 32 with a real tokenizer; a fresh copy, so that a test may change it."""
-    return copy.deepcopy(_tiny_decoder), decoder_tokenizer
+    return copy.deepcopy(shared_decoder), decoder_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -82,10 +82,38 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-_WORDS = (
-    "the answer river music paper garden window seven orange quiet small winter bridge letter market doctor "
-    "simple summer teacher yellow planet camera bottle island kitchen forest number travel listen remember"
-).split()
+_WORDS = [
+    "the",
+    "answer",
+    "river",
+    "music",
+    "paper",
+    "garden",
+    "window",
+    "seven",
+    "orange",
+    "quiet",
+    "small",
+    "winter",
+    "bridge",
+    "letter",
+    "market",
+    "doctor",
+    "simple",
+    "summer",
+    "teacher",
+    "yellow",
+    "planet",
+    "camera",
+    "bottle",
+    "island",
+    "kitchen",
+    "forest",
+    "number",
+    "travel",
+    "listen",
+    "remember",
+]
 
 
 def sentence(rng: random.Random, low: int = 4, high: int = 14) -> str:

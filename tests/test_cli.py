@@ -22,10 +22,10 @@ COMMANDS = ("demo", "fit", "calibrate", "check", "report")
 
 
 @pytest.fixture(scope="module")
-def place(_tiny_decoder: Any, decoder_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(shared_decoder: Any, decoder_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a saved reward model, data, and a guard fitted by the command line."""
     folder = tmp_path_factory.mktemp("cli")
-    _tiny_decoder.save_pretrained(folder / "model")
+    shared_decoder.save_pretrained(folder / "model")
     decoder_tokenizer.save_pretrained(folder / "model")
     write(folder / "pairs.jsonl", preference_rows(400))
     code = run("fit", "--model", folder / "model", "--data", folder / "pairs.jsonl", "--output", folder / "guard",
@@ -164,11 +164,11 @@ def test_missing_places_exit_1(place: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_another_model_exits_3(
-    place: Path, tmp_path: Path, _tiny_decoder: Any, decoder_tokenizer: Any, capsys: Any
+    place: Path, tmp_path: Path, shared_decoder: Any, decoder_tokenizer: Any, capsys: Any
 ) -> None:
     import copy
 
-    other = copy.deepcopy(_tiny_decoder)
+    other = copy.deepcopy(shared_decoder)
     with torch.no_grad():
         other.score.weight.mul_(2)
     other.save_pretrained(tmp_path / "other")

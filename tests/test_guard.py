@@ -44,9 +44,9 @@ def guard(tiny_decoder: Any, rows: Any) -> OODGuard:
 
 
 @pytest.fixture(scope="module")
-def fitted(_tiny_decoder: Any, decoder_tokenizer: Any) -> OODGuard:
+def fitted(shared_decoder: Any, decoder_tokenizer: Any) -> OODGuard:
     """One guard for the tests that only read it."""
-    guard = make((copy.deepcopy(_tiny_decoder), decoder_tokenizer))
+    guard = make((copy.deepcopy(shared_decoder), decoder_tokenizer))
     return guard.fit(preference_rows(400), calibration=0.5, progress=False)
 
 
@@ -397,7 +397,7 @@ def test_row58_bad_rows_are_errors_or_counted(tiny_decoder: Any, rows: Any) -> N
 
 def test_constant_rewards_are_refused(tiny_decoder: Any, rows: Any) -> None:
     nn.init.zeros_(tiny_decoder[0].score.weight)
-    with pytest.raises(CalibrationError, match="all .* fit rewards are equal"):
+    with pytest.raises(CalibrationError, match=r"all .* fit rewards are equal"):
         make(tiny_decoder).fit(rows, calibration=0.5, progress=False)
 
 
@@ -469,7 +469,7 @@ def test_a_wrong_read_out_position_flags_at_serve_time(guard: OODGuard) -> None:
 
 
 def test_row54_pad_equal_to_eos_follows_the_model(tiny_decoder: Any, rows: Any) -> None:
-    model, tokenizer = tiny_decoder
+    _, tokenizer = tiny_decoder
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     guard = make(tiny_decoder, append_eos=True).fit(rows, calibration=0.5, progress=False)
     assert guard.check("a question", "an answer").reasons == ()
@@ -544,7 +544,7 @@ def test_groups_are_calibrated_by_themselves(tiny_decoder: Any) -> None:
     decisions = guard.check(["one question", "two questions"], ["an answer", "an answer"], groups=["a", "b"])
     assert len(decisions) == 2
     assert {b["group"] for b in guard.report().to_dict()["calibration"]["by_group"]} == {"a", "b"}
-    with pytest.raises(InputError, match="a.*b"):
+    with pytest.raises(InputError, match=r"a.*b"):
         guard.check(["one question"], ["an answer"], groups=["c"])
     with pytest.raises(InputError, match="grouping column"):
         make(tiny_decoder, groups="team").fit(preference_rows(9), progress=False)
@@ -644,6 +644,6 @@ def test_row38_another_dtype_is_refused_or_allowed(guard: OODGuard, tiny_decoder
     model.to(torch.bfloat16)
     with pytest.raises(MismatchError, match="allow_dtype_change=True"):
         OODGuard.from_pretrained(tmp_path / "guard", model, tokenizer)
-    with pytest.warns(CalibrationWarning, match="differs from the fitted one in .*dtype"):
+    with pytest.warns(CalibrationWarning, match=r"differs from the fitted one in .*dtype"):
         loaded = OODGuard.from_pretrained(tmp_path / "guard", model, tokenizer, allow_dtype_change=True)
     assert loaded.check("a question", "an answer").reasons == ()

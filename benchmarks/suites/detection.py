@@ -235,9 +235,8 @@ def print_main(table: list[Row]) -> None:
 def print_joins(table: list[Row]) -> None:
     """Means over the shifted sets, for every join."""
     shifted = [row for row in table if row["set"].split(":")[0] in ("prompt", "response", "both")]
-    print(
-        "\n| channels | mean AUROC: prompt | response | both | all | mean flagged | clean flagged |\n|---|---|---|---|---|---|---|"
-    )
+    print("\n| channels | mean AUROC: prompt | response | both | all | mean flagged | clean flagged |")
+    print("|---" * 7 + "|")
     for join in JOINS:
         by_side = [
             np.mean([r[f"{join} auroc"] for r in shifted if r["set"].startswith(side)])

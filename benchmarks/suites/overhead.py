@@ -18,7 +18,7 @@ from train_reward_model import convert_base
 from rm_ood import CalibrationWarning, OODGuard
 
 TESTS = ("tests/test_capture.py",)
-BATCH, TOKENS, ROUNDS = 8, 128, 15
+BATCH, TOKENS, ROUNDS = 8, 128, 31
 CHANNELS = ("final", "default")
 
 
