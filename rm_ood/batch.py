@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from tqdm.auto import tqdm
 
+from rm_ood.channels import Channel
 from rm_ood.errors import SaveError
 from rm_ood.fitting import windows
 from rm_ood.guard import OODGuard
@@ -42,7 +43,8 @@ def check_file(guard: OODGuard, dataset: Any, output: str, *, progress: bool = T
     c = guard.config
     column = None if c.groups in (None, "length") else c.groups
     reader = RowReader(require_labels=False, group_column=column, allow_empty=c.allow_empty, max_chars=c.max_chars)
-    flagged = dict.fromkeys(("combined", *c.axes), 0)
+    judged = [axis for axis in c.axes if any(Channel.parse(name).axis == axis for name in c.joined)]
+    flagged = dict.fromkeys(("combined", *judged), 0)
     count = 0
     with (
         _replacing(output) as out,
@@ -76,16 +78,24 @@ def _replacing(output: str) -> Iterator[IO[str]]:
     if output == "-":
         yield sys.stdout
         return
-    target = Path(output)
+    target = Path(output).resolve()
+    opener: Any = gzip.open if target.suffix == ".gz" else open
+    if target.exists() and not target.is_file():
+        # A pipe or a device is written to, never replaced.
+        with opener(target, "wt", encoding="utf-8") as stream:
+            yield stream
+        return
     try:
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     except OSError as error:
         raise SaveError(f"cannot write {output}: {error.strerror}. Choose another --output.") from error
     try:
         os.close(handle)
-        opener: Any = gzip.open if target.suffix == ".gz" else open
         with opener(temporary, "wt", encoding="utf-8") as stream:
             yield stream
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, target)
     finally:
         Path(temporary).unlink(missing_ok=True)

@@ -142,7 +142,7 @@ class Profile:
         table = np.asarray(scores, dtype=np.float64)
         spans = np.asarray(lengths, dtype=np.int64)
         self._check(table, channels, spans)
-        labels = self._labels(spans, groups)
+        labels = self.labels(spans, groups)
         z = {name: self._standardisers[name](table[:, i], _span(name, spans)) for i, name in enumerate(channels)}
         axis_score = _axis_scores(z, self.joined)
         score = _largest(axis_score)
@@ -174,7 +174,8 @@ class Profile:
         if spans.shape != (len(table), 2):
             raise InputError(f"lengths: expected ({len(table)}, 2), got {spans.shape}")
 
-    def _labels(self, spans: Ints, groups: Sequence[str] | None) -> list[str]:
+    def labels(self, spans: Ints, groups: Sequence[str] | None) -> list[str]:
+        """The pool that each of q inputs is ranked in, by span lengths (q, 2) or given groups."""
         if self.length_edges is not None:
             return _length_labels(spans[:, 1], self.length_edges)
         if self.pools.keys() == {ALL} and groups is None:

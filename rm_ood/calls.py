@@ -48,13 +48,18 @@ def _is_messages(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(v, Mapping) for v in value)
 
 
+def _is_sequence(value: Any) -> bool:
+    """Lists, tuples, arrays, columns of a data set."""
+    return hasattr(value, "__len__") and hasattr(value, "__getitem__") and not isinstance(value, (str, bytes, Mapping))
+
+
 def _pairs(prompt: Any, response: Any) -> tuple[list[Any], list[Any]]:
     """Prompts and responses side by side; one prompt with a list of answers is one pair."""
-    if not isinstance(response, (list, tuple)):
+    if not _is_sequence(response):
         raise InputError(f"response: expected str or a list, got {type(response).__name__}")
     if isinstance(prompt, str) or _is_messages(prompt):
         return [prompt], [list(response)]
-    if not isinstance(prompt, (list, tuple)):
+    if not _is_sequence(prompt):
         raise InputError(f"prompt: expected str, messages or a list of those, got {type(prompt).__name__}")
     if len(prompt) != len(response):
         raise InputError(f"{len(prompt)} prompts and {len(response)} responses: expected as many of each")

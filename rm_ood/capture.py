@@ -7,6 +7,7 @@ Intermediate layers are hooked the same way and reduced at once to span means; n
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,26 +98,21 @@ class Capture:
             self._at_block.setdefault(channel.block(len(self._blocks)), {})[name] = channel
         self._slot = _Slot()
         self._handles: list[RemovableHandle] = []
+        # A guard that is gone leaves no hooks behind.
+        weakref.finalize(self, _remove, self._handles)
         self.attach()
-
-    @property
-    def attached(self) -> bool:
-        """Whether the hooks are in place."""
-        return bool(self._handles)
 
     def attach(self) -> None:
         """Put the hooks in place; a second call does nothing."""
         if self._handles:
             return
-        self._handles = [self._head.register_forward_hook(_head_hook(self._slot, self._at_head))]
+        self._handles.append(self._head.register_forward_hook(_head_hook(self._slot, self._at_head)))
         for index, channels in self._at_block.items():
             self._handles.append(self._blocks[index].register_forward_hook(_block_hook(self._slot, channels)))
 
     def detach(self) -> None:
         """Remove the hooks; a second call does nothing."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        _remove(self._handles)
 
     def forward(self, inputs: Mapping[str, Any], spans: Spans) -> tuple[Any, Captured]:
         """One forward pass of the model, its own output untouched, and the vectors of it.
@@ -164,6 +160,11 @@ def _check_labels(head: nn.Module, path: str, reward: str) -> None:
             f"reward={reward!r}: the head {path!r} has {labels} outputs. Name the one that is the reward, reward='logits:0' to "
             f"'logits:{labels - 1}', or another head with head='dotted.path'."
         )
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    while handles:
+        handles.pop().remove()
 
 
 def _head_hook(slot: _Slot, channels: Mapping[str, Channel]) -> Any:

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from rm_ood.calibration import CalibrationTable
 from rm_ood.channels import Channel
+from rm_ood.config import GuardConfig
 from rm_ood.conformal import false_alarm_interval, guaranteed_rank
 from rm_ood.state import FittedState
 
@@ -55,7 +58,7 @@ class GuardCard:
                 "detectors": detectors,
                 "class_log_odds": record.get("class_log_odds"),
                 "score_reward_correlation": record.get("score_reward_correlation"),
-                "calibration": None if state.table is None else _calibration(state),
+                "calibration": None if state.table is None else _calibration(state, state.table),
                 "fingerprint": dict(state.fingerprint),
             }
         )
@@ -88,20 +91,24 @@ class GuardCard:
             )
         if cal is None:
             return "\n".join([*lines, "Not calibrated: check() raises until calibrate() is called"])
-        mean, low, high = (100 * x for x in cal["expected_false_alarm_rate"])
         promise = (
             f"at most {100 * cal['alpha']:g} % with {100 * cal['confidence']:g} % confidence"
             if cal["confidence"] is not None
             else f"{100 * cal['alpha']:g} % on average"
         )
+        pools = cal["by_group"] or [{**cal, "group": None}]
+        for pool in pools:
+            mean, low, high = (100 * x for x in pool["expected_false_alarm_rate"])
+            name = "" if pool["group"] is None else f"Group {pool['group']}: "
+            lines.append(
+                f"{name}calibrated on n = {pool['n']} prompts, rank k = {pool['k']}: false alarms {promise}; expected "
+                f"{mean:.2f} % (90 % interval {low:.2f} to {high:.2f} %)"
+            )
         lines += [
-            f"Calibrated on n = {cal['n']} prompts (and {cal['n_length']} for the length curves), rank k = {cal['k']}: "
-            f"false alarms {promise}; expected {mean:.2f} % (90 % interval {low:.2f} to {high:.2f} %)",
-            "False alarms among the calibration prompts by response length: "
-            + ", ".join(f"{b['tokens']}: {100 * b['rate']:.1f} %" for b in cal["by_length"]),
+            f"Length curves from {cal['n_length']} further prompts. False alarms by response length, each calibration prompt "
+            "against the others: "
+            + ", ".join(f"{b['tokens']} tokens {100 * b['rate']:.1f} %" for b in cal["by_length"]),
         ]
-        if cal["by_group"]:
-            lines.append("By group: " + ", ".join(f"{b['group']}: {100 * b['rate']:.1f} %" for b in cal["by_group"]))
         lines += [f"Note: {note}" for note in fit["notes"]]
         return "\n".join(lines)
 
@@ -127,47 +134,55 @@ class GuardCard:
         )
 
 
-def _calibration(state: FittedState) -> dict[str, Any]:
-    c, table = state.config, state.table
-    if table is None:
-        raise TypeError("a calibrated state is needed")
-    part_b = ~table.part_a
-    groups = (
-        None
-        if table.groups is None or c.groups in (None, "length")
-        else [table.groups[i] for i in np.flatnonzero(part_b)]
-    )
-    ranking = state.profile(c.joined).rank(table.scores[part_b], table.channels, table.lengths[part_b], groups)
-    flagged = ranking.p <= c.alpha
-    lengths = table.lengths[part_b, 1]
-    edges = np.quantile(lengths, np.arange(1, _QUINTILES) / _QUINTILES)
-    quintile = np.searchsorted(edges, lengths, side="left")
+def _calibration(state: FittedState, table: CalibrationTable) -> dict[str, Any]:
+    c = state.config
+    part_b = np.flatnonzero(~table.part_a)
+    groups = None if table.groups is None or c.groups in (None, "length") else [table.groups[i] for i in part_b]
+    profile = state.profile(c.joined)
+    lengths = table.lengths[part_b]
+    score = profile.rank(table.scores[part_b], table.channels, lengths, groups).score
+    labels = profile.labels(lengths, groups)
+    flagged = np.array([_would_flag(profile.pools[label].scores, s, c) for label, s in zip(labels, score, strict=True)])
+    edges = np.quantile(lengths[:, 1], np.arange(1, _QUINTILES) / _QUINTILES)
+    quintile = np.searchsorted(edges, lengths[:, 1], side="left")
     by_length = [
         {
-            "tokens": f"{lengths[rows].min()}-{lengths[rows].max()}",
+            "tokens": f"{lengths[rows, 1].min()}-{lengths[rows, 1].max()}",
             "n": int(rows.sum()),
             "rate": float(flagged[rows].mean()),
         }
         for rows in (quintile == q for q in range(_QUINTILES))
         if rows.any()
     ]
-    by_group = [
-        {"group": name, "n": len(rows), "rate": float(flagged[rows].mean())}
-        for name in sorted(set(groups or ()))
-        for rows in [[i for i, g in enumerate(groups or ()) if g == name]]
+    pools = [
+        {
+            "group": label,
+            "n": pool.scores.size,
+            "k": pool.k,
+            "expected_false_alarm_rate": [
+                float(x) for x in false_alarm_interval(pool.scores.size, c.alpha, c.confidence)
+            ],
+            "rate": float(flagged[[name == label for name in labels]].mean()),
+        }
+        for label, pool in profile.pools.items()
     ]
     return {
         "alpha": c.alpha,
         "confidence": c.confidence,
         "n": table.n_b,
         "n_length": table.n - table.n_b,
-        "k": guaranteed_rank(table.n_b, c.alpha, c.confidence),
-        "expected_false_alarm_rate": [float(x) for x in false_alarm_interval(table.n_b, c.alpha, c.confidence)],
+        "k": pools[0]["k"] if len(pools) == 1 else None,
+        "expected_false_alarm_rate": pools[0]["expected_false_alarm_rate"] if len(pools) == 1 else None,
         "by_length": by_length,
-        "by_group": by_group,
+        "by_group": pools if len(pools) > 1 else [],
         "axes": {axis: [n for n in c.joined if Channel.parse(n).axis == axis] for axis in c.axes},
-        "prompts_seen": state.record.get("calibration_prompts_seen"),
     }
+
+
+def _would_flag(calibration: NDArray[np.float64], score: float, config: GuardConfig) -> bool:
+    """Whether a calibration prompt would be flagged against all the others of its pool."""
+    k = guaranteed_rank(calibration.size - 1, config.alpha, config.confidence)
+    return bool((calibration >= score).sum() <= k)
 
 
 def _classes(counts: dict[str, int] | None) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import textwrap
 import warnings
@@ -17,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rm_ood.errors import MismatchError, OODGuardError, OODGuardWarning
+from rm_ood.errors import InputError, MismatchError, OODGuardError, OODGuardWarning, SaveError
 
 DONE, BAD_INPUT, USAGE, MISMATCH = 0, 1, 2, 3
 
@@ -35,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MismatchError as error:
         print(f"rm-ood {arguments.command}: {error}", file=sys.stderr)
         return MISMATCH
+    except BrokenPipeError:
+        # The reader of stdout (head, less) has seen enough; the interpreter must not fail on its last flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
     except (OODGuardError, OSError) as error:
         print(f"rm-ood {arguments.command}: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -73,6 +78,7 @@ def _fit(a: argparse.Namespace) -> dict[str, Any]:
 
     settings = {f.name: getattr(a, f.name) for f in fields(GuardConfig) if hasattr(a, f.name)}
     GuardConfig.from_dict(settings)  # a wrong option is told before a model is loaded
+    _check_target(Path(a.output), a.overwrite)
     model, tokenizer = load_reward_model(a.model, **_model_options(a))
     guard = OODGuard(model, tokenizer, **settings)
     calibration = a.calibration_share if a.calibration_data is None else _dataset(a.calibration_data, a.split)
@@ -94,6 +100,8 @@ def _calibrate(a: argparse.Namespace) -> dict[str, Any]:
 def _check(a: argparse.Namespace) -> dict[str, Any]:
     from rm_ood.batch import check_file
 
+    if a.json and a.output == "-":
+        raise InputError("--json and --output -: both would go to stdout; write the verdicts to a file")
     summary = check_file(_load(a), _dataset(a.data, a.split), a.output, progress=a.progress)
     flagged = ", ".join(f"{axis} {count}" for axis, count in summary["flagged"].items())
     text = f"{summary['items']} items, flagged: {flagged}; rows in {a.output}"
@@ -107,6 +115,18 @@ def _report(a: argparse.Namespace) -> dict[str, Any]:
     if a.html:
         Path(a.html).write_text(card.to_html(), encoding="utf-8")
     return {"json": card.to_dict(), "text": f"{card}" + (f"\nPage in {a.html}" if a.html else "")}
+
+
+def _check_target(folder: Path, overwrite: bool) -> None:
+    """Say before hours of fitting that its result could not be saved."""
+    from rm_ood.artifact import GUARD_FILE
+
+    if (folder / GUARD_FILE).exists() and not overwrite:
+        raise SaveError(f"{folder} holds a guard already: pass --overwrite to replace it, or another --output")
+    if (folder / "config.json").exists():
+        raise SaveError(
+            f"{folder} holds a model's config.json: a guard needs a folder of its own, pass another --output"
+        )
 
 
 def _load(a: argparse.Namespace) -> Any:

@@ -314,10 +314,11 @@ def check_groups(groups: Sequence[str] | None, n: int, known: Iterable[str]) -> 
     if groups is None or len(groups) != n:
         raise InputError(f"groups: {n} labels needed, one per input, got {None if groups is None else len(groups)}")
     known = sorted(known)
-    unknown = sorted({str(label) for label in groups if label not in known})
+    labels = [str(label) for label in groups]
+    unknown = sorted(set(labels) - set(known))
     if unknown:
         raise InputError(f"groups: {unknown[:10]} were not there at calibration; known: {known}")
-    return list(groups)
+    return labels
 
 
 def check_alpha(alpha: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -41,6 +42,7 @@ def fingerprint(
         "parameters": str(sum(p.numel() for p in model.parameters())),
         "head_path": path,
         "head_weights": _weights_digest(module),
+        "head_sketch": _weights_sketch(module),
         "read_out": read_out,
         "tokenizer": _bytes_digest(_tokenizer_state(tokenizer)),
         "special_tokens": _digest(tokenizer.special_tokens_map),
@@ -57,10 +59,19 @@ def check_fingerprint(saved: Mapping[str, str], found: Mapping[str, str], *, all
     Raises:
         MismatchError: naming tier and fields.
     """
-    differing = [name for name in saved if name not in _RECORDED_ONLY and saved[name] != found.get(name)]
+    differing = [
+        name
+        for name in saved
+        if name not in _RECORDED_ONLY
+        and (
+            not _same_sketch(saved[name], found.get(name, ""))
+            if name == "head_sketch"
+            else saved[name] != found.get(name)
+        )
+    ]
     allowed = {"dtype"} if allow_dtype_change else set()
     if allow_dtype_change and "dtype" in differing:
-        # The head's bytes follow from the dtype.
+        # The head's bytes follow from the dtype; that it is the same head, the sketch tells.
         allowed.add("head_weights")
     wrong = [name for name in differing if name not in allowed]
     if wrong:
@@ -115,3 +126,21 @@ def _weights_digest(module: nn.Module) -> str:
         raw = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         sha.update(name.encode() + str(tuple(parameter.shape)).encode() + raw.numpy().tobytes())
     return sha.hexdigest()
+
+
+def _weights_sketch(module: nn.Module) -> str:
+    """Eight seeded random projections of the head's weights: tells another head from the same one rounded to a dtype."""
+    parameters = [p.detach() for _, p in sorted(module.named_parameters())]
+    if any(p.is_meta for p in parameters):
+        return "offloaded"
+    weights = torch.cat([p.reshape(-1).double().cpu() for p in parameters])
+    directions = torch.randn(8, len(weights), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return " ".join(f"{value:.9g}" for value in (directions @ weights).tolist())
+
+
+def _same_sketch(one: str, other: str) -> bool:
+    if "offloaded" in (one, other):
+        return one == other
+    a, b = ([float(value) for value in sketch.split()] for sketch in (one, other))
+    # bfloat16 keeps 8 bits of each weight; another head differs by as much as it is large.
+    return len(a) == len(b) and math.dist(a, b) <= 0.02 * math.hypot(*a)

@@ -69,7 +69,6 @@ class Fitter:
         self.moments = FitMoments(1 if config.one_class else len(CLASSES))
         self.reservoir = CalibrationReservoir(config.max_calibration, config.seed)
         self.fit_keys = KeySet()
-        self.calibration_keys = KeySet()
         self.duplicates = DuplicateSketch()
         self.counts = {"rows": 0, "items": 0, "fit_items": 0, "dropped": 0, "truncated": 0}
 
@@ -81,7 +80,7 @@ class Fitter:
             CalibrationError: no rows.
         """
         reader = RowReader(
-            require_labels=labelled,
+            require_labels=labelled and not self.config.one_class,
             group_column=None if self.config.groups in (None, "length") else self.config.groups,
             allow_empty=self.config.allow_empty,
             max_chars=self.config.max_chars,
@@ -133,19 +132,28 @@ class Fitter:
         work: list[_Work] = []
         drawn: dict[int, _Work] = {}
         for item in items:
+            encoded = self._encoded(item, text)
+            if encoded is None:
+                continue
             key = prompt_key(item.prompt)
             self.duplicates.add(stable_hash(item.response, key % 2**63))
-            rank = self.reservoir.response_hash(item.response)
+            rank = self.reservoir.response_hash(key, item.response)
             if hash_fraction(key, self.config.seed) < self.share:
-                self.calibration_keys.add(key)
                 if self.reservoir.wants(key, rank) and (key not in drawn or rank < drawn[key].response_hash):
-                    drawn[key] = self._work(item, text, key, True, rank, False)
+                    drawn[key] = _Work(item, encoded, key, True, rank, False)
             else:
-                work.append(self._work(item, text, key, False, rank, self.fit_keys.add(key)))
+                work.append(_Work(item, encoded, key, False, rank, self.fit_keys.add(key)))
         return [*work, *drawn.values()]
 
-    def _work(self, item: Item, text: TextEncoder, key: int, calibration: bool, rank: int, first: bool) -> _Work:
-        return _Work(item, text.encode(item.prompt, item.response, item.where), key, calibration, rank, first)
+    def _encoded(self, item: Item, text: TextEncoder) -> Encoded | None:
+        """Token ids and spans; None for an item that is dropped."""
+        try:
+            return text.encode(item.prompt, item.response, item.where)
+        except InputError:
+            if self.config.on_bad == "error":
+                raise
+        self.counts["dropped"] += 1
+        return None
 
     def _take(self, work: list[_Work], part: Embedded) -> None:
         good = self._usable(work, part)
@@ -199,7 +207,7 @@ class Fitter:
         """
         if not self.moments.channels:
             raise CalibrationError(
-                f"nothing to fit on: {len(self.fit_keys)} fit prompts, {len(self.calibration_keys)} calibration prompts. "
+                f"nothing to fit on: {len(self.fit_keys)} fit prompts, {len(self.reservoir)} calibration prompts. "
                 "Pass more prompts, or a smaller share for calibration."
             )
         self._check_classes()
@@ -277,7 +285,6 @@ class Fitter:
         )
         record = {
             "calibration_prompts": len(kept),
-            "calibration_prompts_seen": len(self.calibration_keys),
             "score_reward_correlation": _reward_relation(scored.scores, scored.channels, rewards),
             "class_log_odds": _informativeness(scored, [k.label for k in kept], rewards),
         }

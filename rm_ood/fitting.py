@@ -77,14 +77,13 @@ class CalibrationReservoir:
     def __init__(self, size: int, seed: int) -> None:
         self.size = size
         self.seed = seed
-        self.seen = 0
         self._kept: dict[int, Kept] = {}
         # Largest rank first, so that the prompt to give up is at hand.
         self._heap: list[tuple[int, int]] = []
 
-    def response_hash(self, response: str) -> int:
-        """The rank by which a prompt's response is drawn."""
-        return stable_hash(response, self.seed)
+    def response_hash(self, key: int, response: str) -> int:
+        """The rank by which a prompt's response is drawn; another one for the same answer to another prompt."""
+        return stable_hash(f"{key:016x}{response}", self.seed)
 
     def wants(self, key: int, response_hash: int) -> bool:
         """Whether this response would be kept, before its forward is paid for."""
@@ -152,9 +151,9 @@ class FitMoments:
         """Add a batch: vectors (n, H) per channel, rewards (n,), labels (n,) int, first (n,) bool (new prompt)."""
         for name, x in vectors.items():
             is_prompt = Channel.parse(name).axis == "prompt"
-            moments = self.channels.setdefault(
-                name, ClassMoments(x.shape[1], 1 if is_prompt else self.n_classes, device=x.device)
-            )
+            if name not in self.channels:
+                self.channels[name] = ClassMoments(x.shape[1], 1 if is_prompt else self.n_classes, device=x.device)
+            moments = self.channels[name]
             if is_prompt:
                 moments.update(x[first.to(x.device)])
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ from rm_ood.reward_model import eval_mode
 from rm_ood.spans import spans_of_inputs
 from rm_ood.state import ChannelScores, FittedState
 from rm_ood.traffic import TrafficCheck
+from rm_ood.vectors import as_tensor, as_vectors
 
 # Items encoded ahead, so that batches hold items of like length.
 _WINDOW_BATCHES = 32
@@ -50,7 +52,7 @@ class OODGuard:
         tokenizer: its fast tokenizer; None as for the model.
         axes: what is judged, `"prompt"` and/or `"response"`.
         channels: `"default"`, `"final"` (what the head reads, and nothing else), or a list (see `rm_ood.channels`).
-        detector: `"mahalanobis"`, or an unfitted `MahalanobisDetector` whose settings every channel takes.
+        detector: `"mahalanobis"`, or a `MahalanobisDetector` whose shrinkage and floor every channel takes.
         alpha: tolerated false-alarm rate per item, a fraction in (0, 1).
         confidence: probability that the true rate is at most `alpha`; None keeps it on average only.
         groups: a column to calibrate by, or `"length"`.
@@ -78,6 +80,8 @@ class OODGuard:
         **config: Any,
     ) -> None:
         if isinstance(detector, MahalanobisDetector):
+            if detector.dtype != torch.float32:
+                raise InputError(f"detector: a guard scores in float32, got a detector of {detector.dtype}")
             config = {"shrinkage": detector.shrinkage, "floor": detector.floor, **config}
             detector = "mahalanobis"
         settings = {
@@ -124,8 +128,9 @@ class OODGuard:
             InputError, NonFiniteError: a row that cannot be used (under `on_bad="error"`).
             CalibrationError: a class is missing, or too few calibration prompts for `alpha`; names the number missing.
         """
-        share = calibration if isinstance(calibration, (int, float)) and not isinstance(calibration, bool) else 0.0
-        if not 0 <= share < 1:
+        is_share = isinstance(calibration, numbers.Real)
+        share = float(calibration) if is_share else 0.0
+        if calibration is None or isinstance(calibration, bool) or not 0 <= share < 1:
             raise InputError(f"calibration={calibration!r}: expected a share of the prompts in [0, 1), or a dataset")
         fitter = Fitter(self._model_column(), self.config, share)
         fitter.run(dataset, window=self.config.batch_size * _WINDOW_BATCHES, labelled=True, progress=progress)
@@ -134,7 +139,7 @@ class OODGuard:
             table, record = fitter.table(state)
             state = replace(state.with_table(table, record), heldout=table.scores)
             state.profile(self.config.joined)
-        elif not isinstance(calibration, (int, float)):
+        elif not is_share:
             state = self._calibrated(state, calibration, progress)
         self._swap(state.to(self._model_column().device))
         return self
@@ -251,17 +256,21 @@ class OODGuard:
         """
         state = self._fitted()
         given = embeddings if isinstance(embeddings, Mapping) else {FINAL: embeddings}
-        vectors = {str(Channel.parse(name)): torch.as_tensor(x) for name, x in given.items()}
+        vectors = {str(Channel.parse(name)): as_vectors(x, name=f"embeddings[{name!r}]") for name, x in given.items()}
         sizes = {name: tuple(x.shape) for name, x in vectors.items()}
         n = next(iter(sizes.values()))[0] if sizes else 0
         if not sizes or any(len(shape) != 2 or shape[0] != n for shape in sizes.values()):
             raise InputError(f"embeddings: expected (n, H) for every channel with one n, got {sizes}")
-        values = None if rewards is None else np.asarray(torch.as_tensor(rewards).double().cpu()).reshape(-1)
+        values = (
+            None if rewards is None else as_tensor(rewards, name="rewards").detach().double().cpu().numpy().reshape(-1)
+        )
         if values is not None and len(values) != n:
             raise InputError(f"rewards: expected {n} values, one per vector, got {len(values)}")
         spans = None if lengths is None else np.asarray(lengths, dtype=np.int64)
-        if spans is not None and spans.shape != (n, 2):
-            raise InputError(f"lengths: expected shape ({n}, 2), prompt and response tokens, got {spans.shape}")
+        if spans is not None and (spans.shape != (n, 2) or spans.min(initial=0) < 0):
+            raise InputError(
+                f"lengths: expected counts of shape ({n}, 2), prompt and response tokens, got {spans.shape}"
+            )
         part = Embedded(
             vectors={},
             rewards=np.full(n, np.nan) if values is None else values,
@@ -278,6 +287,7 @@ class OODGuard:
         prompt_end: Tensor | None = None,
         prompt_mask: Tensor | None = None,
         response_mask: Tensor | None = None,
+        groups: Sequence[str] | None = None,
         **inputs: Any,
     ) -> Any:
         """The reward model's own forward; its output carries the verdicts as `.ood`, a `Decisions`.
@@ -287,25 +297,34 @@ class OODGuard:
             prompt_mask, response_mask: (B, T) bool, the spans' own words, as `encode` gives them. Without them every token
                 that is not special counts, role markers included, and the reason `approximate_spans` says so where the
                 guard was fitted on a chat template.
+            groups: the group of each row, for a guard with a grouping column.
             **inputs: the model's inputs, never altered.
         Raises:
-            InputError: the spans cannot be told.
+            InputError: the spans cannot be told, or the guard takes a prompt-only pass.
         """
         state, column = self._fitted(), self._model_column()
+        needs_prompt = any(Channel.parse(name).axis == "prompt" for name in state.config.joined)
+        if self.config.prompt_pass and needs_prompt:
+            raise InputError(
+                "this guard judges prompts in a forward of their own (prompt_pass=True), which a batch of ready-made inputs "
+                "cannot give: use check(prompt, response)"
+            )
         spans = spans_of_inputs(column.tokenizer, inputs, prompt_end, prompt_mask, response_mask)
-        if spans.prompt_end is None and spans.prompt_mask is None and "prompt" in state.config.axes:
+        if spans.prompt_end is None and spans.prompt_mask is None and needs_prompt:
             raise InputError(
                 "this guard judges prompts: pass prompt_end=, (B,), the column of the last token before each response (encode() "
-                "gives it), or make the guard with axes=('response',)"
+                "gives it), or fit the guard with channels of the response only"
             )
         with eval_mode(column.model, switch=self.config.eval_mode == "switch"):
             outputs, captured = column.capture.forward(inputs, spans)
         n = len(captured.rewards)
-        note = ("approximate_spans",) if prompt_mask is None and state.config.text_format == "chat" else ()
+        given = prompt_mask is not None and response_mask is not None
+        note = ("approximate_spans",) if not given and state.config.text_format == "chat" else ()
         part = embedded(captured, spans.lengths(), [note] * n, np.zeros(n, dtype=bool))
         with torch.inference_mode():
             scores = state.score(part.vectors, part.rewards)
-        decisions = state.decide(scores, part)
+        decisions = state.decide(scores, part, groups=groups)
+        self._watch(decisions)
         object.__setattr__(outputs, "ood", decisions)
         return outputs
 
@@ -338,6 +357,9 @@ class OODGuard:
         tokenizer: Any = None,
         *,
         allow_dtype_change: bool = False,
+        channels: str | Sequence[str | Channel] | None = None,
+        alpha: float | None = None,
+        confidence: float | str | None = "saved",
         **hub_options: Any,
     ) -> Self:
         """A saved guard, from a folder or the Hub, bound to the reward model that it was fitted on.
@@ -346,6 +368,8 @@ class OODGuard:
             path: folder, or Hub id.
             model, tokenizer: the reward model; None for vectors only (`check_embeddings`).
             allow_dtype_change: accept the model in another dtype than it was fitted in.
+            channels, alpha, confidence: join some of the saved channels only, or ask for another promise; the calibration
+                matrix in the guard serves them exactly. By default as saved.
             **hub_options: `revision`, `token`, `cache_dir`, `local_files_only` for a Hub id.
         Raises:
             FileNotFoundError: no guard there. FormatError, IntegrityError: not a guard, or a changed one.
@@ -353,12 +377,22 @@ class OODGuard:
         """
         tensors, config = artifact.read_guard(hub.local_folder(path, **hub_options))
         state = FittedState.from_saved(tensors, config)
+        changes = {"channels": channels, "alpha": alpha}
+        changes = {name: value for name, value in changes.items() if value is not None}
+        if confidence != "saved":
+            changes["confidence"] = confidence
+        if changes:
+            state = state.with_settings(changes)
         guard = cls.__new__(cls)
         guard._bind(model, tokenizer, state.config, state)
         if model is not None:
-            changed = check_fingerprint(
-                state.fingerprint, guard._fingerprint(state.config), allow_dtype_change=allow_dtype_change
-            )
+            try:
+                changed = check_fingerprint(
+                    state.fingerprint, guard._fingerprint(state.config), allow_dtype_change=allow_dtype_change
+                )
+            except MismatchError:
+                guard.detach()
+                raise
             if changed:
                 warnings.warn(
                     f"the reward model differs from the fitted one in {changed}; recalibrate on its own vectors",
@@ -387,7 +421,7 @@ class OODGuard:
             self._embedder.capture.detach()
 
     def __enter__(self) -> Self:
-        return self.attach()
+        return self.attach() if self._embedder is not None else self
 
     def __exit__(self, *_: object) -> None:
         self.detach()
@@ -433,9 +467,12 @@ class OODGuard:
 
     def _watch(self, decisions: Decisions) -> None:
         traffic = self._traffic
-        if traffic is None:
+        if traffic is None or not len(decisions):
             return
+        # One answer per prompt: several to one prompt are not independent draws of the traffic.
+        first = np.unique(decisions.prompt_index, return_index=True)[1]
+        score = np.max([axis.ood_scores for axis in decisions.axes.values()], axis=0)
         with self._lock:
-            message = traffic.update(np.max([axis.ood_scores for axis in decisions.axes.values()], axis=0))
+            message = traffic.update(score[first])
         if message is not None:
             warnings.warn(message, CalibrationWarning, stacklevel=4)

@@ -12,20 +12,33 @@ from pathlib import Path
 from typing import Any
 
 from rm_ood.artifact import CONFIG_FILE, GUARD_FILE
+from rm_ood.errors import InputError
+
+_OPTIONS = frozenset({"revision", "token", "cache_dir", "local_files_only", "force_download"})
 
 
 def local_folder(path: str | Path, **options: Any) -> Path:
     """The folder of a saved guard, fetched from the Hub where `path` is no local path.
 
     Raises:
-        FileNotFoundError: a local path that does not exist.
+        FileNotFoundError: neither a folder nor to be had from the Hub.
+        InputError: an option that the Hub does not know.
     """
+    unknown = sorted(set(options) - _OPTIONS)
+    if unknown:
+        raise InputError(f"from_pretrained: unknown options {unknown}; for a Hub id there are {sorted(_OPTIONS)}")
     text = os.fspath(path)
     if os.path.exists(text) or text.startswith((".", "/", "~")) or text.count("/") != 1:
         return Path(text)
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
 
-    return Path(snapshot_download(text, allow_patterns=[GUARD_FILE, CONFIG_FILE], **options))
+    try:
+        return Path(snapshot_download(text, allow_patterns=[GUARD_FILE, CONFIG_FILE], **options))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise FileNotFoundError(
+            f"no folder {text} here, and no guard of that name could be had from the Hub ({type(error).__name__})"
+        ) from error
 
 
 def upload(guard: Any, repo_id: str, **options: Any) -> str:

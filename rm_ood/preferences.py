@@ -174,7 +174,7 @@ class RowReader:
             response = check_response(value, f"{where}.{name}", max_chars=self.max_chars)
             items.append(Item(prompt, response, label, row_id, group, f"{where}.{name}"))
         chosen = {item.response for item in items if item.label == CHOSEN}
-        if any(item.label == REJECTED and item.response in chosen for item in items):
+        if self.require_labels and any(item.label == REJECTED and item.response in chosen for item in items):
             raise InputError(f"{where}: chosen and rejected are the same text; on_bad='drop' leaves such rows out")
         return items
 
@@ -315,6 +315,9 @@ def _check_message(message: Any, where: str, max_chars: int) -> Message:
             "tool calls and images are not scored."
         )
     _check_string(content, f"{where}.content", max_chars)
+    others = sorted(str(k) for k, v in message.items() if k not in ("role", "content") and v)
+    if others:
+        raise InputError(f"{where}: {others} would not be scored. Leave them out, or write them into content.")
     return {"role": role, "content": content}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from rm_ood.errors import InputError, MismatchError
 
+_SWITCHING = threading.RLock()
 READ_OUTS = ("auto", "non_pad", "last_token", "first")
 
 
@@ -33,6 +35,13 @@ def load_reward_model(
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise InputError(f"dtype={dtype!r}: expected 'auto' or the name of a torch dtype such as 'bfloat16'")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device={device!r}: not usable here ({str(error).splitlines()[0]})") from error
     is_folder = os.path.isdir(model_id)
     if not is_folder and model_id.startswith((".", "/", "~")):
         raise FileNotFoundError(f"no reward model folder at {model_id}")
@@ -48,7 +57,6 @@ def load_reward_model(
             f"{model_id}: the checkpoint lacks {len(missing)} weights of {type(model).__name__} (first: {missing[:3]}). "
             "It is not a trained reward model of this class; load it yourself and pass the model to OODGuard."
         )
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), tokenizer
 
 
@@ -190,19 +198,24 @@ def check_padding(model: Any, batch_size: int) -> None:
 def eval_mode(model: nn.Module, *, switch: bool) -> Iterator[None]:
     """A pass without dropout: refuse training mode, or end it for the pass and put it back.
 
+    Passes that may switch take turns, so that none puts the mode back while another is in its forward.
+
     Raises:
         MismatchError: the model is in training mode and `switch` is off.
     """
-    training = [module for module in model.modules() if module.training]
-    if training and not switch:
+    if switch:
+        with _SWITCHING:
+            training = [module for module in model.modules() if module.training]
+            model.eval()
+            try:
+                yield
+            finally:
+                for module in training:
+                    module.training = True
+        return
+    if any(module.training for module in model.modules()):
         raise MismatchError(
             "the reward model is in training mode, so dropout would change its vectors. Call model.eval() first, or pass "
             "eval_mode='switch' to have the guard do it and put the mode back."
         )
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+    yield

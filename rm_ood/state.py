@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rm_ood.artifact import check_schema
 from rm_ood.calibration import CalibrationTable, Profile, Ranking
 from rm_ood.channels import FINAL, REWARD, Channel
 from rm_ood.config import GuardConfig
@@ -79,6 +80,18 @@ class FittedState:
         """The same fit with another calibration."""
         return replace(self, table=table, record={**self.record, **record}, _profiles={})
 
+    def with_settings(self, changes: Mapping[str, Any]) -> FittedState:
+        """The same fit and calibration under other settings of the verdict (channels, alpha, confidence).
+
+        Raises:
+            InputError: a value out of range, or a channel that was not fitted.
+        """
+        config = replace(self.config, **changes)
+        lacking = [name for name in config.joined if name not in self.channel_names]
+        if lacking:
+            raise InputError(f"channels {lacking} were not fitted; this guard has {list(self.channel_names)}")
+        return replace(self, config=config, _profiles={})
+
     def score(self, vectors: Mapping[str, Tensor], rewards: Floats | None) -> ChannelScores:
         """Raw channel scores of n items.
 
@@ -140,6 +153,8 @@ class FittedState:
             raise InputError(f"none of the guard's channels {self.config.joined} was given; got {scored.channels}")
         bad = np.array([f is not None for f in part.failed], dtype=bool) | ~np.isfinite(scored.scores).all(1)
         raw = np.where(bad[:, None], np.inf, scored.scores)
+        if part.lengths is None and self.config.groups == "length":
+            raise InputError("this guard is calibrated by length: pass lengths=, (n, 2) prompt and response tokens")
         spans = np.zeros((len(raw), 2), dtype=np.int64) if part.lengths is None else part.lengths
         profile = self.profile(joined, with_lengths=part.lengths is not None)
         ranking = profile.rank(raw, scored.channels, spans, groups)
@@ -252,16 +267,14 @@ class FittedState:
             raise FormatError(f"saved guard: settings are incomplete or malformed ({error})") from error
         if not np.isfinite([mean, sd]).all() or sd <= 0:
             raise FormatError(f"saved guard: reward mean {mean} and standard deviation {sd} are not usable")
-        known = {f"channel.{i}." for i in range(len(names))}
-        optional = {
-            "calibration.scores", "calibration.lengths", "calibration.part_a", "calibration.groups", "heldout.scores",
-            "fit.prompt_keys",
-        }  # fmt: skip
-        unknown = [n for n in tensors if n not in optional and not any(n.startswith(k) for k in known)]
-        if unknown or FINAL not in detectors or "fit.prompt_keys" not in tensors:
+        lacking = [name for name in settings.joined if name not in (*names, REWARD)]
+        if FINAL not in detectors or lacking:
             raise FormatError(
-                f"saved guard: unknown tensors {unknown}, channels {names}; 'final' and fit.prompt_keys are needed"
+                f"saved guard: channels {names}; 'final' and those of the settings, {lacking}, are needed"
             )
+        prefixes = tuple(f"channel.{i}." for i in range(len(names)))
+        others = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
+        _check_others(others, len(names) + 1)
         return cls(
             config=settings,
             detectors=detectors,
@@ -279,20 +292,31 @@ def _prefixed(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
+def _check_others(tensors: Mapping[str, Tensor], n_channels: int) -> None:
+    """Every tensor beside the detectors' own: exact names, dtypes and shapes."""
+
+    def rows(name: str) -> int:
+        return tensors[name].shape[0] if name in tensors and tensors[name].ndim else 0
+
+    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "fit.prompt_keys": (torch.int64, (rows("fit.prompt_keys"),))
+    }
+    if any(name.startswith("calibration.") for name in tensors):
+        n = rows("calibration.scores")
+        expected["calibration.scores"] = (torch.float64, (n, n_channels))
+        expected["calibration.lengths"] = (torch.int64, (n, 2))
+        expected["calibration.part_a"] = (torch.bool, (n,))
+        if "calibration.groups" in tensors:
+            expected["calibration.groups"] = (torch.int64, (n,))
+    if "heldout.scores" in tensors:
+        expected["heldout.scores"] = (torch.float64, (rows("heldout.scores"), n_channels))
+    check_schema(tensors, expected, allow_inf=("calibration.scores", "heldout.scores"))
+
+
 def _table(tensors: Mapping[str, Tensor], channels: tuple[str, ...], group_names: list[str]) -> CalibrationTable | None:
     if "calibration.scores" not in tensors:
         return None
     scores = tensors["calibration.scores"]
-    n = len(scores)
-    expected = {"calibration.lengths": (n, 2), "calibration.part_a": (n,)}
-    expected |= {"calibration.groups": (n,)} if "calibration.groups" in tensors else {}
-    if scores.ndim != 2 or scores.shape[1] != len(channels) or scores.dtype != torch.float64:
-        raise FormatError(
-            f"calibration.scores: expected float64 (n, {len(channels)}), got {scores.dtype} {tuple(scores.shape)}"
-        )
-    for name, shape in expected.items():
-        if name not in tensors or tuple(tensors[name].shape) != shape:
-            raise FormatError(f"{name}: expected shape {shape}, as calibration.scores has {n} rows")
     groups = None
     if "calibration.groups" in tensors:
         codes = tensors["calibration.groups"].tolist()

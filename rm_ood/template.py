@@ -65,7 +65,8 @@ def _apply(tokenizer: Any, messages: Sequence[Message], response: str, where: st
         )
     except Exception as error:  # a template is the model's own Jinja code: it may raise anything
         raise InputError(
-            f"{where}: the chat template refused roles {[m['role'] for m in messages]} ({type(error).__name__})"
+            f"{where}: the chat template refused a dialogue of {len(messages)} turns before the response "
+            f"({type(error).__name__}). Templates differ in the roles and the order of turns that they take."
         ) from error
     return str(text)
 

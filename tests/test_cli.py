@@ -95,7 +95,7 @@ def test_fit_refuses_to_replace_another_guard(place: Path, capsys: pytest.Captur
     ]
     before = (place / "guard" / "ood_guard.safetensors").read_bytes()
     assert run(*options, "--alpha", 0.1) == 1
-    assert "overwrite" in capsys.readouterr().err
+    assert "pass --overwrite" in capsys.readouterr().err
     assert (place / "guard" / "ood_guard.safetensors").read_bytes() == before
 
 
@@ -282,3 +282,68 @@ def test_a_hub_data_set_goes_through_datasets(
     assert asked == [("org/data", "test")]
     assert run("check", *options, "--data", "org/none") == 1
     assert "no such data set" in capsys.readouterr().err
+
+
+def test_check_writes_through_links_and_into_pipes(place: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "in.jsonl", [{"prompt": "a question", "response": "fine"}])
+    (tmp_path / "real.jsonl").write_text("old")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "real.jsonl")
+    assert check(place, data, tmp_path / "link.jsonl", "--no-progress") == 0
+    assert json.loads((tmp_path / "real.jsonl").read_text())["id"] == "0"
+    assert (tmp_path / "link.jsonl").is_symlink()
+    assert (tmp_path / "real.jsonl").stat().st_mode & 0o777 == 0o666 & ~_umask()
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", str(tmp_path / "pipe")], stdout=subprocess.PIPE, text=True)
+    assert check(place, data, tmp_path / "pipe", "--no-progress") == 0
+    assert json.loads(reader.communicate(timeout=60)[0])["id"] == "0"
+    assert not (tmp_path / "pipe").is_file()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_a_reader_that_stops_early_is_no_error(place: Path) -> None:
+    command = f"{Path(sys.executable).with_name('rm-ood')} check --guard {place / 'guard'} --model {place / 'model'} " \
+        f"--data {place / 'pairs.jsonl'} --output - --no-progress | head -n 1 ; exit ${{PIPESTATUS[0]}}"  # fmt: skip
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "Error" not in done.stderr
+    assert "rm-ood check:" not in done.stderr
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_verdicts_and_summary_cannot_share_stdout(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check(place, place / "pairs.jsonl", "-", "--json") == 1
+    assert "both would go to stdout" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"), [("--dtype", "foo", "dtype='foo'"), ("--device", "foo", "device='foo'")]
+)
+def test_unusable_dtype_or_device(
+    place: Path, tmp_path: Path, capsys: Any, option: str, value: str, message: str
+) -> None:
+    assert (
+        run(
+            "fit",
+            "--model",
+            place / "model",
+            "--data",
+            place / "pairs.jsonl",
+            "--output",
+            tmp_path / "g",
+            option,
+            value,
+        )
+        == 1
+    )
+    assert message in capsys.readouterr().err
+
+
+def test_equal_responses_are_checked_all_the_same(place: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "in.jsonl", [{"prompt": "a question", "chosen": "same", "rejected": "same"}])
+    assert check(place, data, tmp_path / "out.jsonl", "--no-progress") == 0
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2

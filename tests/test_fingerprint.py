@@ -74,7 +74,8 @@ def test_row37_another_model_is_named_by_tier_and_field(
     saved = take(model, tokenizer)
     change(model)
     found = take(model, tokenizer)
-    assert {name for name in saved if saved[name] != found[name]} == fields
+    # The sketch tells other heads from rounded ones, so it moves a little with every change of the weights.
+    assert {name for name in saved if saved[name] != found[name]} - {"head_sketch"} == fields
     with pytest.raises(MismatchError, match=r"fingerprint tier 0") as error:
         check_fingerprint(saved, found, allow_dtype_change=False)
     assert all(f"{name}: guard has " in str(error.value) for name in fields)
@@ -158,3 +159,12 @@ def test_head_weights_are_hashed_in_every_dtype(model_and_tokenizer: tuple[Any, 
         take(model.to(dtype), tokenizer)["head_weights"] for dtype in (torch.float64, torch.float16, torch.bfloat16)
     }
     assert len(hashes) == 3
+
+
+def test_row38_a_change_of_dtype_does_not_excuse_another_head(model_and_tokenizer: tuple[Any, Any]) -> None:
+    model, tokenizer = model_and_tokenizer
+    saved = take(model, tokenizer)
+    torch.nn.init.normal_(model.score.weight)
+    found = take(model.to(torch.bfloat16), tokenizer)
+    with pytest.raises(MismatchError, match="head_sketch"):
+        check_fingerprint(saved, found, allow_dtype_change=True)

@@ -83,7 +83,7 @@ def test_what_is_not_wanted_would_not_be_kept() -> None:
 def test_every_64_bit_seed_draws(seed: int) -> None:
     reservoir = CalibrationReservoir(2, seed)
     for key in range(5):
-        reservoir.offer(kept(key, reservoir.response_hash(str(key))))
+        reservoir.offer(kept(key, reservoir.response_hash(key, str(key))))
     assert len(reservoir) == 2
 
 
@@ -165,3 +165,9 @@ def test_windows_are_lazy() -> None:
             yield 1
 
     assert next(windows(endless(), 3)) == [1, 1, 1]
+
+
+def test_one_canned_answer_is_drawn_anew_for_every_prompt() -> None:
+    reservoir = CalibrationReservoir(size=10, seed=0)
+    first = [reservoir.response_hash(key, "canned") < reservoir.response_hash(key, "other") for key in range(400)]
+    assert 150 < sum(first) < 250

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import subprocess
 import sys
@@ -281,7 +282,7 @@ def test_every_form_of_the_same_data_gives_the_same_fit(tiny_decoder: Any, rows:
 
 def test_calibration_prompts_are_never_fit_prompts(guard: OODGuard, rows: Any) -> None:
     record = guard._fitted().record
-    assert record["fit_prompts"] + record["calibration_prompts_seen"] == 400
+    assert record["fit_prompts"] + record["calibration_prompts"] == 400
     with pytest.raises(CalibrationError, match="were fitted on"):
         guard.calibrate(rows, progress=False)
 
@@ -515,7 +516,7 @@ def test_row17_vectors_of_another_width(fitted: OODGuard) -> None:
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        ({"embeddings": np.zeros(32)}, {}, InputError, r"expected \(n, H\)"),
+        ({"embeddings": np.zeros(32)}, {}, InputError, r"expected shape \(n, d\)"),
         ({"embeddings": {"final": np.zeros((2, 32)), "prompt/mean@0.67": np.zeros((3, 32))}}, {}, InputError, "one n"),
         ({"embeddings": {"response/mean@0.5": np.zeros((2, 32))}}, {}, MismatchError, "are not in this guard"),
         ({"embeddings": np.zeros((2, 32))}, {"rewards": [1.0]}, InputError, "expected 2 values"),
@@ -647,3 +648,103 @@ def test_row38_another_dtype_is_refused_or_allowed(guard: OODGuard, tiny_decoder
     with pytest.warns(CalibrationWarning, match=r"differs from the fitted one in .*dtype"):
         loaded = OODGuard.from_pretrained(tmp_path / "guard", model, tokenizer, allow_dtype_change=True)
     assert loaded.check("a question", "an answer").reasons == ()
+
+
+def test_saved_guard_takes_fewer_channels_and_another_promise(fitted: OODGuard, fresh: Any, tmp_path: Any) -> None:
+    fitted.save_pretrained(tmp_path / "guard")
+    final = OODGuard.from_pretrained(
+        tmp_path / "guard", fitted.model, fitted.tokenizer, channels="final", alpha=0.1, confidence=None
+    )
+    assert final.config.joined == ("final",)
+    decisions, reference = final.check(*texts(fresh)), fitted.check(*texts(fresh))
+    assert set(decisions.axes) == {"response"}
+    np.testing.assert_array_equal(
+        decisions.axis("response").ood_scores, reference.axis("response").channel("final").ood_scores
+    )
+    assert decisions.alpha == 0.1
+    with pytest.raises(InputError, match="were not fitted"):
+        OODGuard.from_pretrained(tmp_path / "guard", channels="response/mean@0.1")
+    with pytest.raises(InputError, match="unknown options"):
+        OODGuard.from_pretrained(tmp_path / "guard", channel="final")
+
+
+def test_a_refused_load_leaves_no_hooks(fitted: OODGuard, tiny_decoder: Any, tmp_path: Any) -> None:
+    fitted.save_pretrained(tmp_path / "guard")
+    other, tokenizer = tiny_decoder
+    with torch.no_grad():
+        other.score.weight.mul_(3)
+    with pytest.raises(MismatchError):
+        OODGuard.from_pretrained(tmp_path / "guard", other, tokenizer)
+    assert not any(module._forward_hooks for module in other.modules())
+
+
+def test_a_guard_that_is_gone_leaves_no_hooks(tiny_decoder: Any) -> None:
+    guard = make(tiny_decoder)
+    assert any(module._forward_hooks for module in tiny_decoder[0].modules())
+    del guard
+    gc.collect()
+    assert not any(module._forward_hooks for module in tiny_decoder[0].modules())
+
+
+def test_a_prompt_pass_guard_refuses_ready_made_inputs(minilm: Any, rows: Any) -> None:
+    guard = make(minilm, prompt_pass=True, max_length=64).fit(rows[:250], calibration=0.5, progress=False)
+    with pytest.raises(InputError, match="use check"):
+        guard(**guard.encode(["a question"], ["an answer"]))
+
+
+def test_response_channels_alone_need_no_prompt_end(tiny_decoder: Any, rows: Any) -> None:
+    guard = make(tiny_decoder, channels="final").fit(rows, calibration=0.5, progress=False)
+    out = guard(**guard.tokenizer(["some words"], return_tensors="pt"))
+    assert set(out.ood.axes) == {"response"}
+
+
+def test_a_guard_by_length_needs_lengths(tiny_decoder: Any) -> None:
+    guard = make(tiny_decoder, groups="length", channels="final").fit(
+        preference_rows(700), calibration=0.5, progress=False
+    )
+    assert len(guard.report().to_dict()["calibration"]["by_group"]) > 1
+    with pytest.raises(InputError, match="pass lengths"):
+        guard.check_embeddings(np.zeros((1, 32)))
+
+
+def test_several_answers_to_one_prompt_count_once_as_traffic(fitted: OODGuard) -> None:
+    fitted._swap(fitted._state)
+    fitted.check(["a question", "another one"], [["an answer"] * 30, ["no"] * 30])
+    assert len(fitted._traffic._scores) == 2
+
+
+def test_columns_of_a_data_set_are_lists(fitted: OODGuard, fresh: Any) -> None:
+    import datasets
+
+    columns = datasets.Dataset.from_list(fresh[:4])
+    assert len(fitted.check(columns["prompt"], columns["chosen"])) == 4
+
+
+def test_one_class_needs_no_labels(tiny_decoder: Any) -> None:
+    plain = [{"prompt": r["prompt"], "response": r["chosen"]} for r in preference_rows(300)]
+    guard = make(tiny_decoder, one_class=True).fit(plain, calibration=0.5, progress=False)
+    assert guard.check("a question", "an answer").nearest_class is None
+
+
+@pytest.mark.parametrize("calibration", [True, None])
+def test_calibration_that_is_no_share_and_no_data(tiny_decoder: Any, rows: Any, calibration: Any) -> None:
+    with pytest.raises(InputError, match="share of the prompts"):
+        make(tiny_decoder).fit(rows, calibration=calibration, progress=False)
+
+
+def test_a_detector_of_another_dtype_is_refused(tiny_decoder: Any) -> None:
+    with pytest.raises(InputError, match="float32"):
+        make(tiny_decoder, detector=MahalanobisDetector(dtype=torch.float64))
+
+
+def test_drop_covers_items_that_are_too_long(tiny_decoder: Any, rows: Any) -> None:
+    long = [*rows, {"prompt": "a " * 300, "chosen": "b", "rejected": "c"}]
+    guard = make(tiny_decoder, on_too_long="error", on_bad="drop").fit(long, calibration=0.5, progress=False)
+    assert guard.report().to_dict()["fit"]["dropped_rows"] == 2
+
+
+def test_vectors_only_guard_in_a_with_block(fitted: OODGuard, tmp_path: Any) -> None:
+    fitted.save_pretrained(tmp_path / "guard")
+    with OODGuard.from_pretrained(tmp_path / "guard") as guard:
+        assert len(guard.check_embeddings({"final": np.zeros((2, 32)), "prompt/mean@0.67": np.zeros((2, 32)),
+                                           "response/mean@0.67": np.zeros((2, 32))})) == 2  # fmt: skip

@@ -259,8 +259,10 @@ def test_row49_a_response_message_must_be_the_assistants() -> None:
     assert check_response([ANSWER], "r") == "hi"
 
 
-def test_extra_fields_of_a_message_are_left_out() -> None:
-    assert check_prompt(({**USER, "name": "Ann"},), "p") == [USER]
+def test_row49_fields_of_a_message_that_would_not_be_scored_are_refused() -> None:
+    with pytest.raises(InputError, match=r"p\[0\]: \['tool_calls'\] would not be scored"):
+        check_prompt(({**USER, "tool_calls": ["f"]},), "p")
+    assert check_prompt(({**USER, "tool_calls": None},), "p") == [USER]
 
 
 def test_no_error_quotes_the_text() -> None:

@@ -108,7 +108,7 @@ DELETE = object()
         (("settings", "alpha"), 2.0, "alpha=2.0"),
         (("settings", "wings"), 2, "wings"),
         (("channels",), ["final", "no/such"], "not known"),
-        (("channels",), ["prompt/mean@0.67"], "detector state|unknown tensors"),
+        (("channels",), ["prompt/mean@0.67"], "'final' and those of the settings"),
         (("reward", "sd"), 0.0, "not usable"),
         (("reward", "mean"), "x", "incomplete or malformed|could not"),
         (("detectors", "final"), DELETE, "incomplete or malformed"),
@@ -131,17 +131,27 @@ def test_row31_malformed_settings_are_refused(state: FittedState, path: Any, val
 @pytest.mark.parametrize(
     ("name", "tensor", "message"),
     [
-        ("calibration.scores", torch.zeros(150, 2, dtype=torch.float64), "calibration.scores: expected float64"),
-        ("calibration.scores", torch.zeros(150, 3), "calibration.scores: expected float64"),
+        (
+            "calibration.scores",
+            torch.zeros(150, 2, dtype=torch.float64),
+            r"calibration.scores: expected torch.float64",
+        ),
+        ("calibration.scores", torch.zeros(150, 3), r"calibration.scores: expected torch.float64"),
         ("calibration.scores", torch.full((150, 3), torch.nan, dtype=torch.float64), "NaN"),
-        ("calibration.lengths", torch.zeros(3, 2, dtype=torch.int64), "calibration.lengths: expected shape"),
-        ("calibration.part_a", DELETE, "calibration.part_a: expected shape"),
-        ("calibration.groups", torch.zeros(3, dtype=torch.int64), "calibration.groups: expected shape"),
+        (
+            "calibration.lengths",
+            torch.zeros(3, 2, dtype=torch.int64),
+            "calibration.lengths: expected torch.int64",
+        ),
+        ("calibration.part_a", DELETE, "calibration.part_a is missing"),
+        ("calibration.groups", torch.zeros(3, dtype=torch.int64), r"calibration.groups: expected torch.int64 \(150,\)"),
         ("channel.0.whitening", DELETE, "missing"),
         ("channel.0.whitening", -torch.eye(3), "positive diagonal"),
         ("channel.1.means", torch.zeros(1, 4, dtype=torch.float64), "shape"),
         ("fit.prompt_keys", DELETE, "fit.prompt_keys"),
-        ("stray", torch.zeros(1), "unknown tensors"),
+        ("stray", torch.zeros(1), "stray is unknown"),
+        ("heldout.scores", torch.zeros(3, 1), "heldout.scores: expected"),
+        ("fit.prompt_keys", torch.zeros(3, dtype=torch.int16), "fit.prompt_keys: expected torch.int64"),
     ],
 )
 def test_row28_malformed_tensors_are_refused(state: FittedState, name: str, tensor: Any, message: str) -> None:

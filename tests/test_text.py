@@ -239,7 +239,7 @@ def test_a_template_that_rewrites_the_response_is_refused(decoder: Setup, templa
 
 def test_a_template_that_raises_is_an_input_error_without_the_text(decoder: Setup) -> None:
     template = "{{ raise_exception('no: ' + messages[0]['content']) }}"
-    with pytest.raises(InputError, match=r"refused roles \['user'\] \(TemplateError\)") as error:
+    with pytest.raises(InputError, match=r"refused a dialogue of 1 turns .*TemplateError") as error:
         TextEncoder(with_template(decoder.tokenizer, template), "chat").encode("secret", "fine", "x")
     assert "secret" not in str(error.value)
 
