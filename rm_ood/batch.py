@@ -18,7 +18,8 @@ from rm_ood.channels import Channel
 from rm_ood.errors import SaveError
 from rm_ood.fitting import windows
 from rm_ood.guard import OODGuard
-from rm_ood.preferences import Item, RowReader, dataset_length, iter_rows
+from rm_ood.preferences import Item, RowReader
+from rm_ood.rows import dataset_length, iter_rows
 
 _WINDOW_BATCHES = 32
 

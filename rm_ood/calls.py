@@ -1,4 +1,4 @@
-"""What `OODGuard.check` was called with, in its many forms, as one flat list of items."""
+"""What `OODGuard.check` and `check_embeddings` were called with, in their many forms, as one."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
+from rm_ood.channels import FINAL, Channel
 from rm_ood.config import GuardConfig
+from rm_ood.embed import Embedded
 from rm_ood.errors import InputError
 from rm_ood.preferences import Text, check_prompt, check_response
+from rm_ood.vectors import as_tensor, as_vectors
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,37 @@ def read_call(prompt: Any, response: Any, config: GuardConfig) -> Call:
             items.append((text, check_response(answer, name, max_chars=config.max_chars)))
             index.append(i)
     return Call(items, np.array(index, dtype=np.int64), is_single)
+
+
+def read_vectors(
+    embeddings: Any, rewards: Any, lengths: Any
+) -> tuple[dict[str, Tensor], NDArray[np.float64] | None, Embedded]:
+    """What `OODGuard.check_embeddings` was called with: vectors by channel, rewards if any, and the rest.
+
+    Raises:
+        InputError: arrays that are no vectors, or whose lengths differ.
+    """
+    given = embeddings if isinstance(embeddings, Mapping) else {FINAL: embeddings}
+    vectors = {str(Channel.parse(name)): as_vectors(x, name=f"embeddings[{name!r}]") for name, x in given.items()}
+    sizes = {name: tuple(x.shape) for name, x in vectors.items()}
+    n = next(iter(sizes.values()))[0] if sizes else 0
+    if not sizes or any(shape[0] != n for shape in sizes.values()):
+        raise InputError(f"embeddings: expected (n, H) for every channel with one n, got {sizes}")
+    values = None if rewards is None else as_tensor(rewards, name="rewards").detach().double().cpu().numpy().reshape(-1)
+    if values is not None and len(values) != n:
+        raise InputError(f"rewards: expected {n} values, one per vector, got {len(values)}")
+    spans = None if lengths is None else np.asarray(lengths, dtype=np.int64)
+    if spans is not None and (spans.shape != (n, 2) or spans.min(initial=0) < 0):
+        raise InputError(f"lengths: expected counts of shape ({n}, 2), prompt and response tokens, got {spans.shape}")
+    part = Embedded(
+        vectors={},
+        rewards=np.full(n, np.nan) if values is None else values,
+        lengths=spans,
+        failed=[None] * n if values is None else ["non_finite" if bad else None for bad in ~np.isfinite(values)],
+        reasons=[()] * n,
+        truncated=np.zeros(n, dtype=bool),
+    )
+    return vectors, values, part
 
 
 def _is_messages(value: Any) -> bool:

@@ -27,12 +27,11 @@ from rm_ood.preferences import (
     REJECTED,
     Item,
     RowReader,
-    dataset_length,
     hash_fraction,
-    iter_rows,
     prompt_key,
     stable_hash,
 )
+from rm_ood.rows import dataset_length, iter_rows
 from rm_ood.state import ChannelScores, FittedState, class_log_odds
 from rm_ood.text import Encoded, TextEncoder, resolve_format
 

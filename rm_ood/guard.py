@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, overload
@@ -17,10 +17,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rm_ood import artifact, hub
-from rm_ood.calls import Call, read_call
+from rm_ood.calls import Call, read_call, read_vectors
 from rm_ood.capture import Capture
 from rm_ood.card import GuardCard
-from rm_ood.channels import FINAL, Channel
+from rm_ood.channels import Channel
 from rm_ood.config import GuardConfig
 from rm_ood.decision import Decision, Decisions
 from rm_ood.detectors.mahalanobis import MahalanobisDetector
@@ -33,7 +33,6 @@ from rm_ood.reward_model import eval_mode
 from rm_ood.spans import spans_of_inputs
 from rm_ood.state import ChannelScores, FittedState
 from rm_ood.traffic import TrafficCheck
-from rm_ood.vectors import as_tensor, as_vectors
 
 # Items encoded ahead, so that batches hold items of like length.
 _WINDOW_BATCHES = 32
@@ -255,30 +254,7 @@ class OODGuard:
             InputError: arrays whose lengths differ, or dtypes that cannot be vectors.
         """
         state = self._fitted()
-        given = embeddings if isinstance(embeddings, Mapping) else {FINAL: embeddings}
-        vectors = {str(Channel.parse(name)): as_vectors(x, name=f"embeddings[{name!r}]") for name, x in given.items()}
-        sizes = {name: tuple(x.shape) for name, x in vectors.items()}
-        n = next(iter(sizes.values()))[0] if sizes else 0
-        if not sizes or any(len(shape) != 2 or shape[0] != n for shape in sizes.values()):
-            raise InputError(f"embeddings: expected (n, H) for every channel with one n, got {sizes}")
-        values = (
-            None if rewards is None else as_tensor(rewards, name="rewards").detach().double().cpu().numpy().reshape(-1)
-        )
-        if values is not None and len(values) != n:
-            raise InputError(f"rewards: expected {n} values, one per vector, got {len(values)}")
-        spans = None if lengths is None else np.asarray(lengths, dtype=np.int64)
-        if spans is not None and (spans.shape != (n, 2) or spans.min(initial=0) < 0):
-            raise InputError(
-                f"lengths: expected counts of shape ({n}, 2), prompt and response tokens, got {spans.shape}"
-            )
-        part = Embedded(
-            vectors={},
-            rewards=np.full(n, np.nan) if values is None else values,
-            lengths=spans,
-            failed=[None] * n if values is None else ["non_finite" if bad else None for bad in ~np.isfinite(values)],
-            reasons=[()] * n,
-            truncated=np.zeros(n, dtype=bool),
-        )
+        vectors, values, part = read_vectors(embeddings, rewards, lengths)
         return state.decide(state.score(vectors, values), part, groups=groups)
 
     def __call__(

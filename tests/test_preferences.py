@@ -19,13 +19,12 @@ from rm_ood.preferences import (
     RowReader,
     check_prompt,
     check_response,
-    dataset_length,
     hash_fraction,
-    iter_rows,
     parse_dialogue,
     prompt_key,
     stable_hash,
 )
+from rm_ood.rows import dataset_length, iter_rows
 
 FIT = RowReader(require_labels=True)
 PLAIN = RowReader(require_labels=False)

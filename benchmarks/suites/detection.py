@@ -23,7 +23,8 @@ import numpy as np
 from rm_ood import OODGuard
 from rm_ood.channels import Channel, resolve_channels
 from rm_ood.conformal import p_values
-from rm_ood.preferences import hash_fraction, iter_rows, prompt_key
+from rm_ood.preferences import hash_fraction, prompt_key
+from rm_ood.rows import iter_rows
 from rm_ood.study.metrics import auroc
 from rm_ood.study.shifts import word_perturbation
 

@@ -1,0 +1,97 @@
+"""Where rows come from: lists, data sets, iterables, JSON Lines and Parquet files, one pass each."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, cast
+
+from rm_ood.errors import InputError
+
+
+def iter_rows(dataset: Any) -> Iterator[Mapping[str, Any]]:
+    """The rows of a dataset in any accepted form, one pass, without asking for its length.
+
+    Raises:
+        FileNotFoundError: a path that does not exist.
+        InputError: a form that is not known, a file that is not UTF-8 JSON Lines, a row that is not a mapping.
+    """
+    if isinstance(dataset, (str, os.PathLike)):
+        rows: Iterable[Any] = _iter_file(Path(dataset))
+    elif isinstance(dataset, Mapping):
+        if not hasattr(dataset, "column_names"):
+            raise InputError(
+                "dataset: expected rows, got a mapping of columns or splits. "
+                f"Pass one split or a list of dicts (keys here: {sorted(map(str, dataset))[:10]})."
+            )
+        raise InputError(f"dataset: got several splits {sorted(map(str, dataset))}. Pass one of them.")
+    elif isinstance(dataset, Iterable):
+        rows = dataset
+    else:
+        raise InputError(
+            f"dataset: expected rows (list of dicts, datasets.Dataset, iterable) or a path, got {type(dataset).__name__}"
+        )
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise InputError(f"rows[{number}]: expected a mapping of columns, got {type(row).__name__}")
+        yield row
+
+
+def dataset_length(dataset: Any) -> int | None:
+    """Number of rows where the source knows it; for progress bars only."""
+    return len(dataset) if hasattr(dataset, "__len__") and not isinstance(dataset, (str, os.PathLike)) else None
+
+
+def _iter_file(path: Path) -> Iterator[Any]:
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no data file at {path}. Pass JSON Lines (.jsonl, .jsonl.gz), Parquet, or a datasets.Dataset; "
+            "a dataset on the Hub has to be loaded with datasets.load_dataset first (the command line does it for --data ID)."
+        )
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: pass one JSON Lines or Parquet file of it")
+    if path.suffix == ".parquet":
+        yield from _iter_parquet(path)
+        return
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
+        number = 0
+        while line := _next_line(cast(IO[bytes], lines), path.name, number):
+            number += 1
+            if line.strip():
+                yield _parse_line(path.name, number, line)
+
+
+def _next_line(lines: IO[bytes], name: str, number: int) -> bytes:
+    try:
+        return lines.readline()
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{name}: not a whole gzip file (it breaks after line {number}). Copy it again.") from error
+
+
+def _iter_parquet(path: Path) -> Iterator[Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise InputError(f"{path.name}: reading Parquet needs pyarrow: pip install 'rm_ood[data]'") from error
+    with path.open("rb") as source:
+        try:
+            batches = pyarrow.parquet.ParquetFile(source).iter_batches(batch_size=1024)
+            while (batch := next(batches, None)) is not None:
+                yield from batch.to_pylist()
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowIOError) as error:
+            raise InputError(f"{path.name}: not a whole Parquet file. Copy it again.") from error
+
+
+def _parse_line(name: str, number: int, line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} line {number}: not UTF-8 (byte {error.start} of the line)") from error
+    except (ValueError, RecursionError) as error:
+        detail = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
+        raise InputError(f"{name} line {number}: not JSON ({detail}). Each line has to hold one object.") from error
