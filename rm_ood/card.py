@@ -99,9 +99,9 @@ class GuardCard:
         pools = cal["by_group"] or [{**cal, "group": None}]
         for pool in pools:
             mean, low, high = (100 * x for x in pool["expected_false_alarm_rate"])
-            name = "" if pool["group"] is None else f"Group {pool['group']}: "
+            name = "Calibrated" if pool["group"] is None else f"Group {pool['group']} calibrated"
             lines.append(
-                f"{name}calibrated on n = {pool['n']} prompts, rank k = {pool['k']}: false alarms {promise}; expected "
+                f"{name} on n = {pool['n']} prompts, rank k = {pool['k']}: false alarms {promise}; expected "
                 f"{mean:.2f} % (90 % interval {low:.2f} to {high:.2f} %)"
             )
         lines += [

@@ -748,3 +748,38 @@ def test_vectors_only_guard_in_a_with_block(fitted: OODGuard, tmp_path: Any) -> 
     with OODGuard.from_pretrained(tmp_path / "guard") as guard:
         assert len(guard.check_embeddings({"final": np.zeros((2, 32)), "prompt/mean@0.67": np.zeros((2, 32)),
                                            "response/mean@0.67": np.zeros((2, 32))})) == 2  # fmt: skip
+
+
+@pytest.mark.slow
+def test_smollm2_gives_both_verdicts_and_bit_identical_rewards(smollm2: Any) -> None:
+    """A real 30-layer decoder with its chat template: one forward, untouched rewards, a prompt score of the prompt alone."""
+    model, tokenizer = smollm2
+    chat = [
+        {"prompt": [{"role": "user", "content": f"say {word}"}], "chosen": f"{word} it is", "rejected": f"not {i}"}
+        for i, word in enumerate(r["prompt"].split()[3] + str(i) for i, r in enumerate(preference_rows(110)))
+    ]
+    texts_of = [tokenizer.apply_chat_template([*r["prompt"], {"role": "assistant", "content": r["chosen"]}], tokenize=False)
+                for r in chat[:16]]  # fmt: skip
+    batches = [
+        tokenizer(texts_of[:n], return_tensors="pt", padding=True, padding_side=side, add_special_tokens=False)
+        for n in (1, 16)
+        for side in ("right", "left")
+    ]
+    with torch.inference_mode():
+        bare = [model(**batch).logits.clone() for batch in batches]
+    # At alpha .2 a few prompts are enough; what is tested here is not the threshold.
+    guard = OODGuard(model, tokenizer, alpha=0.2).fit(chat, calibration=0.7, progress=False)
+    with torch.inference_mode():
+        for batch, expected in zip(batches, bare, strict=True):
+            ends = batch["attention_mask"].int().argmax(1) + 3
+            out = guard(**batch, prompt_end=ends)
+            assert torch.equal(out.logits, expected)
+            assert len(out.ood) == len(expected)
+    calls: list[int] = []
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    decisions = guard.check(chat[0]["prompt"], ["yes", "a much longer answer that says something else"])
+    handle.remove()
+    assert len(calls) == 1
+    scores = decisions.axis("prompt").channel("prompt/mean@0.67").scores
+    assert scores[1] == pytest.approx(scores[0], rel=1e-4)
+    guard.detach()
