@@ -21,7 +21,7 @@ from train_reward_model import convert_base
 from rm_ood import CalibrationWarning, OODGuard
 
 TESTS = ("tests/test_capture.py",)
-BATCH, TOKENS, ROUNDS = 8, 128, 15
+BATCH, TOKENS, ROUNDS = 8, 32, 61
 CHANNELS = ("final", "default")
 
 
