@@ -72,9 +72,9 @@ def _parallel(model: Any) -> Any:
 
 def input_device(model: Any) -> torch.device:
     """Where the model takes its inputs; for an offloaded model its execution device."""
-    hook = getattr(unwrap(model), "_hf_hook", None)
-    if getattr(hook, "execution_device", None) is not None:
-        return torch.device(hook.execution_device)
+    device = getattr(getattr(unwrap(model), "_hf_hook", None), "execution_device", None)
+    if device is not None:
+        return torch.device(device)
     found = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     return torch.device(found)
 
