@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,9 @@ from torch.utils.hooks import RemovableHandle
 
 from rm_ood.channels import FINAL, REWARD, Channel
 from rm_ood.errors import CaptureError, InputError
+from rm_ood.readers import RewardReader, reader_of
 from rm_ood.reward_model import (
+    check_left_padding,
     find_blocks,
     find_head,
     read_out_positions,
@@ -26,6 +29,7 @@ from rm_ood.reward_model import (
     reward_column,
 )
 from rm_ood.spans import Spans
+from rm_ood.wrappers import called_path, refuse_unsupported, unwrap
 
 
 @dataclass
@@ -36,42 +40,48 @@ class Captured:
         vectors: channel name -> (B, H) in float32 (`final` in the model's dtype), detached.
         rewards: (B,) as the model returned them.
         mismatch: (B,) bool: the head's own output at the read-out position is not the returned reward.
+        turns: (B, K, H) what the head read at further columns, where they were asked for.
     """
 
     vectors: dict[str, Tensor]
     rewards: Tensor
     mismatch: Tensor
+    turns: Tensor | None = None
 
 
 @dataclass
-class _Request:
+class Request:
     """One forward's spans going in and pooled vectors coming out; lives in its own thread only."""
 
     positions: Tensor
     spans: Spans
+    columns: Tensor | None = None
     vectors: dict[str, Tensor] = field(default_factory=dict)
     head_output: Tensor | None = None
+    turns: Tensor | None = None
+    pooled: bool = False
 
 
 class _Slot(threading.local):
     """The request of the thread that is in a forward; None otherwise, so that foreign forwards cost nothing."""
 
-    request: _Request | None = None
+    request: Request | None = None
 
 
 class Capture:
     """Hooks on a reward model that turn one forward pass into channel vectors.
 
     Args:
-        model: the reward model.
+        model: the reward model, wrapped or not.
         channels: channel names; `final` is always captured.
         head: dotted path of the head where the rule is wrong.
         layers: dotted path of the list of blocks where the rule is wrong.
         read_out: rule for the read-out position (see `read_out_positions`).
-        reward: `"logits"` or `"logits:i"`.
+        reward: which output is the reward (see `read_reward`).
 
     Raises:
-        InputError: no head or no blocks found, or a channel that the model has no layer for.
+        InputError: no head or no blocks found, a channel that the model has no layer for, or a wrapper that no guard can
+            be put on.
     """
 
     def __init__(
@@ -82,80 +92,157 @@ class Capture:
         head: str | None = None,
         layers: str | None = None,
         read_out: str = "auto",
-        reward: str = "logits",
+        reward: str = "auto",
     ) -> None:
+        refuse_unsupported(model)
         self.model = model
+        self.reader = reader_of(model)
         self.read_out = read_out
         self.reward = reward
-        self.head_path, self._head = find_head(model, head)
-        _check_labels(self._head, self.head_path, reward)
+        self.head_path, head_module = find_head(model, head)
+        if self._derived is None:
+            _check_labels(head_module, self.head_path, reward)
         parsed = {name: Channel.parse(name) for name in (FINAL, *channels) if name != REWARD}
-        self._at_head = {name: c for name, c in parsed.items() if c.layer == FINAL}
+        self._at_gate, self._at_head, deep = _places(parsed, self.reader)
         self._at_block: dict[int, dict[str, Channel]] = {}
-        deep = {name: c for name, c in parsed.items() if c.layer != FINAL}
-        self._blocks: list[nn.Module] = list(find_blocks(model, layers)) if deep else []
+        self._layers = layers
+        n_blocks = len(find_blocks(model, layers)) if deep else 0
         for name, channel in deep.items():
-            self._at_block.setdefault(channel.block(len(self._blocks)), {})[name] = channel
+            self._at_block.setdefault(channel.block(n_blocks), {})[name] = channel
         self._slot = _Slot()
+        self._hooked: dict[str, nn.Module] = {}
         self._handles: list[RemovableHandle] = []
         # A guard that is gone leaves no hooks behind.
         weakref.finalize(self, _remove, self._handles)
         self.attach()
 
+    @property
+    def _derived(self) -> Any:
+        """The reader's own comparison of head and reward, where the caller named no column."""
+        return self.reader.agrees if self.reward == "auto" else None
+
     def attach(self) -> None:
         """Put the hooks in place; a second call does nothing."""
         if self._handles:
             return
-        self._handles.append(self._head.register_forward_hook(_head_hook(self._slot, self._at_head)))
-        for index, channels in self._at_block.items():
-            self._handles.append(self._blocks[index].register_forward_hook(_block_hook(self._slot, channels)))
+        for path, module, hook in self._hooks():
+            self._hooked[path] = module
+            self._handles.append(module.register_forward_hook(hook))
+
+    def _hooks(self) -> Iterator[tuple[str, nn.Module, Any]]:
+        inner = unwrap(self.model)
+        head = called_path(inner, self.head_path)
+        yield head, inner.get_submodule(head), _Hook(self._slot, self._at_head, self.reader.head_shift, is_head=True)
+        if self._at_gate:
+            gate = called_path(inner, str(self.reader.prompt_head))
+            yield gate, inner.get_submodule(gate), _Hook(self._slot, self._at_gate, 0, is_gate=True)
+        if self._at_block:
+            blocks = find_blocks(self.model, self._layers)
+            stack = next(name for name, module in inner.named_modules() if module is blocks)
+            for index, channels in self._at_block.items():
+                yield f"{stack}.{index}", blocks[index], _Hook(self._slot, channels, 0)
 
     def detach(self) -> None:
         """Remove the hooks; a second call does nothing."""
         _remove(self._handles)
+        self._hooked.clear()
 
-    def forward(self, inputs: Mapping[str, Any], spans: Spans) -> tuple[Any, Captured]:
-        """One forward pass of the model, its own output untouched, and the vectors of it.
-
-        Args:
-            inputs: keyword arguments of the model; never altered.
-            spans: where prompt and response are, as far as the channels need it.
-        Raises:
-            CaptureError: the hooks saw nothing (removed, or set after the model was compiled).
-        """
+    def _follow(self) -> None:
+        """Hook the modules that stand in the model now: adapters that are added, merged or unloaded replace them."""
         if not self._handles:
             raise CaptureError("the guard's hooks were removed (detach, or the end of its with-block): call attach()")
-        request = _Request(
-            positions=read_out_positions(self.model, dict(inputs), self.read_out),
-            spans=spans,
-        )
+        inner = unwrap(self.model)
+        try:
+            # In a model that was wrapped in adapters after the guard, the head that is called stands further out.
+            stays = all(
+                called_path(inner, path) == path and inner.get_submodule(path) is module
+                for path, module in self._hooked.items()
+            )
+        except AttributeError:
+            stays = False
+        if not stays:
+            self.detach()
+            self.attach()
+
+    @contextmanager
+    def listen(self, inputs: Mapping[str, Any], spans: Spans, columns: Tensor | None = None) -> Iterator[Request]:
+        """Capture what passes the hooks in this thread until the end of the block, whoever calls the modules.
+
+        Raises:
+            CaptureError: after the block, if the hooks saw nothing.
+            InputError: after the block, if the padding changed what the model returned.
+        """
+        self._follow()
+        request = Request(read_out_positions(self.model, inputs, self.read_out), spans, columns)
         self._slot.request = request
         try:
-            outputs = self.model(**inputs)
+            yield request
         finally:
             self._slot.request = None
-        missing = [
-            n for n in (*self._at_head, *(n for c in self._at_block.values() for n in c)) if n not in request.vectors
-        ]
+        wanted = (*self._at_head, *self._at_gate, *(n for channels in self._at_block.values() for n in channels))
+        missing = [name for name in wanted if name not in request.vectors]
         if request.head_output is None or missing:
             raise CaptureError(
                 f"no activation captured for {missing or [FINAL]}: the forward did not pass through {self.head_path!r} and "
                 "the hooked blocks. A model compiled before the guard was made skips late hooks: make the guard before the "
                 "first compiled call, or call torch._dynamo.reset()."
             )
-        rewards = read_reward(outputs, self.reward)
-        from_head = request.head_output[:, reward_column(self.reward)].to(rewards)
-        return outputs, Captured(
-            vectors=request.vectors,
-            rewards=rewards.detach(),
-            # Equal NaNs agree: the reward is then flagged for being NaN, not for the position.
-            mismatch=~((from_head == rewards) | (from_head.isnan() & rewards.isnan())).detach(),
-        )
+        check_left_padding(self.model, inputs, request.pooled)
+
+    def forward(self, inputs: Mapping[str, Any], spans: Spans, columns: Tensor | None = None) -> tuple[Any, Captured]:
+        """One forward pass of the model, its own output untouched, and the vectors of it.
+
+        Args:
+            inputs: keyword arguments of the model; never altered.
+            spans: where prompt and response are, as far as the channels need it.
+            columns: (B, K) int, further columns at which to take what the head reads.
+        Raises:
+            CaptureError: the hooks saw nothing (removed, or set after the model was compiled).
+            InputError: an output that holds no reward, or padding that the model cannot take.
+        """
+        with self.listen(inputs, spans, columns) as request:
+            outputs = self.model(**{**inputs, **self.reader.inputs})
+        return outputs, self.captured(request, outputs)
+
+    def captured(self, request: Request, outputs: Any) -> Captured:
+        """The vectors of a finished request, checked against the rewards in the model's output."""
+        own = self.reader.reward if self.reward == "auto" else self.reward
+        rewards = own(outputs, request.positions) if callable(own) else read_reward(outputs, own, request.positions)
+        rewards = rewards.detach()
+        return Captured(request.vectors, rewards, self._mismatch(request, outputs, rewards), request.turns)
+
+    def _mismatch(self, request: Request, outputs: Any, rewards: Tensor) -> Tensor:
+        """(B,) bool: the head's output at the read-out position did not give the reward."""
+        head = request.head_output
+        if head is None:
+            raise CaptureError(f"no activation captured for {[FINAL]}")
+        # Equal NaNs agree: the reward is then flagged for being NaN, not for the position.
+        if self._derived is not None:
+            agrees: Tensor = self._derived(self.model, head, outputs, rewards)
+            return ~(agrees | rewards.isnan())
+        column = reward_column(self.reward if self.reward != "auto" else str(self.reader.reward))
+        value = head[:, column].to(rewards)
+        return ~((value == rewards) | (value.isnan() & rewards.isnan()))
+
+
+def _places(
+    channels: Mapping[str, Channel], reader: RewardReader
+) -> tuple[dict[str, Channel], dict[str, Channel], dict[str, Channel]]:
+    """Channels read at the gate of a gated head, at the head, and at the blocks."""
+    gate, head, deep = {}, {}, {}
+    for name, channel in channels.items():
+        if channel.layer != FINAL:
+            deep[name] = channel
+        elif reader.prompt_head is not None and channel.pooling == "prompt_end":
+            gate[name] = channel
+        else:
+            head[name] = channel
+    return gate, head, deep
 
 
 def _check_labels(head: nn.Module, path: str, reward: str) -> None:
     labels = getattr(head, "out_features", None)
-    if labels is not None and (reward_column(reward) >= labels or (labels != 1 and ":" not in reward)):
+    if isinstance(labels, int) and (reward_column(reward) >= labels or (labels != 1 and ":" not in reward)):
         raise InputError(
             f"reward={reward!r}: the head {path!r} has {labels} outputs. Name the one that is the reward, reward='logits:0' to "
             f"'logits:{labels - 1}', or another head with head='dotted.path'."
@@ -167,55 +254,85 @@ def _remove(handles: list[RemovableHandle]) -> None:
         handles.pop().remove()
 
 
-def _head_hook(slot: _Slot, channels: Mapping[str, Channel]) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        request = slot.request
+class _Hook:
+    """A forward hook that belongs to one guard.
+
+    A copy of the model (`copy.deepcopy`, adapters that copy the head) keeps the guard's own hook; a pickled model leaves it
+    behind.
+    """
+
+    def __init__(
+        self, slot: _Slot, channels: Mapping[str, Channel], shift: int, *, is_head: bool = False, is_gate: bool = False
+    ) -> None:
+        self.slot = slot
+        self.channels = channels
+        self.shift = shift
+        self.is_head = is_head
+        self.is_gate = is_gate
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        request = self.slot.request
         if request is None:
             return
-        hidden, scores = args[0].detach(), output.detach()
-        if hidden.ndim == 2:
-            others = [name for name in channels if name != FINAL]
-            if others:
-                raise InputError(
-                    f"channels {others}: this head reads one pooled vector per item, so the final layer has no tokens to "
-                    "pool. Name a block instead, for example 'response/mean@1.0'."
-                )
-            request.vectors[FINAL], request.head_output = hidden, scores
-            return
-        rows = torch.arange(hidden.shape[0], device=hidden.device)
-        at = request.positions.to(hidden.device)
-        request.head_output = scores[rows, at]
-        for name, channel in channels.items():
-            # `final` keeps the model's dtype: it is what the head read.
-            pooled = hidden[rows, at] if name == FINAL else _pool(hidden, request, channel)
-            request.vectors[name] = pooled
+        if self.is_head:
+            _read_head(request, self.channels, self.shift, args[0].detach(), output.detach())
+        elif self.is_gate:
+            for name in self.channels:
+                request.vectors[name] = args[0].detach().float()
+        else:
+            hidden = (output[0] if isinstance(output, (tuple, list)) else output).detach()
+            for name, channel in self.channels.items():
+                request.vectors[name] = _pool(hidden, request.positions, request.spans, channel)
 
-    return hook
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return self
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return _inert, ()
 
 
-def _block_hook(slot: _Slot, channels: Mapping[str, Channel]) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        request = slot.request
-        if request is None:
-            return
-        hidden = (output[0] if isinstance(output, (tuple, list)) else output).detach()
-        for name, channel in channels.items():
-            request.vectors[name] = _pool(hidden, request, channel)
-
-    return hook
+def _inert() -> Any:
+    return _nothing
 
 
-def _pool(hidden: Tensor, request: _Request, channel: Channel) -> Tensor:
+def _nothing(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """What is left of a guard's hook in a pickled model."""
+
+
+def _read_head(request: Request, channels: Mapping[str, Channel], shift: int, hidden: Tensor, scores: Tensor) -> None:
+    """Channels of the tensor that enters the head, (B, H) or (B, T, H), and the head's own output."""
+    if hidden.ndim == 2:
+        others = [name for name in channels if name != FINAL]
+        if others or request.columns is not None:
+            raise InputError(
+                f"{f'channels {others}' if others else 'turn scores'}: this head reads one pooled vector per item, so the final "
+                "layer has no tokens to pool. Name a block instead, for example 'response/mean@1.0'."
+            )
+        request.vectors[FINAL], request.head_output, request.pooled = hidden, scores, True
+        return
+    rows = torch.arange(hidden.shape[0], device=hidden.device)
+    at = (request.positions + shift).clamp(max=hidden.shape[1] - 1).to(hidden.device)
+    request.head_output = scores[rows, at]
+    if request.columns is not None:
+        columns = (request.columns + shift).clamp(0, hidden.shape[1] - 1).to(hidden.device)
+        request.turns = hidden[rows[:, None], columns]
+    spans = request.spans.shifted(shift) if shift else request.spans
+    for name, channel in channels.items():
+        # `final` keeps the model's dtype: it is what the head read.
+        request.vectors[name] = hidden[rows, at] if name == FINAL else _pool(hidden, at, spans, channel)
+
+
+def _pool(hidden: Tensor, positions: Tensor, spans: Spans, channel: Channel) -> Tensor:
     """One float32 vector per row of (B, T, H): at a token, or the mean over a span."""
     rows = torch.arange(hidden.shape[0], device=hidden.device)
-    read_out = hidden[rows, request.positions.to(hidden.device)].float()
+    read_out = hidden[rows, positions.to(hidden.device)].float()
     if channel.pooling == "readout":
         return read_out
     if channel.pooling == "prompt_end":
-        if request.spans.prompt_end is None:
+        if spans.prompt_end is None:
             raise InputError(f"channel {channel} needs prompt_end, (B,): the last column before the response")
-        return hidden[rows, request.spans.prompt_end.to(hidden.device)].float()
-    span = request.spans.prompt_mask if channel.axis == "prompt" else request.spans.response_mask
+        return hidden[rows, spans.prompt_end.to(hidden.device)].float()
+    span = spans.prompt_mask if channel.axis == "prompt" else spans.response_mask
     if span is None:
         raise InputError(
             f"channel {channel} needs the spans: pass prompt_end, (B,), the last column before the response"

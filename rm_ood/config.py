@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from rm_ood.channels import resolve_channels
 from rm_ood.errors import InputError
-from rm_ood.reward_model import READ_OUTS
+from rm_ood.readers import READ_OUTS
 from rm_ood.text import FORMATS, ON_TOO_LONG
 
 
@@ -33,8 +33,10 @@ class GuardConfig:
         seed: seed of the fit/calibration split and of the draw of one response per prompt.
         head: dotted path of the reward head where the rule (last Linear with `num_labels` outputs) is wrong.
         layers: dotted path of the list of transformer blocks where the rule (`num_hidden_layers` long) is wrong.
-        reward: `"logits"`, or `"logits:i"` for a model with several labels.
-        read_out: rule for the read-out position: `"auto"`, `"non_pad"`, `"last_token"`, `"first"`.
+        reward: `"auto"`, or the output that is the reward: `"logits"`, `"end_scores"`, `"output"` (a bare tensor, the first of
+            a tuple), with `":i"` for one of several columns.
+        read_out: rule for the read-out position: `"auto"` (of the model's class), `"non_pad"`, `"last_token"`,
+            `"before_pad"`, `"first"` (see `rm_ood.reward_model.read_out_positions`).
         prompt_pass: judge the prompt in a second, prompt-only forward; strict for encoders, whose one pass lets the prompt's
             vectors see the response. Costs a forward over the prompt.
         shrinkage: `"oas"` or a fixed coefficient in [0, 1].
@@ -62,7 +64,7 @@ class GuardConfig:
     seed: int = 0
     head: str | None = None
     layers: str | None = None
-    reward: str = "logits"
+    reward: str = "auto"
     read_out: str = "auto"
     prompt_pass: bool = False
     shrinkage: float | str = "oas"
@@ -103,10 +105,10 @@ class GuardConfig:
             value = getattr(self, name)
             _require(value in choices, name, value, f"one of {choices}")
         _require(
-            isinstance(self.reward, str) and re.fullmatch(r"logits(:[0-9]+)?", self.reward) is not None,
+            isinstance(self.reward, str) and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*(:[0-9]+)?", self.reward) is not None,
             "reward",
             self.reward,
-            "'logits' or 'logits:<label index>'",
+            "'auto', or the name of an output, with ':<column>' for one of several ('logits:0')",
         )
         for name in ("prompt_pass", "split_special_tokens", "append_eos", "allow_empty", "one_class"):
             value = getattr(self, name)
@@ -142,7 +144,7 @@ class GuardConfig:
 _CHOICES = {
     "on_too_long": ON_TOO_LONG,
     "text_format": ("auto", *FORMATS),
-    "read_out": READ_OUTS,
+    "read_out": ("auto", *READ_OUTS),
     "on_bad": ("error", "drop"),
     "eval_mode": ("error", "switch"),
 }

@@ -14,8 +14,9 @@ from torch import Tensor
 from rm_ood.capture import Capture, Captured
 from rm_ood.channels import FINAL, Channel
 from rm_ood.config import GuardConfig
-from rm_ood.reward_model import check_padding, eval_mode, text_config
+from rm_ood.reward_model import check_padding, eval_mode, pad_id, text_config
 from rm_ood.text import Encoded, TextEncoder
+from rm_ood.wrappers import input_device, unwrap
 
 
 @dataclass(frozen=True)
@@ -65,20 +66,25 @@ class Embedder:
             on_too_long=c.on_too_long,
             split_special_tokens=c.split_special_tokens,
             append_eos=c.append_eos,
-            pad_id=text_config(self.model).pad_token_id,
+            pad_id=pad_id(self.model),
+            suffix=self._suffix(),
         )
+
+    def _suffix(self) -> tuple[int, ...]:
+        """The token that the model reads its reward at, where it is none of the text's own."""
+        name = self.capture.reader.suffix
+        return () if name is None else (int(getattr(unwrap(self.model), name)),)
 
     def _model_limit(self) -> int:
         """The smaller of the tokenizer's and the model's own limit."""
-        positions = getattr(self.model.config, "max_position_embeddings", None)
+        positions = getattr(text_config(self.model), "max_position_embeddings", None)
         limit = int(self.tokenizer.model_max_length)
         return min(limit, positions) if isinstance(positions, int) and positions > 0 else limit
 
     @property
     def device(self) -> torch.device:
-        """Where the model's parameters are."""
-        device: torch.device = next(self.model.parameters()).device
-        return device
+        """Where the model takes its inputs."""
+        return input_device(self.model)
 
     def batches(self, items: Sequence[Encoded], text: TextEncoder) -> Iterator[tuple[NDArray[np.int64], Embedded]]:
         """(indices into `items`, their vectors), shortest items first, so that padding is little."""
@@ -103,7 +109,7 @@ class Embedder:
         return embedded(captured, lengths, reasons, truncated)
 
     def _forward(self, items: list[Encoded], text: TextEncoder) -> Captured:
-        batch = text.pad(items, device=self.device)
+        batch = text.pad(items, device=self.device, beside=self.capture.reader.pad_columns)
         return self.capture.forward(batch.inputs, batch.spans)[1]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from rm_ood.errors import InputError, MismatchError
+from rm_ood.readers import READ_OUTS, before_first, output_named, reader_of
+from rm_ood.wrappers import called_path, plain_path, unwrap
 
 _SWITCHING = threading.RLock()
-READ_OUTS = ("auto", "non_pad", "last_token", "first")
 
 
 def load_reward_model(
@@ -62,31 +63,84 @@ def load_reward_model(
 
 def text_config(model: Any) -> Any:
     """The configuration that holds pad token, width and depth."""
-    config = model.config
+    config = unwrap(model).config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def pad_id(model: Any) -> int | None:
+    """The pad id that the model's own read-out rule goes by."""
+    config = unwrap(model).config
+    owner = config if getattr(config, "is_encoder_decoder", False) else text_config(model)
+    pad: int | None = owner.pad_token_id
+    return pad
 
 
 def find_head(model: nn.Module, head: str | None = None) -> tuple[str, nn.Module]:
     """Dotted path and module of the reward head: the last Linear that maps to the reward.
 
+    The module is the one that a forward calls: inside an adapter, the adapter's own layer. The path leaves out what wrappers
+    (compilation, adapters, parallelism) add.
+
     Args:
-        head: dotted path, where the rule (last `nn.Linear` with `out_features == config.num_labels`) is wrong.
+        head: dotted path, where the rule (the reader of the model's class; else the last Linear with
+            `out_features == config.num_labels`) is wrong.
     Raises:
         InputError: no such module, or a model with several labels and no choice made; the message lists the Linears.
     """
-    if head is not None:
-        modules = dict(model.named_modules())
-        if head not in modules:
-            raise InputError(f"head={head!r}: no such module. Candidates: {_linears(model)}")
-        return head, modules[head]
+    inner = unwrap(model)
+    path = head or reader_of(model).head or _head_by_rule(inner)
+    try:
+        called = called_path(inner, path)
+        return plain_path(called), inner.get_submodule(called)
+    except AttributeError as error:
+        raise InputError(f"head={path!r}: no such module. Candidates: {_linears(inner)}") from error
+
+
+def _head_by_rule(model: nn.Module) -> str:
     labels = getattr(getattr(model, "config", None), "num_labels", None)
-    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == labels]
-    if labels is None or not found:
-        raise InputError(
-            f"{type(model).__name__} has no Linear with num_labels={labels} outputs, so its reward head is not known. "
-            f"Pass head='dotted.path'. Candidates: {_linears(model)}"
+    found = [name for name, module in model.named_modules() if _maps_to(module, labels)]
+    # Layers inside an adapter are not called by themselves.
+    found = [name for name in found if _maps_to(model.get_submodule(called_path(model, name)), labels)]
+    if found:
+        return str(found[-1])
+    named = [name for name in _VALUE_HEADS if _has_one_output(model, name)]
+    if named:
+        return named[0]
+    generates = hasattr(model, "lm_head")
+    raise InputError(
+        f"{type(model).__name__} has no Linear with num_labels={labels} outputs, so its reward head is not known. "
+        f"Pass head='dotted.path'. Candidates: {_linears(model)}"
+        + (
+            ". It generates text; where the reward is the logit of one token, pass head='lm_head', reward='logits:<token id>', "
+            "read_out='last_token'."
+            if generates
+            else ""
         )
-    return found[-1]
+    )
+
+
+# Names that reward models outside transformers give their heads.
+_VALUE_HEADS = ("v_head.summary", "v_head", "value_head", "score_head", "regression_head", "reward_head", "out_proj")
+
+
+def _width(module: nn.Module) -> int | None:
+    """Outputs of a Linear, of a quantised one, or of an adapter around one."""
+    inner = getattr(module, "original_module", module)
+    outputs = getattr(inner, "out_features", None)
+    return outputs if isinstance(outputs, int) else None
+
+
+def _maps_to(module: nn.Module, labels: int | None) -> bool:
+    return labels is not None and _width(module) == labels
+
+
+def _has_one_output(model: nn.Module, path: str) -> bool:
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return False
+    widths = [width for part in module.modules() if (width := _width(part)) is not None]
+    return widths[-1:] == [1]
 
 
 def _linears(model: nn.Module) -> list[str]:
@@ -105,7 +159,8 @@ def find_blocks(model: nn.Module, layers: str | None = None) -> nn.ModuleList:
     Raises:
         InputError: no list of `config.num_hidden_layers` modules; the message lists the lists there are.
     """
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    inner = unwrap(model)
+    lists = {name: module for name, module in inner.named_modules() if isinstance(module, nn.ModuleList)}
     if layers is not None:
         if layers not in lists:
             raise InputError(f"layers={layers!r}: no such ModuleList. There are: {sorted(lists)}")
@@ -116,69 +171,108 @@ def find_blocks(model: nn.Module, layers: str | None = None) -> nn.ModuleList:
             return module
     sizes = {name: len(module) for name, module in lists.items()}
     raise InputError(
-        f"{type(model).__name__}: no list of num_hidden_layers={depth} blocks; lists: {sizes}. Pass layers='dotted.path', or "
+        f"{type(inner).__name__}: no list of num_hidden_layers={depth} blocks; lists: {sizes}. Pass layers='dotted.path', or "
         "channels='final'."
     )
 
 
-def read_reward(outputs: Any, reward: str) -> Tensor:
+def read_reward(outputs: Any, reward: str, positions: Tensor) -> Tensor:
     """The rewards of a forward pass, (B,), as the model returned them.
 
     Args:
-        reward: `"logits"` (one label) or `"logits:i"` (label i of several).
+        reward: `"auto"`, or the output's name (see `output_named`), with `:i` for column i of several.
+        positions: (B,) read-out columns, for an output with a value per token, (B, T, k).
     Raises:
-        InputError: no such output, or several labels and none chosen.
+        InputError: no such output, or several columns and none chosen.
     """
     name, _, index = reward.partition(":")
-    if name != "logits" or (index and not index.isdecimal()):
-        raise InputError(f"reward={reward!r}: expected 'logits' or 'logits:<label index>'")
-    logits = getattr(outputs, "logits", None)
-    if logits is None or logits.ndim != 2:
-        shape = None if logits is None else tuple(logits.shape)
+    if index and not index.isdecimal():
+        raise InputError(f"reward={reward!r}: expected an output's name, with ':<column>' for one of several")
+    value = output_named(outputs, name)
+    if value.ndim == 3:
+        value = value[torch.arange(len(value), device=value.device), positions.to(value.device)]
+    if value.ndim == 1 and not int(index or 0):
+        return value
+    if value.ndim != 2:
         raise InputError(
-            f"reward={reward!r}: expected logits of shape (batch, labels) in the model's output, got {shape}"
+            f"reward={reward!r}: expected (batch,), (batch, labels) or (batch, tokens, labels) in the model's output, got "
+            f"{tuple(value.shape)}"
         )
-    if not index and logits.shape[1] != 1:
+    if not index and value.shape[1] != 1:
         raise InputError(
-            f"the model returns {logits.shape[1]} logits per item; name the one that is the reward: reward='logits:0'"
+            f"the model returns {value.shape[1]} values per item; name the one that is the reward: reward='{name}:0'"
         )
     column = int(index or 0)
-    if column >= logits.shape[1]:
-        raise InputError(f"reward={reward!r}: the model returns {logits.shape[1]} logits per item")
-    rewards: Tensor = logits[:, column]
-    return rewards
+    if column >= value.shape[1]:
+        raise InputError(f"reward={reward!r}: the model returns {value.shape[1]} values per item")
+    return value[:, column]
 
 
 def reward_column(reward: str) -> int:
-    """Label index that `reward` names."""
+    """Column that `reward` names."""
     return int(reward.partition(":")[2] or 0)
 
 
-def read_out_positions(model: Any, inputs: dict[str, Any], rule: str) -> Tensor:
+def read_out_positions(model: Any, inputs: Mapping[str, Any], rule: str) -> Tensor:
     """Column of the token whose vector the head's (B, T, H) input is read at, (B,) int.
 
-    `"auto"` and `"non_pad"` are the rule of transformers' sequence classifiers: the rightmost token whose id is not the
-    pad id of the current config, whatever the attention mask says (so with pad == eos it is the token before the final
-    eos). `"last_token"` is the last 1 of the attention mask, `"first"` column 0.
+    `"auto"` is the rule of the model's own class, `"non_pad"` that of transformers' sequence classifiers: the rightmost token
+    whose id is not the pad id of the current config, whatever the attention mask says (so with pad == eos it is the token
+    before the final eos). `"last_token"` is the last 1 of the attention mask, `"before_pad"` the token before the first pad
+    id, `"first"` column 0.
 
     Raises:
         InputError: an unknown rule, or a batch without a pad token.
     """
     ids: Tensor = inputs["input_ids"]
-    if rule not in READ_OUTS:
-        raise InputError(f"read_out={rule!r}: expected one of {READ_OUTS}")
-    if rule == "first":
+    own = reader_of(model).read_out if rule == "auto" else rule
+    if callable(own):
+        return own(model, inputs)
+    if own not in READ_OUTS:
+        raise InputError(f"read_out={rule!r}: expected 'auto' or one of {READ_OUTS}")
+    if own == "first":
         return torch.zeros(ids.shape[0], dtype=torch.long, device=ids.device)
     columns = torch.arange(ids.shape[1], device=ids.device)
-    if rule == "last_token":
+    if own == "last_token":
         mask = inputs.get("attention_mask")
         attended: Tensor = torch.ones_like(ids) if mask is None else mask
         return (columns * attended).argmax(-1)
-    pad = text_config(model).pad_token_id
+    pad = pad_id(model)
     if pad is None:
         check_padding(model, ids.shape[0])
         return torch.full((ids.shape[0],), ids.shape[1] - 1, dtype=torch.long, device=ids.device)
+    if own == "before_pad":
+        return before_first(ids, pad)
     return torch.where(ids != pad, columns, 0).argmax(-1)
+
+
+def check_left_padding(model: Any, inputs: Mapping[str, Any], pooled: bool) -> None:
+    """Refuse a left-padded batch whose padding moves the model's own reward.
+
+    Args:
+        pooled: the head read one vector per item, so the model chose the position itself.
+    Raises:
+        InputError: absolute positions without `position_ids`, a vector read at position 0, or shifted decoder inputs.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is None or bool(mask[:, 0].all()):
+        return
+    config, name = text_config(model), type(unwrap(model)).__name__
+    if getattr(unwrap(model).config, "is_encoder_decoder", False):
+        why = "its decoder reads the inputs shifted by one, so padding on the left stands before the text there too"
+    elif pooled and getattr(config, "classifier_pooling", None) != "mean":
+        why = "its vector is read at position 0, which is padding then"
+    elif config.model_type in _ABSOLUTE_POSITIONS and inputs.get("position_ids") is None:
+        why = "its positions are absolute and count the padding; or pass position_ids that start at each row's first token"
+    else:
+        return
+    raise InputError(
+        f"left padding changes what {name} itself returns: {why}. Pad on the right (tokenizer.padding_side = 'right')."
+    )
+
+
+# Decoders whose position embedding counts from the row's start; measured in tests/test_families.py.
+_ABSOLUTE_POSITIONS = frozenset({"gpt2", "gpt_neo", "gpt_bigcode", "biogpt", "openai-gpt", "ctrl", "codegen"})
 
 
 def check_padding(model: Any, batch_size: int) -> None:
@@ -187,7 +281,7 @@ def check_padding(model: Any, batch_size: int) -> None:
     Raises:
         InputError: no pad token and more than one row.
     """
-    if batch_size > 1 and text_config(model).pad_token_id is None:
+    if batch_size > 1 and pad_id(model) is None:
         raise InputError(
             f"the model's config has no pad_token_id, so a batch of {batch_size} cannot be scored. Set "
             "model.config.pad_token_id = tokenizer.pad_token_id (the pad token of its training), or use batch_size=1."

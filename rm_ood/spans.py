@@ -27,6 +27,16 @@ class Spans:
     prompt_mask: Tensor | None
     response_mask: Tensor | None
 
+    def shifted(self, by: int) -> Spans:
+        """The spans `by` columns further right, what leaves the row on the right cut off."""
+
+        def move(mask: Tensor | None) -> Tensor | None:
+            return None if mask is None else torch.nn.functional.pad(mask, (by, 0))[:, : mask.shape[1]]
+
+        last = None if self.prompt_mask is None else self.prompt_mask.shape[1] - 1
+        end = None if self.prompt_end is None else (self.prompt_end + by).clamp(max=last)
+        return Spans(end, move(self.prompt_mask), move(self.response_mask))
+
     def lengths(self) -> NDArray[np.int64] | None:
         """Tokens in the prompt's and the response's span, (B, 2)."""
         if self.prompt_mask is None or self.response_mask is None:

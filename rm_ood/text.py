@@ -98,6 +98,7 @@ class TextEncoder:
             cut, and the prompt goes first, from its start.
         split_special_tokens: read special tokens that users typed as ordinary text.
         append_eos: end plain text with the tokenizer's end token, as TRL's RewardTrainer trains on.
+        suffix: token ids that end every item, for models that read their reward there.
         pad_id: the model's pad id, which tells it where an item ends; None takes the tokenizer's.
 
     Raises:
@@ -114,6 +115,7 @@ class TextEncoder:
         split_special_tokens: bool = False,
         append_eos: bool = False,
         pad_id: int | None = None,
+        suffix: tuple[int, ...] = (),
     ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise InputError(
@@ -134,6 +136,7 @@ class TextEncoder:
         self.on_too_long = on_too_long
         self.split_special_tokens = split_special_tokens
         self.append_eos = append_eos
+        self.suffix = suffix
         ids = (pad_id, tokenizer.pad_token_id, 0)
         self._pad_id = next(i for i in ids if i is not None)
         self._special = frozenset(tokenizer.all_special_ids)
@@ -147,6 +150,7 @@ class TextEncoder:
             "on_too_long": self.on_too_long,
             "split_special_tokens": self.split_special_tokens,
             "append_eos": self.append_eos,
+            "suffix": list(self.suffix),
         }
 
     def encode(self, prompt: Text, response: str, where: str = "item") -> Encoded:
@@ -162,6 +166,7 @@ class TextEncoder:
             encoded = self._encode_rendered(*render_chat(self.tokenizer, prompt, response, where))
         else:
             encoded = self._encode_plain(prompt, response, where)
+        encoded = self._ended(encoded)
         reasons = list(encoded.reasons)
         if not response.strip():
             reasons.append("empty_response")
@@ -169,9 +174,22 @@ class TextEncoder:
             reasons.append("special_tokens_in_text")
         return self._shorten(replace(encoded, reasons=tuple(reasons)), where)
 
-    def pad(self, items: Sequence[Encoded], device: torch.device | str = "cpu") -> Batch:
-        """Right-padded model inputs of a batch."""
-        width = max(len(item.input_ids) for item in items)
+    def _ended(self, item: Encoded) -> Encoded:
+        """The item with the suffix after it, which is nobody's words."""
+        more = len(self.suffix)
+        return replace(
+            item,
+            input_ids=[*item.input_ids, *self.suffix],
+            token_type_ids=None
+            if item.token_type_ids is None
+            else [*item.token_type_ids, *item.token_type_ids[-1:] * more],
+            prompt_mask=[*item.prompt_mask, *[False] * more],
+            response_mask=[*item.response_mask, *[False] * more],
+        )
+
+    def pad(self, items: Sequence[Encoded], device: torch.device | str = "cpu", *, beside: int = 0) -> Batch:
+        """Right-padded model inputs of a batch, with `beside` pad columns more than the longest item needs."""
+        width = max(len(item.input_ids) for item in items) + beside
 
         def stack(rows: list[list[Any]], fill: Any, dtype: torch.dtype) -> Tensor:
             return torch.tensor([row + [fill] * (width - len(row)) for row in rows], dtype=dtype, device=device)

@@ -75,6 +75,12 @@ def test_outputs_are_bit_identical_with_and_without_hooks(
     name: str, size: int, side: str, request: pytest.FixtureRequest
 ) -> None:
     model, text = request.getfixturevalue(name)
+    if (name, side, size) == ("encoder", "left", 16):
+        # Its own reward moves with the padding, so there is nothing to keep: refused, with the reason.
+        batch = left(text.pad(encoded(text, size)))
+        with pytest.raises(InputError, match=r"left padding changes what BertFor.* read at position 0"):
+            Capture(model, CHANNELS).forward(batch.inputs, batch.spans)
+        return
     batch = text.pad(encoded(text, size))
     batch = left(batch) if side == "left" else batch
     before = {key: value.clone() for key, value in batch.inputs.items()}

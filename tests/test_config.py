@@ -58,7 +58,7 @@ def test_an_unknown_setting_is_named_beside_the_known_ones() -> None:
         ("batch_size", 0), ("batch_size", 1.5), ("batch_size", True), ("max_calibration", -1), ("max_chars", "many"),
         ("max_length", 1), ("max_length", 7.5), ("max_length", "long"), ("seed", 2**63), ("seed", 0.5), ("seed", None),
         ("on_bad", "ignore"), ("eval_mode", "train"), ("on_too_long", "cut"), ("text_format", "xml"),
-        ("read_out", "middle"), ("reward", "scores"), ("reward", "logits:x"), ("reward", "logits:"), ("reward", None),
+        ("read_out", "middle"), ("reward", "logits:x"), ("reward", "logits:"), ("reward", None),
         ("prompt_pass", "yes"), ("split_special_tokens", 1), ("append_eos", None), ("allow_empty", "no"),
         ("one_class", 0), ("groups", 3), ("head", 1), ("layers", ["a"]),
     ],

@@ -17,7 +17,7 @@ ROOT = Path(rm_ood.__file__).parent
 LINES = (
     "errors channels",
     "strict_json atomic artifact hub",
-    "rows preferences spans template text wrappers reward_model fingerprint",
+    "rows preferences spans template text wrappers readers reward_model fingerprint",
     "vectors ops.reference ops.scatter ops.distance ops moments covariance",
     "detectors.base detectors.mahalanobis detectors.sklearn detectors",
     "length conformal calibration traffic",

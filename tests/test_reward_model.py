@@ -21,6 +21,9 @@ from rm_ood.reward_model import (
     text_config,
 )
 
+# Read-out columns of the three items below.
+AT = torch.tensor([0, 1, 0])
+
 
 def outputs(logits: Any) -> Any:
     return SimpleNamespace(logits=logits)
@@ -121,26 +124,48 @@ def test_the_text_config_is_the_inner_one_of_a_multimodal_model(tiny_decoder: tu
 
 def test_the_reward_is_the_logit_that_was_named() -> None:
     logits = torch.arange(6.0).reshape(3, 2)
-    assert read_reward(outputs(logits[:, :1]), "logits").tolist() == [0, 2, 4]
-    assert read_reward(outputs(logits), "logits:1").tolist() == [1, 3, 5]
+    assert read_reward(outputs(logits[:, :1]), "logits", AT).tolist() == [0, 2, 4]
+    assert read_reward(outputs(logits), "logits:1", AT).tolist() == [1, 3, 5]
+    # One value per item, and one per token.
+    assert read_reward(outputs(logits[:, 0]), "logits", AT).tolist() == [0, 2, 4]
+    assert read_reward(outputs(logits[:, :, None]), "logits", AT).tolist() == [0, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("output", "reward"),
+    [
+        (torch.tensor([1.0, 2.0, 3.0]), "auto"),
+        (torch.tensor([[1.0], [2.0], [3.0]]), "output"),
+        ((torch.tensor([1.0, 2.0, 3.0]), "cache"), "auto"),
+        ({"end_scores": torch.tensor([[1.0], [2.0], [3.0]]), "scores": torch.zeros(3, 4, 1)}, "auto"),
+        ({"scores": [torch.tensor(1.0), torch.tensor(2.0), torch.tensor(3.0)]}, "scores"),
+        (SimpleNamespace(logits=None, score=torch.tensor([1.0, 2.0, 3.0])), "auto"),
+        (SimpleNamespace(logits=torch.zeros(3, 2), score=torch.tensor([1.0, 2.0, 3.0])), "score"),
+    ],
+    ids=["tensor", "column", "tuple", "dict", "list", "field", "named field"],
+)
+def test_the_reward_is_found_in_outputs_of_every_shape(output: Any, reward: str) -> None:
+    assert read_reward(output, reward, AT).tolist() == [1, 2, 3]
     assert (reward_column("logits"), reward_column("logits:1")) == (0, 1)
 
 
 @pytest.mark.parametrize(
     ("logits", "reward", "message"),
     [
-        (torch.ones(3, 1), "score", "expected 'logits' or 'logits:<label index>'"),
-        (torch.ones(3, 1), "logits:first", "expected 'logits' or"),
-        (torch.ones(3, 1), "logits:²", "expected 'logits' or"),
-        (None, "logits", "expected logits of shape .batch, labels. in the model's output, got None"),
-        (torch.ones(3, 4, 1), "logits", r"got \(3, 4, 1\)"),
-        (torch.ones(3, 2), "logits", "returns 2 logits per item; name the one that is the reward: reward='logits:0'"),
-        (torch.ones(3, 2), "logits:2", "reward='logits:2': the model returns 2 logits per item"),
+        (torch.ones(3, 1), "score", r"reward='score': not among the model's outputs, \['logits'\]"),
+        (torch.ones(3, 1), "logits:first", "expected an output's name"),
+        (torch.ones(3, 1), "logits:²", "expected an output's name"),
+        (None, "logits", r"not among the model's outputs.*reward='end_scores', or 'output'"),
+        (None, "auto", "reward='auto': not among"),
+        (torch.ones(3, 4, 1, 1), "logits", r"in the model's output, got \(3, 1, 1\)|got \(3, 4, 1, 1\)"),
+        (torch.ones(3), "logits:1", r"got \(3,\)"),
+        (torch.ones(3, 2), "logits", "returns 2 values per item; name the one that is the reward: reward='logits:0'"),
+        (torch.ones(3, 2), "logits:2", "reward='logits:2': the model returns 2 values per item"),
     ],
 )
 def test_row39_rewards_that_cannot_be_told_are_refused(logits: Any, reward: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        read_reward(outputs(logits), reward)
+        read_reward(outputs(logits), reward, AT)
 
 
 # -- read-out
@@ -198,7 +223,7 @@ def test_row55_a_batch_without_a_pad_token_is_refused_before_its_forward() -> No
 
 
 def test_an_unknown_rule_is_refused() -> None:
-    with pytest.raises(InputError, match="read_out='middle': expected one of"):
+    with pytest.raises(InputError, match="read_out='middle': expected 'auto' or one of"):
         read_out_positions(model_with_pad(0), {"input_ids": IDS}, "middle")
 
 
