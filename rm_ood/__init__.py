@@ -32,6 +32,7 @@ from rm_ood.errors import (
 )
 from rm_ood.guard import OODGuard
 from rm_ood.moments import ClassMoments
+from rm_ood.readers import RewardReader, register_reader
 
 try:
     __version__ = version("rm_ood")
@@ -63,6 +64,8 @@ __all__ = [
     "OODGuard",
     "OODGuardError",
     "OODGuardWarning",
+    "RewardReader",
     "SaveError",
     "__version__",
+    "register_reader",
 ]

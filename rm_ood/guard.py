@@ -301,8 +301,7 @@ class OODGuard:
             scores = state.score(part.vectors, part.rewards)
         decisions = state.decide(scores, part, groups=groups)
         self._watch(decisions)
-        object.__setattr__(outputs, "ood", decisions)
-        return outputs
+        return _with_verdicts(outputs, decisions)
 
     def encode(self, prompts: Sequence[Text], responses: Sequence[str]) -> dict[str, Tensor]:
         """Padded model inputs of items, with `prompt_end`, `prompt_mask` and `response_mask`: what `guard(**inputs)` takes."""
@@ -452,3 +451,25 @@ class OODGuard:
             message = traffic.update(score[first])
         if message is not None:
             warnings.warn(message, CalibrationWarning, stacklevel=4)
+
+
+class _Tuple(tuple[Any, ...]):
+    """A model's tuple with the verdicts on it."""
+
+    ood: Decisions
+
+
+class _Dict(dict[str, Any]):
+    """A model's dictionary with the verdicts on it."""
+
+    ood: Decisions
+
+
+def _with_verdicts(outputs: Any, decisions: Decisions) -> Any:
+    """The model's own output with an attribute `ood`; plain tuples and dictionaries, which take none, as a subclass."""
+    if type(outputs) in (tuple, list):
+        outputs = _Tuple(outputs)
+    elif type(outputs) is dict:
+        outputs = _Dict(outputs)
+    object.__setattr__(outputs, "ood", decisions)
+    return outputs
