@@ -211,6 +211,26 @@ class Capture:
         rewards = rewards.detach()
         return Captured(request.vectors, rewards, self._mismatch(request, outputs, rewards), request.turns)
 
+    def observed(self, request: Request, rewards: Tensor | None) -> Captured:
+        """The vectors of calls that were not the model's own forward, checked against (B,) rewards where there are any.
+
+        Raises:
+            CaptureError: the head was not called.
+            InputError: no rewards, and the model's reward is more than a column of its head's output.
+        """
+        if request.head_output is None:
+            raise CaptureError(f"no activation captured for {[FINAL]}: the head {self.head_path!r} was not called")
+        if self._derived is not None:
+            raise InputError(
+                "this model's reward is more than one output of its head, so it cannot be told from direct calls of backbone "
+                "and head: call the guard on the model's inputs"
+            )
+        own = request.head_output[:, reward_column(self.reward)]
+        found = own if rewards is None else rewards.detach().reshape(-1)
+        if found.shape != own.shape:
+            raise InputError(f"rewards: expected {len(own)} values, one per row, got {len(found)}")
+        return Captured(request.vectors, found, self._mismatch(request, None, found), request.turns)
+
     def _mismatch(self, request: Request, outputs: Any, rewards: Tensor) -> Tensor:
         """(B,) bool: the head's output at the read-out position did not give the reward."""
         head = request.head_output

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numbers
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, overload
@@ -18,7 +19,7 @@ from tqdm.auto import tqdm
 
 from rm_ood import artifact, hub
 from rm_ood.calls import Call, read_call, read_vectors
-from rm_ood.capture import Capture
+from rm_ood.capture import Capture, Captured
 from rm_ood.card import GuardCard
 from rm_ood.channels import Channel
 from rm_ood.config import GuardConfig
@@ -30,7 +31,7 @@ from rm_ood.fingerprint import check_fingerprint, fingerprint
 from rm_ood.fit import Fitter, check_overlap, warn_if_shifted
 from rm_ood.preferences import Text
 from rm_ood.reward_model import eval_mode
-from rm_ood.spans import spans_of_inputs
+from rm_ood.spans import Spans, spans_of_inputs
 from rm_ood.state import ChannelScores, FittedState
 from rm_ood.traffic import TrafficCheck
 
@@ -279,29 +280,90 @@ class OODGuard:
             InputError: the spans cannot be told, or the guard takes a prompt-only pass.
         """
         state, column = self._fitted(), self._model_column()
+        spans = self._spans(state, inputs, prompt_end, prompt_mask, response_mask)
+        with eval_mode(column.model, switch=self.config.eval_mode == "switch"):
+            outputs, captured = column.capture.forward(inputs, spans)
+        given = prompt_mask is not None and response_mask is not None
+        return _with_verdicts(outputs, self._decide(state, captured, spans, self._notes(state, given), groups))
+
+    @contextmanager
+    def observe(
+        self,
+        *,
+        prompt_end: Tensor | None = None,
+        prompt_mask: Tensor | None = None,
+        response_mask: Tensor | None = None,
+        groups: Sequence[str] | None = None,
+        **inputs: Any,
+    ) -> Iterator[Observation]:
+        """Verdicts on calls that go around the model's own forward: backbone and head called by hand, as older trainers do.
+
+        ```python
+        with guard.observe(input_ids=ids, attention_mask=mask, prompt_end=ends) as seen:
+            hidden = model.model(input_ids=ids, attention_mask=mask)[0]
+            rewards = model.score(hidden)[rows, last]
+        decisions = seen.decide(rewards)
+        ```
+
+        Args:
+            prompt_end, prompt_mask, response_mask, groups, inputs: as in a call of the guard.
+        Raises:
+            CaptureError: after the block, if what was called did not pass the hooks.
+        """
+        state, column = self._fitted(), self._model_column()
+        spans = self._spans(state, inputs, prompt_end, prompt_mask, response_mask)
+        notes = self._notes(state, prompt_mask is not None and response_mask is not None)
+        with eval_mode(column.model, switch=False), column.capture.listen(inputs, spans) as request:
+
+            def decide(rewards: Tensor | None) -> Decisions:
+                unchecked = ("unchecked_read_out",) if rewards is None else ()
+                return self._decide(
+                    state, column.capture.observed(request, rewards), spans, (*notes, *unchecked), groups
+                )
+
+            yield Observation(decide)
+
+    def _spans(
+        self,
+        state: FittedState,
+        inputs: Mapping[str, Any],
+        prompt_end: Tensor | None,
+        prompt_mask: Tensor | None,
+        response_mask: Tensor | None,
+    ) -> Spans:
+        """Where prompt and response are in ready-made inputs."""
         needs_prompt = any(Channel.parse(name).axis == "prompt" for name in state.config.joined)
         if self.config.prompt_pass and needs_prompt:
             raise InputError(
                 "this guard judges prompts in a forward of their own (prompt_pass=True), which a batch of ready-made inputs "
                 "cannot give: use check(prompt, response)"
             )
-        spans = spans_of_inputs(column.tokenizer, inputs, prompt_end, prompt_mask, response_mask)
+        spans = spans_of_inputs(self._model_column().tokenizer, inputs, prompt_end, prompt_mask, response_mask)
         if spans.prompt_end is None and spans.prompt_mask is None and needs_prompt:
             raise InputError(
                 "this guard judges prompts: pass prompt_end=, (B,), the column of the last token before each response (encode() "
                 "gives it), or fit the guard with channels of the response only"
             )
-        with eval_mode(column.model, switch=self.config.eval_mode == "switch"):
-            outputs, captured = column.capture.forward(inputs, spans)
+        return spans
+
+    def _notes(self, state: FittedState, masks_given: bool) -> tuple[str, ...]:
+        return ("approximate_spans",) if not masks_given and state.config.text_format == "chat" else ()
+
+    def _decide(
+        self,
+        state: FittedState,
+        captured: Captured,
+        spans: Spans,
+        notes: tuple[str, ...],
+        groups: Sequence[str] | None,
+    ) -> Decisions:
         n = len(captured.rewards)
-        given = prompt_mask is not None and response_mask is not None
-        note = ("approximate_spans",) if not given and state.config.text_format == "chat" else ()
-        part = embedded(captured, spans.lengths(), [note] * n, np.zeros(n, dtype=bool))
+        part = embedded(captured, spans.lengths(), [notes] * n, np.zeros(n, dtype=bool))
         with torch.inference_mode():
             scores = state.score(part.vectors, part.rewards)
         decisions = state.decide(scores, part, groups=groups)
         self._watch(decisions)
-        return _with_verdicts(outputs, decisions)
+        return decisions
 
     def encode(self, prompts: Sequence[Text], responses: Sequence[str]) -> dict[str, Tensor]:
         """Padded model inputs of items, with `prompt_end`, `prompt_mask` and `response_mask`: what `guard(**inputs)` takes."""
@@ -401,6 +463,13 @@ class OODGuard:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A pickled or copied guard leaves the model behind: it takes vectors, or is loaded with a model again."""
+        return {"config": self.config, "state": self._state}
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        self._bind(None, None, saved["config"], saved["state"])
+
     def __repr__(self) -> str:
         model = "vectors only" if self.model is None else type(self.model).__name__
         state = "not fitted" if self._state is None else "not calibrated" if self._state.table is None else "calibrated"
@@ -451,6 +520,25 @@ class OODGuard:
             message = traffic.update(score[first])
         if message is not None:
             warnings.warn(message, CalibrationWarning, stacklevel=4)
+
+
+class Observation:
+    """What `OODGuard.observe` saw; `decide` gives the verdicts after its block."""
+
+    def __init__(self, decide: Callable[[Tensor | None], Decisions]) -> None:
+        self._decide = decide
+
+    def decide(self, rewards: Tensor | None = None) -> Decisions:
+        """The verdicts.
+
+        Args:
+            rewards: (B,) what was made of the head's output, for the self-check; without them the head's own output at the
+                read-out position counts as the reward and the reason `unchecked_read_out` says so.
+        Raises:
+            CaptureError: inside the block, before the head was called.
+            InputError: no rewards, and a model whose reward is more than one column of its head's output.
+        """
+        return self._decide(rewards)
 
 
 class _Tuple(tuple[Any, ...]):
