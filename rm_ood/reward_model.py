@@ -297,17 +297,19 @@ def eval_mode(model: nn.Module, *, switch: bool) -> Iterator[None]:
     Raises:
         MismatchError: the model is in training mode and `switch` is off.
     """
+    # A wrapper's own mode (DistributedDataParallel starts in training mode) changes nothing.
+    inner = unwrap(model)
     if switch:
         with _SWITCHING:
-            training = [module for module in model.modules() if module.training]
-            model.eval()
+            training = [module for module in inner.modules() if module.training]
+            inner.eval()
             try:
                 yield
             finally:
                 for module in training:
                     module.training = True
         return
-    if any(module.training for module in model.modules()):
+    if any(module.training for module in inner.modules()):
         raise MismatchError(
             "the reward model is in training mode, so dropout would change its vectors. Call model.eval() first, or pass "
             "eval_mode='switch' to have the guard do it and put the mode back."
