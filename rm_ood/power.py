@@ -87,7 +87,8 @@ def batch_shift(ascending: Floats, m: int, *, level: float = BATCH_LEVEL, power:
     low, high = 0.0, 2 * float(finite[-1] - finite[0]) + 1.0
     if _superiority(ascending, high) < wanted:
         return None
-    while high - low > 1e-9 * high:
+    # Halvings of the range, not of the answer: where all scores are equal, the answer is any positive number.
+    for _ in range(60):
         middle = (low + high) / 2
         low, high = (low, middle) if _superiority(ascending, middle) >= wanted else (middle, high)
     return high

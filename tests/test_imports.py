@@ -21,8 +21,8 @@ LINES = (
     "vectors ops.reference ops.scatter ops.distance ops moments covariance",
     "detectors.base detectors.mahalanobis detectors.sklearn detectors",
     "length conformal calibration power traffic",
-    "config capture embed fitting decision state fit card_page card calls guard",
-    "study.metrics study.shifts study.plots study",
+    "config capture embed fitting decision state fit card_values card_page card calls guard",
+    "study.metrics study.shifts study.planted study.plots study",
     "doctor batch demo_page demo",
 )
 ORDER = " ".join(LINES).split()

@@ -70,6 +70,7 @@ def test_batch_shift_shrinks_with_the_batch_and_is_none_where_nothing_can_be_fou
     shifts = [batch_shift(s, m) for m in (30, 100, 1000)]
     assert shifts == sorted(shifts, reverse=True)
     assert batch_shift(s, 1) is None
+    assert batch_shift(np.ones(200), 100) == pytest.approx(0, abs=1e-12)
     half = np.concatenate([s[:100], np.full(100, math.inf)])
     # An infinite score outranks every shift: this batch would have to win more than it can.
     assert batch_shift(s, 8) is not None
