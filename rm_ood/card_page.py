@@ -245,7 +245,9 @@ def _planted(
 def _fingerprint(fields: dict[str, str]) -> str:
     if not fields:
         return "<p>None: fitted on vectors of unknown origin.</p>"
-    return _facts((name, _Markup(f"<code>{_escaped(value)}</code>")) for name, value in fields.items())
+    # A local folder has no commit, and its field says so in Python's word.
+    shown = {name: "not known" if value == "None" else value for name, value in fields.items()}
+    return _facts((name, _Markup(f"<code>{_escaped(value)}</code>")) for name, value in shown.items())
 
 
 def _bar(cell: dict[str, Any], alpha: float, top: float) -> str:

@@ -128,8 +128,8 @@ def test_the_text_names_what_it_can_detect(state: FittedState) -> None:
     (pool,) = card.values["detectable"]
     assert f"50 % if its score moves by {pool['item'][0]['shift']:.1f} sd" in str(card)
     assert f"100 prompts: {pool['batch'][0]['shift']:.2f} sd" in str(card)
-    # 150 calibration prompts are too few for it, 2,000 are not.
-    assert "0.3 sd is not found with n = 150" in str(card)
+    # Some 250 calibration prompts are needed for it, however many come.
+    assert f"0.3 sd is not found with n = {pool['n']} calibration prompts" in str(card)
     pool.update(prompts=321)
     assert "0.3 sd is found after about 321 prompts" in str(card)
     pool["batch"][0]["shift"] = None
@@ -138,7 +138,7 @@ def test_the_text_names_what_it_can_detect(state: FittedState) -> None:
 
 def test_false_alarms_by_length_carry_their_counts(state: FittedState) -> None:
     cal = whole(GuardCard.of(state))["calibration"]
-    assert sum(b["n"] for b in cal["by_length"]) == cal["n"] == 150
+    assert sum(b["n"] for b in cal["by_length"]) == cal["n"]
     for b in cal["by_length"]:
         assert b["rate"] == b["flagged"] / b["n"]
         assert [b["low"], b["high"]] == pytest.approx(share_interval(b["flagged"], b["n"]))
