@@ -1,22 +1,14 @@
-"""The guard card: what a guard was fitted and calibrated on, and what it promises."""
+"""The guard card: what a guard was fitted and calibrated on, what it promises, what it can detect and what it cannot."""
 
 from __future__ import annotations
 
-import html
 import json
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from rm_ood.calibration import CalibrationTable
-from rm_ood.channels import Channel
-from rm_ood.config import GuardConfig
-from rm_ood.conformal import false_alarm_interval, guaranteed_rank
+from rm_ood.card_page import page
+from rm_ood.card_values import card_values
 from rm_ood.state import FittedState
-
-_QUINTILES = 5
 
 
 @dataclass(frozen=True)
@@ -28,40 +20,7 @@ class GuardCard:
     @classmethod
     def of(cls, state: FittedState) -> GuardCard:
         """Read a fitted state."""
-        c, record = state.config, state.record
-        detectors = {
-            name: {
-                "width": d.n_features_in_,
-                "classes": len(d.classes_),
-                "samples": d.n_samples_,
-                "shrinkage": round(d.shrinkage_, 6),
-                "effective_rank": round(d.effective_rank_, 1),
-                "in_verdict": name in c.joined,
-            }
-            for name, d in state.detectors.items()
-        }
-        return cls(
-            {
-                "channels": list(c.joined),
-                "text_format": c.text_format,
-                "fit": {
-                    "items": record.get("fit_items"),
-                    "prompts": record.get("fit_prompts"),
-                    "classes": record.get("class_counts"),
-                    "dropped_rows": record.get("dropped"),
-                    "truncated_items": record.get("truncated"),
-                    "duplicate_share": record.get("duplicate_share"),
-                    "reward_mean": state.reward_mean,
-                    "reward_sd": state.reward_sd,
-                    "notes": record.get("notes", []),
-                },
-                "detectors": detectors,
-                "class_log_odds": record.get("class_log_odds"),
-                "score_reward_correlation": record.get("score_reward_correlation"),
-                "calibration": None if state.table is None else _calibration(state, state.table),
-                "fingerprint": dict(state.fingerprint),
-            }
-        )
+        return cls(card_values(state))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
@@ -73,15 +32,16 @@ class GuardCard:
         lines = [
             f"Guard on {v['fingerprint'].get('architecture', 'vectors')}, text format {v['text_format']}, "
             f"channels {', '.join(v['channels'])}",
-            f"Fitted on {fit['items']} items of {fit['prompts']} prompts ({_classes(fit['classes'])}); "
+            f"Fitted on {fit['items']} items of {fit['prompts']} prompts ({_classes(v)}); "
             f"reward mean {fit['reward_mean']:.3f}, sd {fit['reward_sd']:.3f}; {fit['dropped_rows']} rows dropped, "
             f"{fit['truncated_items']} items truncated",
         ]
         for name, d in v["detectors"].items():
             note = "" if d["in_verdict"] else " (reported, not in the verdict)"
             lines.append(
-                f"  {name}: width {d['width']}, {d['samples']} samples, shrinkage {d['shrinkage']:.4g}, "
-                f"effective rank {d['effective_rank']}{note}"
+                f"  {name}: {d['estimator']}, width {d['width']}, {d['samples']} samples ({d['samples_per_feature']:g} a "
+                f"feature), shrinkage {d['shrinkage']:.4g} ({d['shrinkage_rule']}, floor {d['floor']:g}), effective rank "
+                f"{d['effective_rank']}{note}"
             )
         if v["class_log_odds"]:
             odds = v["class_log_odds"]
@@ -90,26 +50,10 @@ class GuardCard:
                 f"rank correlation with the reward {odds['reward_correlation']:+.2f}"
             )
         if cal is None:
-            return "\n".join([*lines, "Not calibrated: check() raises until calibrate() is called"])
-        promise = (
-            f"at most {100 * cal['alpha']:g} % with {100 * cal['confidence']:g} % confidence"
-            if cal["confidence"] is not None
-            else f"{100 * cal['alpha']:g} % on average"
-        )
-        pools = cal["by_group"] or [{**cal, "group": None}]
-        for pool in pools:
-            mean, low, high = (100 * x for x in pool["expected_false_alarm_rate"])
-            name = "Calibrated" if pool["group"] is None else f"Group {pool['group']} calibrated"
-            lines.append(
-                f"{name} on n = {pool['n']} prompts, rank k = {pool['k']}: false alarms {promise}; expected "
-                f"{mean:.2f} % (90 % interval {low:.2f} to {high:.2f} %)"
-            )
-        lines += [
-            f"Length curves from {cal['n_length']} further prompts. False alarms by response length, each calibration prompt "
-            "against the others: "
-            + ", ".join(f"{b['tokens']} tokens {100 * b['rate']:.1f} %" for b in cal["by_length"]),
-        ]
-        lines += [f"Note: {note}" for note in fit["notes"]]
+            lines.append("Not calibrated: check() raises until calibrate() is called")
+        else:
+            lines += [*_promises(cal), *_relations(v["length_correlation"]), *_reach(v["detectable"])]
+        lines += [*_blind_spots(v["doctor"]), *(f"Note: {note}" for note in fit["notes"])]
         return "\n".join(lines)
 
     def to_markdown(self) -> str:
@@ -120,70 +64,86 @@ class GuardCard:
 
     def to_html(self) -> str:
         """A self-contained page."""
-        rows = "".join(
-            f"<tr><th>{html.escape(key)}</th><td><pre>{html.escape(json.dumps(value, indent=1))}</pre></td></tr>"
-            for key, value in self.values.items()
-        )
-        style = (
-            "body{font:15px system-ui;max-width:60em;margin:2em auto;padding:0 1em}"
-            "pre{white-space:pre-wrap}th{text-align:left;vertical-align:top}"
-        )
-        return (
-            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Guard card</title><style>{style}</style>'
-            f"<h1>Guard card</h1><pre>{html.escape(str(self))}</pre><table>{rows}</table></html>"
-        )
+        return page(self.to_dict())
 
 
-def _calibration(state: FittedState, table: CalibrationTable) -> dict[str, Any]:
-    c = state.config
-    part_b = np.flatnonzero(~table.part_a)
-    groups = None if table.groups is None or c.groups in (None, "length") else [table.groups[i] for i in part_b]
-    profile = state.profile(c.joined)
-    lengths = table.lengths[part_b]
-    score = profile.rank(table.scores[part_b], table.channels, lengths, groups).score
-    labels = profile.labels(lengths, groups)
-    flagged = np.array([_would_flag(profile.pools[label].scores, s, c) for label, s in zip(labels, score, strict=True)])
-    edges = np.quantile(lengths[:, 1], np.arange(1, _QUINTILES) / _QUINTILES)
-    quintile = np.searchsorted(edges, lengths[:, 1], side="left")
-    by_length = [
-        {
-            "tokens": f"{lengths[rows, 1].min()}-{lengths[rows, 1].max()}",
-            "n": int(rows.sum()),
-            "rate": float(flagged[rows].mean()),
-        }
-        for rows in (quintile == q for q in range(_QUINTILES))
-        if rows.any()
+def _classes(values: dict[str, Any]) -> str:
+    if all(d["classes"] == 1 for d in values["detectors"].values()):
+        return "one class"
+    return ", ".join(f"{n} {name}" for name, n in (values["fit"]["classes"] or {}).items())
+
+
+def _promises(cal: dict[str, Any]) -> list[str]:
+    promise = (
+        f"at most {100 * cal['alpha']:g} % with {100 * cal['confidence']:g} % confidence"
+        if cal["confidence"] is not None
+        else f"{100 * cal['alpha']:g} % on average"
+    )
+    lines = []
+    for pool in cal["by_group"] or [{**cal, "group": None}]:
+        mean, low, high = (100 * x for x in pool["expected_false_alarm_rate"])
+        name = "Calibrated" if pool["group"] is None else f"Group {pool['group']} calibrated"
+        seen = "" if pool["group"] is None or pool["rate"] is None else f"; its own prompts {100 * pool['rate']:.1f} %"
+        lines.append(
+            f"{name} on n = {pool['n']} prompts, rank k = {pool['k']}: false alarms {promise}; expected "
+            f"{mean:.2f} % (90 % interval {low:.2f} to {high:.2f} %){seen}"
+        )
+    return [
+        *lines,
+        f"Length curves from {cal['n_length']} further prompts. False alarms by response length, each calibration prompt "
+        "against the others: " + ", ".join(f"{b['tokens']} tokens {100 * b['rate']:.1f} %" for b in cal["by_length"]),
     ]
-    pools = [
-        {
-            "group": label,
-            "n": pool.scores.size,
-            "k": pool.k,
-            "expected_false_alarm_rate": [
-                float(x) for x in false_alarm_interval(pool.scores.size, c.alpha, c.confidence)
-            ],
-            "rate": float(flagged[[name == label for name in labels]].mean()),
-        }
-        for label, pool in profile.pools.items()
+
+
+def _relations(found: dict[str, Any]) -> list[str]:
+    channels = ", ".join(
+        f"{name} {_signed(r['raw'])} -> {_signed(r['standardised'])}" for name, r in found["channels"].items()
+    )
+    joined = " and ".join(f"{_signed(r)} ({axis})" for axis, r in found["joined"].items())
+    return [
+        f"Rank correlation with the span's length, raw -> standardised: {channels}; joined score {joined}; "
+        f"within {found['chance']:.2f} of 0 is chance"
     ]
-    return {
-        "alpha": c.alpha,
-        "confidence": c.confidence,
-        "n": table.n_b,
-        "n_length": table.n - table.n_b,
-        "k": pools[0]["k"] if len(pools) == 1 else None,
-        "expected_false_alarm_rate": pools[0]["expected_false_alarm_rate"] if len(pools) == 1 else None,
-        "by_length": by_length,
-        "by_group": pools if len(pools) > 1 else [],
-        "axes": {axis: [n for n in c.joined if Channel.parse(n).axis == axis] for axis in c.axes},
-    }
 
 
-def _would_flag(calibration: NDArray[np.float64], score: float, config: GuardConfig) -> bool:
-    """Whether a calibration prompt would be flagged against all the others of its pool."""
-    k = guaranteed_rank(calibration.size - 1, config.alpha, config.confidence)
-    return bool((calibration >= score).sum() <= k)
+def _reach(pools: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for pool in pools:
+        where = "" if pool["group"] is None else f" (group {pool['group']})"
+        if pool["unit"] is None:
+            lines.append(f"Detectable shift{where}: unknown, the calibration scores do not vary")
+            continue
+        item = " and ".join(f"{100 * i['power']:.0f} % if its score moves by {i['shift']:.1f} sd" for i in pool["item"])
+        batch = ", ".join(f"{b['prompts']} prompts: {_sd(b['shift'])}" for b in pool["batch"])
+        lines.append(
+            f"Detectable shift{where}: one item is flagged with probability {item}; a whole batch (rank-sum at "
+            f"{pool['batch_level']:g}, power {100 * pool['batch_power']:.0f} %) from {batch}; a shift of "
+            f"{pool['small_shift']:g} sd {_after(pool)}"
+        )
+    return lines
 
 
-def _classes(counts: dict[str, int] | None) -> str:
-    return ", ".join(f"{n} {name}" for name, n in (counts or {}).items())
+def _after(pool: dict[str, Any]) -> str:
+    if pool["prompts"] is None:
+        return f"is not found with n = {pool['n']} calibration prompts"
+    return f"is found after about {pool['prompts']} prompts"
+
+
+def _blind_spots(doctor: dict[str, Any] | None) -> list[str]:
+    if doctor is None:
+        return ["Blind spots: not examined; the doctor plants shifts and says which are caught"]
+    clean = doctor["clean"]
+    lines = [
+        f"Doctor, {clean['n']} {doctor['items']} items at alpha {doctor['alpha']:g}: "
+        f"caught: {', '.join(doctor['caught']) or 'none'}; blind to: {', '.join(doctor['blind']) or 'none'}"
+    ]
+    return lines + [f"Doctor's note: {note}" for note in doctor["notes"]]
+
+
+def _signed(value: float | None) -> str:
+    # Plus 0 turns a rounded -0.00 into +0.00.
+    return "-" if value is None else f"{round(value, 2) + 0:+.2f}"
+
+
+def _sd(shift: float | None) -> str:
+    return "none" if shift is None else f"{shift:.2f} sd"

@@ -15,15 +15,15 @@ ROOT = Path(rm_ood.__file__).parent
 
 # A module imports only from modules before it.
 LINES = (
-    "errors channels",
+    "errors channels canaries",
     "strict_json atomic artifact hub",
     "rows preferences spans template text wrappers readers reward_model fingerprint",
     "vectors ops.reference ops.scatter ops.distance ops moments covariance",
     "detectors.base detectors.mahalanobis detectors.sklearn detectors",
-    "length conformal calibration traffic",
-    "config capture embed fitting decision state fit card calls guard",
-    "study.metrics study.shifts study.plots study",
-    "batch demo_page demo",
+    "length conformal calibration power traffic",
+    "config capture embed fitting decision state fit card_values card_page card calls guard",
+    "study.metrics study.shifts study.planted study.plots study",
+    "doctor batch demo_page demo",
 )
 ORDER = " ".join(LINES).split()
 # The package's own names come from all of the above; the command line is their reader.

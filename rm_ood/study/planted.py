@@ -1,0 +1,107 @@
+"""Known shifts to plant in clean items: another script, shuffled words, code, one word repeated, noise, no response.
+
+Beside `shifts`, whose shifts are for measuring, these are for finding out in a minute what a guard catches: they need no
+data but the items, and each is so strong that a reader would see it at once.
+"""
+
+from __future__ import annotations
+
+import random
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rm_ood.canaries import CODE, EVERYDAY, SCRIPTS, Pair
+from rm_ood.preferences import Text, stable_hash
+
+OTHER_SCRIPT, EMPTY_RESPONSE = "other script", "empty response"
+# Share of the items' letters from which a script belongs to them.
+_OWN_SCRIPT = 0.01
+# Written without spaces between words: there the characters are shuffled.
+_UNSPACED = frozenset({"CJK", "HIRAGANA", "KATAKANA", "THAI"})
+_NOISE = string.ascii_letters + string.digits + string.punctuation + " "
+
+Item = tuple[Text, str]
+# (text, number of the item, 0 for the prompt or 1 for the response, random state of that text) -> text
+Change = Callable[[str, int, int, random.Random], str]
+
+
+def changes(items: Sequence[Item]) -> dict[str, Change]:
+    """Name -> shift. A script that the items are written in is no shift for them: `OTHER_SCRIPT` may be missing."""
+    letters = _letters(" ".join(_text(prompt) + response for prompt, response in items))
+    total = max(1, letters.total())
+    foreign = [
+        pair
+        for script, talk in {**SCRIPTS, "LATIN": EVERYDAY[:3]}.items()
+        if letters[script] < _OWN_SCRIPT * total
+        for pair in talk
+    ]
+    return {
+        **({OTHER_SCRIPT: _another(foreign)} if foreign else {}),
+        "shuffled words": _shuffled,
+        "code": _another(CODE),
+        "one word repeated": _repeated,
+        "random characters": _noise,
+        EMPTY_RESPONSE: lambda text, i, side, rng: "",
+    }
+
+
+def changed(item: Item, i: int, change: Change, sides: Sequence[str], seed: int) -> Item:
+    """Item number i with a shift on `"prompt"`, `"response"` or both; in a message list the last user turn is changed.
+
+    The same text gets the same shuffle and the same noise wherever it stands.
+    """
+    prompt, response = item
+    if "prompt" in sides:
+        before = _text(prompt)
+        after = change(before, i, 0, random.Random(stable_hash(before, seed)))
+        if isinstance(prompt, str) or not prompt:
+            prompt = after
+        else:
+            turn = _turn(prompt)
+            prompt = [{**m, "content": after} if j == turn else m for j, m in enumerate(prompt)]
+    if "response" in sides:
+        response = change(response, i, 1, random.Random(stable_hash(response, seed)))
+    return prompt, response
+
+
+def _another(pairs: Sequence[Pair]) -> Change:
+    return lambda text, i, side, rng: pairs[i % len(pairs)][side]
+
+
+def _shuffled(text: str, i: int, side: int, rng: random.Random) -> str:
+    units, joint = _units(text)
+    return joint.join(rng.sample(units, len(units))) if len(units) > 1 else text
+
+
+def _repeated(text: str, i: int, side: int, rng: random.Random) -> str:
+    units, joint = _units(text)
+    return joint.join([max(units, key=len)] * max(8, len(units))) if units else text
+
+
+def _noise(text: str, i: int, side: int, rng: random.Random) -> str:
+    return "".join(rng.choices(_NOISE, k=max(16, len(text)))).strip()
+
+
+def _units(text: str) -> tuple[list[str], str]:
+    """Words and the space between them; characters and nothing where the script knows no spaces."""
+    unspaced = sum(count for script, count in _letters(text).items() if script in _UNSPACED)
+    return ([c for c in text if not c.isspace()], "") if 2 * unspaced > _letters(text).total() else (text.split(), " ")
+
+
+def _letters(text: str) -> Counter[str]:
+    """Script, by the first word of the letters' Unicode names -> number of letters."""
+    return Counter(unicodedata.name(c, "?").split()[0] for c in text if c.isalpha())
+
+
+def _text(prompt: Text) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return prompt[_turn(prompt)]["content"] if prompt else ""
+
+
+def _turn(messages: Sequence[Any]) -> int:
+    """The last user turn, or the last turn of all where no user speaks."""
+    return next((i for i in reversed(range(len(messages))) if messages[i]["role"] == "user"), len(messages) - 1)
