@@ -29,7 +29,7 @@ from rm_ood.reward_model import (
     reward_column,
 )
 from rm_ood.spans import Spans
-from rm_ood.wrappers import called_path, refuse_unsupported, unwrap
+from rm_ood.wrappers import called_path, plain_path, refuse_unsupported, unwrap
 
 
 @dataclass
@@ -129,7 +129,7 @@ class Capture:
             self._hooked[path] = module
             self._handles.append(module.register_forward_hook(hook))
 
-    def _hooks(self) -> Iterator[tuple[str, nn.Module, Any]]:
+    def _hooks(self) -> Iterator[tuple[str, nn.Module, _Hook]]:
         inner = unwrap(self.model)
         head = called_path(inner, self.head_path)
         yield head, inner.get_submodule(head), _Hook(self._slot, self._at_head, self.reader.head_shift, is_head=True)
@@ -141,6 +141,10 @@ class Capture:
             stack = next(name for name, module in inner.named_modules() if module is blocks)
             for index, channels in self._at_block.items():
                 yield f"{stack}.{index}", blocks[index], _Hook(self._slot, channels, 0)
+
+    def hook_points(self) -> dict[str, str]:
+        """Channel -> plain dotted path of the module that it is read at."""
+        return {name: plain_path(path) for path, _, hook in self._hooks() for name in hook.channels}
 
     def detach(self) -> None:
         """Remove the hooks; a second call does nothing."""

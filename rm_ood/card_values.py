@@ -67,7 +67,7 @@ def card_values(state: FittedState) -> dict[str, Any]:
         "length_correlation": None if seen is None else _length_correlation(seen),
         "detectable": None if seen is None else _detectable(seen.profile),
         "doctor": record.get("doctor"),
-        "fingerprint": dict(sorted(state.fingerprint.items())),
+        "fingerprint": dict(sorted(state.identity.fields.items())),
     }
 
 

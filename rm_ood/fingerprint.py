@@ -1,4 +1,6 @@
-"""Which reward model is this guard for? Tier 0: configuration, head, tokenizer and template, in milliseconds."""
+"""Which reward model is this guard for? Tier 0: configuration, head, tokenizer, template, in milliseconds; tier 1: samples
+of every weight, on one copy to the CPU. (Tier 2, what the model says of known texts, is in `rm_ood.identity`.)
+"""
 
 from __future__ import annotations
 
@@ -6,14 +8,16 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rm_ood.errors import MismatchError
 from rm_ood.reward_model import find_head, text_config
+from rm_ood.wrappers import adapters, class_name, full_tensor, in_memory, plain_path, unwrap
 
 # What changes a vector; padding side is recorded and never compared.
 _CONFIG_FIELDS = (
@@ -22,55 +26,72 @@ _CONFIG_FIELDS = (
     "num_labels", "head_dim", "sliding_window", "layer_types", "attention_bias", "mlp_bias",
     "pad_token_id", "classifier_pooling", "hidden_act", "layer_norm_eps", "rms_norm_eps", "tie_word_embeddings",
 )  # fmt: skip
-_RECORDED_ONLY = frozenset({"padding_side", "commit"})
+# Kept for the reader of the card. A commit is compared where both sides have one: a local folder has none.
+_RECORDED_ONLY = frozenset({"padding_side"})
+# Elements of a parameter that tier 1 keeps.
+SAMPLES = 64
 
 
 def fingerprint(
-    model: nn.Module, tokenizer: Any, *, head: str | None, read_out: str, text: Mapping[str, Any]
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    head: str | None,
+    read_out: str,
+    text: Mapping[str, Any],
+    hooks: Mapping[str, str] | None = None,
+    switches_mode: bool = False,
 ) -> dict[str, str]:
     """Field -> value (short ones) or SHA-256 (long ones) of everything tier 0 compares.
 
     Args:
         text: the settings of the input contract (format, maximum length, ...), JSON-able.
+        hooks: channel -> dotted path of the module that it is read at.
+        switches_mode: the guard puts the model in eval mode itself, so its mode says nothing.
     """
-    config = text_config(model)
+    inner, config = unwrap(model), text_config(model)
     path, module = find_head(model, head)
+    training = any(part.training for part in inner.modules()) and not switches_mode
+    with in_memory(module):
+        weights = _weights_digest(module)
+        sketch = _weights_sketch(module)
     return {
-        "architecture": type(model).__name__,
+        "architecture": class_name(model),
         "config": _digest({name: getattr(config, name, None) for name in _CONFIG_FIELDS}),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "parameters": str(sum(p.numel() for p in model.parameters())),
+        "dtype": "+".join(dtypes_of(model)),
+        "parameters": str(sum(p.numel() for p in inner.parameters())),
+        "adapters": adapters(model),
+        "training_mode": "train" if training else "eval",
         "head_path": path,
-        "head_weights": _weights_digest(module),
-        "head_sketch": _weights_sketch(module),
+        "head_weights": weights,
+        "head_sketch": sketch,
         "read_out": read_out,
         "tokenizer": _bytes_digest(_tokenizer_state(tokenizer)),
         "special_tokens": _digest(tokenizer.special_tokens_map),
         "chat_template": _digest(tokenizer.chat_template),
         "text": _digest(dict(text)),
         "padding_side": str(tokenizer.padding_side),
-        "commit": str(getattr(model.config, "_commit_hash", None)),
+        "commit": str(getattr(inner.config, "_commit_hash", None)),
+        **{f"hook of {channel}": path for channel, path in (hooks or {}).items()},
     }
 
 
-def check_fingerprint(saved: Mapping[str, str], found: Mapping[str, str], *, allow_dtype_change: bool) -> list[str]:
+def dtypes_of(model: nn.Module) -> list[str]:
+    """Names of the dtypes of a model's parameters, sorted: several where it is quantised or mixed."""
+    return sorted({str(p.dtype).removeprefix("torch.") for p in unwrap(model).parameters()})
+
+
+def check_fingerprint(saved: Mapping[str, str], found: Mapping[str, str], *, allow: Collection[str] = ()) -> list[str]:
     """Fields that differ and were allowed to; every other difference raises.
 
+    Args:
+        allow: fields that may differ; `"dtype"` covers the head's bytes, not another head.
     Raises:
         MismatchError: naming tier and fields.
     """
-    differing = [
-        name
-        for name in saved
-        if name not in _RECORDED_ONLY
-        and (
-            not _same_sketch(saved[name], found.get(name, ""))
-            if name == "head_sketch"
-            else saved[name] != found.get(name)
-        )
-    ]
-    allowed = {"dtype"} if allow_dtype_change else set()
-    if allow_dtype_change and "dtype" in differing:
+    differing = [name for name in saved if name not in _RECORDED_ONLY and not _agree(name, saved, found)]
+    allowed = set(allow)
+    if "dtype" in allowed and "dtype" in differing:
         # The head's bytes follow from the dtype; that it is the same head, the sketch tells.
         allowed.add("head_weights")
     wrong = [name for name in differing if name not in allowed]
@@ -78,19 +99,115 @@ def check_fingerprint(saved: Mapping[str, str], found: Mapping[str, str], *, all
         shown = "; ".join(
             f"{name}: guard has {_short(saved[name])}, model has {_short(found.get(name, '-'))}" for name in wrong
         )
-        hint = (
-            " Another dtype moves the vectors: recalibrate, or pass allow_dtype_change=True."
-            if wrong in (["dtype"], _DTYPE)
-            else ""
-        )
         raise MismatchError(
             f"this guard was fitted on another reward model (fingerprint tier 0): {shown}. "
-            f"Load the model and tokenizer that it was fitted on, or fit a new guard.{hint}"
+            f"Load the model and tokenizer that it was fitted on, or fit a new guard.{_hint(wrong)}"
         )
     return differing
 
 
-_DTYPE = ["dtype", "head_weights"]
+def _agree(name: str, saved: Mapping[str, str], found: Mapping[str, str]) -> bool:
+    if name == "head_sketch":
+        return _same_sketch(saved[name], found.get(name, ""))
+    if name.startswith("hook of ") and name not in found:
+        # A guard may be loaded with fewer channels.
+        return True
+    if name == "commit" and "None" in (saved[name], found.get(name)):
+        return True
+    return saved[name] == found.get(name)
+
+
+def _hint(wrong: list[str]) -> str:
+    if wrong in (["dtype"], ["dtype", "head_weights"]):
+        return " Another dtype moves the vectors: recalibrate, or pass allow_dtype_change=True."
+    if wrong == ["training_mode"]:
+        return " Dropout changes the vectors: call model.eval() first, or fit with eval_mode='switch'."
+    return ""
+
+
+@dataclass(frozen=True)
+class WeightSamples:
+    """Tier 1: `SAMPLES` evenly spaced elements of every parameter.
+
+    Attributes:
+        names: SHA-256 of the parameters' names and shapes, without what wrappers add.
+        values: (parameters, SAMPLES) float32; short parameters repeat their elements.
+    """
+
+    names: str
+    values: Tensor
+
+    @classmethod
+    def of(cls, model: nn.Module) -> WeightSamples:
+        """Sample a model; offloaded and sharded parameters are brought together one at a time."""
+        names, samples = [], []
+        with torch.no_grad():
+            for name, parameter in _parameters(unwrap(model)):
+                whole = full_tensor(parameter.detach())
+                names.append(f"{name} {tuple(whole.shape)}")
+                flat = whole.reshape(-1)
+                at = torch.linspace(
+                    0, max(flat.numel() - 1, 0), SAMPLES, dtype=torch.float64, device=flat.device
+                ).long()
+                samples.append(flat[at].float())
+            device = samples[0].device
+            values = torch.stack([sample.to(device) for sample in samples]).cpu()
+        return cls(_digest(names), values)
+
+
+def check_weights(
+    saved: WeightSamples, found: WeightSamples, dtypes: tuple[str, str], *, allow: Collection[str] = ()
+) -> list[str]:
+    """`["weights"]` if the weights differ and were allowed to, else nothing.
+
+    Args:
+        dtypes: of the fitted model and of this one: where another dtype was allowed, values are compared after rounding to
+            the coarser of the two.
+    Raises:
+        MismatchError: naming tier and field, and how many parameters differ.
+    """
+    if saved.names != found.names or saved.values.shape != found.values.shape:
+        told = (
+            f"{len(saved.values)} parameters in the guard's model, {len(found.values)} in this one, under other names"
+        )
+    else:
+        a, b = saved.values, found.values
+        coarse = _coarser(*dtypes)
+        if dtypes[0] != dtypes[1] and coarse is not None:
+            a, b = a.to(coarse), b.to(coarse)
+        # Bits, not numbers: NaN weights are equal to themselves.
+        differing = int((~((a == b) | (a.isnan() & b.isnan()))).any(1).sum())
+        if not differing:
+            return []
+        told = f"{differing} of {len(a)} parameters differ"
+    if "weights" in allow:
+        return ["weights"]
+    raise MismatchError(
+        f"this guard was fitted on another reward model (fingerprint tier 1): weights: {told}. Fine-tuned, merged and quantised "
+        "models need a guard of their own. Load the weights that it was fitted on, or fit a new guard."
+    )
+
+
+def _coarser(one: str, other: str) -> torch.dtype | None:
+    """The floating dtype with fewer digits; None where a model has several dtypes."""
+    dtypes = [getattr(torch, name, None) for name in (one, other)]
+    floats = [d for d in dtypes if isinstance(d, torch.dtype) and d.is_floating_point]
+    return max(floats, key=lambda d: torch.finfo(d).eps) if len(floats) == 2 else None
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters under their plain names, each loaded while it is looked at; tied ones once."""
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        own = [name for name, _ in module.named_parameters(recurse=False)]
+        if not own:
+            continue
+        with in_memory(module, recurse=False):
+            for name in own:
+                parameter = getattr(module, name)
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield plain_path(f"{prefix}.{name}" if prefix else name), parameter
 
 
 def _tokenizer_state(tokenizer: Any) -> bytes:
@@ -123,14 +240,15 @@ def _weights_digest(module: nn.Module) -> str:
     for name, parameter in sorted(module.named_parameters()):
         if parameter.is_meta:
             return "offloaded"
-        raw = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        raw = full_tensor(parameter.detach()).cpu().contiguous().reshape(-1).view(torch.uint8)
+        name = plain_path(name)
         sha.update(name.encode() + str(tuple(parameter.shape)).encode() + raw.numpy().tobytes())
     return sha.hexdigest()
 
 
 def _weights_sketch(module: nn.Module) -> str:
     """Eight seeded random projections of the head's weights: tells another head from the same one rounded to a dtype."""
-    parameters = [p.detach() for _, p in sorted(module.named_parameters())]
+    parameters = [full_tensor(p.detach()) for _, p in sorted(module.named_parameters())]
     if any(p.is_meta for p in parameters):
         return "offloaded"
     weights = torch.cat([p.reshape(-1).double().cpu() for p in parameters])

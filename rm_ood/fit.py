@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from rm_ood.detectors.mahalanobis import MahalanobisDetector
 from rm_ood.embed import Embedded, Embedder
 from rm_ood.errors import CalibrationError, CalibrationWarning, CaptureError, InputError, NonFiniteError
 from rm_ood.fitting import CalibrationReservoir, DuplicateSketch, FitMoments, Kept, KeySet, windows
+from rm_ood.identity import Identity
 from rm_ood.preferences import (
     CHOSEN,
     CLASSES,
@@ -198,7 +199,7 @@ class Fitter:
         self.counts["dropped"] += len(infinite)
         return [i for i, failed in enumerate(part.failed) if failed is None]
 
-    def state(self, fingerprint: Mapping[str, str]) -> FittedState:
+    def state(self, identity: Identity) -> FittedState:
         """Detectors from the moments.
 
         Raises:
@@ -238,7 +239,7 @@ class Fitter:
             table=None,
             heldout=None,
             fit_keys=self.fit_keys.sorted(),
-            fingerprint=dict(fingerprint),
+            identity=identity,
             record={
                 **self.counts,
                 "fit_prompts": len(self.fit_keys),

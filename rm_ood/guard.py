@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,9 +27,11 @@ from rm_ood.decision import Decision, Decisions
 from rm_ood.detectors.mahalanobis import MahalanobisDetector
 from rm_ood.embed import Embedded, Embedder, embedded, merge, needed_channels
 from rm_ood.errors import CalibrationWarning, InputError, MismatchError, NotFittedError
-from rm_ood.fingerprint import check_fingerprint, fingerprint
 from rm_ood.fit import Fitter, check_overlap, warn_if_shifted
+from rm_ood.identity import TIERS, Canaries, Identity
+from rm_ood.outputs import Observation, with_verdicts
 from rm_ood.preferences import Text
+from rm_ood.recalibration import RECALIBRATED, Recalibration, judge, scaled
 from rm_ood.reward_model import eval_mode
 from rm_ood.spans import Spans, spans_of_inputs
 from rm_ood.state import ChannelScores, FittedState
@@ -134,7 +136,7 @@ class OODGuard:
             raise InputError(f"calibration={calibration!r}: expected a share of the prompts in [0, 1), or a dataset")
         fitter = Fitter(self._model_column(), self.config, share)
         fitter.run(dataset, window=self.config.batch_size * _WINDOW_BATCHES, labelled=True, progress=progress)
-        state = fitter.state(self._fingerprint(fitter.config))
+        state = fitter.state(Identity.of(self._model_column(), fitter.config))
         if share > 0:
             table, record = fitter.table(state)
             state = replace(state.with_table(table, record), heldout=table.scores)
@@ -159,14 +161,52 @@ class OODGuard:
             NotFittedError: before `fit`.
             CalibrationError: too few prompts, prompts that were fitted on, or NaN scores.
         """
-        self._swap(self._calibrated(self._fitted(), dataset, progress))
+        self._swap(self._calibrated(self._bound(self._fitted()), dataset, progress))
         return self
 
-    def _calibrated(self, state: FittedState, dataset: Any, progress: bool) -> FittedState:
+    def recalibrate(self, dataset: Any, *, progress: bool = True) -> Recalibration:
+        """Ask whether the guard still fits the model at hand, and mend what new thresholds can mend.
+
+        `"pass"`: trusted data score as the calibration data did. `"recalibrated"`: the model's vectors were scaled, or the
+        data score otherwise on the same vectors; detectors and thresholds follow. `"refit needed"`: the vectors are turned;
+        the guard is left as it was.
+
+        Args:
+            dataset: trusted in-distribution rows, as for `calibrate`; as many prompts.
+        Raises:
+            NotFittedError: before `fit` and `calibrate`.
+            CalibrationError: too few prompts, or prompts that were fitted on.
+        """
+        state, column = self._fitted().restricted(needed_channels(self.config)), self._model_column()
+        state.profile(state.config.joined)
+        sample = self._sampled(state, dataset, progress)
+        found = Canaries.of(column, state.config.text_format)
+        report = judge(state, sample.table(state)[0], state.identity.canaries, found)
+        if report.status == RECALIBRATED:
+            rewards = np.array([kept.reward for kept in sample.reservoir.items()])
+            moved = self._bound(scaled(state, report.scale, rewards))
+            table, record = sample.table(moved)
+            new = replace(moved.with_table(table, {**record, "recalibration": report.to_dict()}), heldout=table.scores)
+            new.profile(state.config.joined)
+            self._swap(new.to(column.device))
+        return report
+
+    def _bound(self, state: FittedState) -> FittedState:
+        """The state bound to the model at hand: new thresholds hold for it, whatever it was allowed to differ in."""
+        state = state.restricted(needed_channels(state.config))
+        if not state.overrides:
+            return state
+        return replace(state, identity=Identity.of(self._model_column(), state.config), overrides=(), _profiles={})
+
+    def _sampled(self, state: FittedState, dataset: Any, progress: bool) -> Fitter:
+        """Trusted data through the model; none of their prompts was fitted on."""
         fitter = Fitter(self._model_column(), state.config, 1.0)
         fitter.run(dataset, window=self.config.batch_size * _WINDOW_BATCHES, labelled=False, progress=progress)
         check_overlap(fitter.reservoir, state.fit_keys)
-        table, record = fitter.table(state)
+        return fitter
+
+    def _calibrated(self, state: FittedState, dataset: Any, progress: bool) -> FittedState:
+        table, record = self._sampled(state, dataset, progress).table(state)
         new = state.with_table(table, record)
         new.profile(state.config.joined)
         if state.heldout is not None:
@@ -284,7 +324,7 @@ class OODGuard:
         with eval_mode(column.model, switch=self.config.eval_mode == "switch"):
             outputs, captured = column.capture.forward(inputs, spans)
         given = prompt_mask is not None and response_mask is not None
-        return _with_verdicts(outputs, self._decide(state, captured, spans, self._notes(state, given), groups))
+        return with_verdicts(outputs, self._decide(state, captured, spans, self._notes(state, given), groups))
 
     @contextmanager
     def observe(
@@ -394,6 +434,8 @@ class OODGuard:
         tokenizer: Any = None,
         *,
         allow_dtype_change: bool = False,
+        allow: Sequence[str] = (),
+        verify: str = "canaries",
         channels: str | Sequence[str | Channel] | None = None,
         alpha: float | None = None,
         confidence: float | str | None = "saved",
@@ -405,6 +447,10 @@ class OODGuard:
             path: folder, or Hub id.
             model, tokenizer: the reward model; None for vectors only (`check_embeddings`).
             allow_dtype_change: accept the model in another dtype than it was fitted in.
+            allow: fields of the fingerprint in which the model may differ, as the error names them (`"weights"`,
+                `"canaries"`, `"commit"`, ...). What differs is told in the reasons of every verdict.
+            verify: how far to compare the model: `"config"` (milliseconds), `"weights"` (samples of every parameter) or
+                `"canaries"` (and eight short texts through it).
             channels, alpha, confidence: join some of the saved channels only, or ask for another promise; the calibration
                 matrix in the guard serves them exactly. By default as saved.
             **hub_options: `revision`, `token`, `cache_dir`, `local_files_only` for a Hub id.
@@ -412,6 +458,8 @@ class OODGuard:
             FileNotFoundError: no guard there. FormatError, IntegrityError: not a guard, or a changed one.
             MismatchError: another reward model; names the fields.
         """
+        if verify not in TIERS:
+            raise InputError(f"verify={verify!r}: expected one of {TIERS}")
         tensors, config = artifact.read_guard(hub.local_folder(path, **hub_options))
         state = FittedState.from_saved(tensors, config)
         changes = {"channels": channels, "alpha": alpha}
@@ -423,20 +471,22 @@ class OODGuard:
         guard = cls.__new__(cls)
         guard._bind(model, tokenizer, state.config, state)
         if model is not None:
+            column = guard._model_column()
+            allowed = {*allow, *(["dtype"] if allow_dtype_change else [])}
             try:
-                changed = check_fingerprint(
-                    state.fingerprint, guard._fingerprint(state.config), allow_dtype_change=allow_dtype_change
-                )
-            except MismatchError:
+                changed = state.identity.check(column, state.config, verify, state.distances, allow=allowed)
+            except BaseException:
                 guard.detach()
                 raise
             if changed:
+                guard._swap(replace(state, overrides=tuple(changed)))
                 warnings.warn(
-                    f"the reward model differs from the fitted one in {changed}; recalibrate on its own vectors",
+                    f"the reward model differs from the fitted one in {changed}; every verdict says so in its reasons. "
+                    "Recalibrate on its own vectors: guard.recalibrate(sample)",
                     CalibrationWarning,
                     stacklevel=2,
                 )
-            state.to(guard._model_column().device)
+            guard._fitted().to(column.device)
         return guard
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
@@ -492,16 +542,6 @@ class OODGuard:
             )
         return self._embedder
 
-    def _fingerprint(self, config: GuardConfig) -> dict[str, str]:
-        column = self._model_column()
-        return fingerprint(
-            column.model,
-            column.tokenizer,
-            head=config.head,
-            read_out=config.read_out,
-            text=column.text(config.text_format).contract(),
-        )
-
     def _swap(self, state: FittedState | None) -> None:
         """One reference swap: a check that runs meanwhile ends on the state it began with."""
         self._state = state
@@ -520,44 +560,3 @@ class OODGuard:
             message = traffic.update(score[first])
         if message is not None:
             warnings.warn(message, CalibrationWarning, stacklevel=4)
-
-
-class Observation:
-    """What `OODGuard.observe` saw; `decide` gives the verdicts after its block."""
-
-    def __init__(self, decide: Callable[[Tensor | None], Decisions]) -> None:
-        self._decide = decide
-
-    def decide(self, rewards: Tensor | None = None) -> Decisions:
-        """The verdicts.
-
-        Args:
-            rewards: (B,) what was made of the head's output, for the self-check; without them the head's own output at the
-                read-out position counts as the reward and the reason `unchecked_read_out` says so.
-        Raises:
-            CaptureError: inside the block, before the head was called.
-            InputError: no rewards, and a model whose reward is more than one column of its head's output.
-        """
-        return self._decide(rewards)
-
-
-class _Tuple(tuple[Any, ...]):
-    """A model's tuple with the verdicts on it."""
-
-    ood: Decisions
-
-
-class _Dict(dict[str, Any]):
-    """A model's dictionary with the verdicts on it."""
-
-    ood: Decisions
-
-
-def _with_verdicts(outputs: Any, decisions: Decisions) -> Any:
-    """The model's own output with an attribute `ood`; plain tuples and dictionaries, which take none, as a subclass."""
-    if type(outputs) in (tuple, list):
-        outputs = _Tuple(outputs)
-    elif type(outputs) is dict:
-        outputs = _Dict(outputs)
-    object.__setattr__(outputs, "ood", decisions)
-    return outputs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -14,12 +14,15 @@ from torch import Tensor
 
 from rm_ood.artifact import check_schema
 from rm_ood.calibration import CalibrationTable, Profile, Ranking
+from rm_ood.canaries import CANARIES
 from rm_ood.channels import FINAL, REWARD, Channel
 from rm_ood.config import GuardConfig
 from rm_ood.decision import AxisDecisions, ChannelDecisions, Decisions
 from rm_ood.detectors.mahalanobis import MahalanobisDetector
 from rm_ood.embed import Embedded
 from rm_ood.errors import CalibrationError, FormatError, InputError, MismatchError, NotFittedError
+from rm_ood.fingerprint import SAMPLES, WeightSamples
+from rm_ood.identity import Canaries, Identity
 from rm_ood.preferences import CHOSEN, REJECTED
 
 Floats = NDArray[np.float64]
@@ -56,7 +59,8 @@ class FittedState:
         table: calibration matrix, or None before calibration.
         heldout: raw calibration scores of the held-out share of the fit data, for comparison with a later set.
         fit_keys: (n,) uint64, sorted: the prompts that were fitted on.
-        fingerprint: of the reward model that was fitted on; empty for vectors of unknown origin.
+        identity: of the reward model that was fitted (or last calibrated) on.
+        overrides: fields in which the model at hand differs and was allowed to; every verdict says so.
         record: counts and notes of the fit for the guard card, JSON-able.
     """
 
@@ -67,8 +71,9 @@ class FittedState:
     table: CalibrationTable | None
     heldout: Floats | None
     fit_keys: NDArray[np.uint64]
-    fingerprint: Mapping[str, str]
+    identity: Identity
     record: Mapping[str, Any]
+    overrides: tuple[str, ...] = ()
     _profiles: dict[Any, Profile] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -92,6 +97,23 @@ class FittedState:
             raise InputError(f"channels {lacking} were not fitted; this guard has {list(self.channel_names)}")
         return replace(self, config=config, _profiles={})
 
+    def restricted(self, channels: Collection[str]) -> FittedState:
+        """The state without the detectors of other channels: what a guard loaded with fewer channels can calibrate anew."""
+        if self.detectors.keys() <= set(channels):
+            return self
+        kept = [name for name in self.channel_names if name in channels or name == REWARD]
+        columns = [self.channel_names.index(name) for name in kept]
+        table = self.table
+        if table is not None:
+            table = replace(table, scores=table.scores[:, columns], channels=tuple(kept))
+        return replace(
+            self,
+            detectors={name: d for name, d in self.detectors.items() if name in channels},
+            heldout=None if self.heldout is None else self.heldout[:, columns],
+            table=table,
+            _profiles={},
+        )
+
     def score(self, vectors: Mapping[str, Tensor], rewards: Floats | None) -> ChannelScores:
         """Raw channel scores of n items.
 
@@ -114,6 +136,10 @@ class FittedState:
             columns.append(np.where(np.isfinite(score), score, np.inf))
             names.append(REWARD)
         return ChannelScores(tuple(names), np.stack(columns, 1), classes)
+
+    def distances(self, vectors: Mapping[str, Tensor]) -> Floats:
+        """Squared distance to the nearest class of n items, (n, channels), in the order of the detectors."""
+        return self.score(vectors, None).scores
 
     def profile(self, joined: tuple[str, ...], *, with_lengths: bool = True) -> Profile:
         """Standardisation and ranks for a set of joined channels, made on first use.
@@ -158,8 +184,9 @@ class FittedState:
         spans = np.zeros((len(raw), 2), dtype=np.int64) if part.lengths is None else part.lengths
         profile = self.profile(joined, with_lengths=part.lengths is not None)
         ranking = profile.rank(raw, scored.channels, spans, groups)
+        mismatch = tuple(f"model_mismatch:{name}" for name in self.overrides)
         notes = [
-            ((fail or "non_finite"), *given) if is_bad else given
+            ((fail or "non_finite"), *given, *mismatch) if is_bad else (*given, *mismatch)
             for is_bad, fail, given in zip(bad, part.failed, part.reasons, strict=True)
         ]
         distances = scored.classes.get(FINAL)
@@ -227,13 +254,20 @@ class FittedState:
                 tensors["calibration.groups"] = torch.tensor(codes, dtype=torch.int64)
         if self.heldout is not None:
             tensors["heldout.scores"] = torch.from_numpy(self.heldout.copy())
+        if self.identity.weights is not None:
+            tensors["identity.weights"] = self.identity.weights.values
+        if self.identity.canaries is not None and self.identity.canaries.vectors.keys() >= self.detectors.keys():
+            tensors["identity.rewards"] = torch.from_numpy(self.identity.canaries.rewards.copy())
+            for i, name in enumerate(self.detectors):
+                tensors[f"identity.canaries.{i}"] = self.identity.canaries.vectors[name].contiguous()
         config = {
             "settings": self.config.to_dict(),
             "channels": list(self.detectors),
             "detectors": fits,
             "reward": {"mean": self.reward_mean, "sd": self.reward_sd},
             "group_names": group_names,
-            "fingerprint": dict(self.fingerprint),
+            "fingerprint": dict(self.identity.fields),
+            "weight_names": None if self.identity.weights is None else self.identity.weights.names,
             "record": dict(self.record),
         }
         return tensors, config
@@ -260,7 +294,8 @@ class FittedState:
                 )
                 for i, name in enumerate(names)
             }
-            fingerprint, record = dict(config["fingerprint"]), dict(config["record"])
+            fields, record = dict(config["fingerprint"]), dict(config["record"])
+            weight_names = config["weight_names"]
         except FormatError:
             raise
         except (KeyError, TypeError, ValueError) as error:
@@ -274,7 +309,8 @@ class FittedState:
             )
         prefixes = tuple(f"channel.{i}." for i in range(len(names)))
         others = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
-        _check_others(others, len(names) + 1)
+        widths = [detector.n_features_in_ for detector in detectors.values()]
+        _check_others(others, len(names) + 1, widths)
         return cls(
             config=settings,
             detectors=detectors,
@@ -283,7 +319,7 @@ class FittedState:
             table=_table(tensors, (*names, REWARD), group_names),
             heldout=tensors["heldout.scores"].numpy() if "heldout.scores" in tensors else None,
             fit_keys=tensors["fit.prompt_keys"].numpy().view(np.uint64),
-            fingerprint=fingerprint,
+            identity=_identity(others, fields, weight_names, names),
             record=record,
         )
 
@@ -292,7 +328,19 @@ def _prefixed(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _check_others(tensors: Mapping[str, Tensor], n_channels: int) -> None:
+def _identity(
+    tensors: Mapping[str, Tensor], fields: dict[str, str], weight_names: Any, channels: list[str]
+) -> Identity:
+    weights = canaries = None
+    if "identity.weights" in tensors:
+        weights = WeightSamples(str(weight_names), tensors["identity.weights"])
+    if "identity.rewards" in tensors:
+        vectors = {name: tensors[f"identity.canaries.{i}"] for i, name in enumerate(channels)}
+        canaries = Canaries(vectors, tensors["identity.rewards"].numpy())
+    return Identity(fields, weights, canaries)
+
+
+def _check_others(tensors: Mapping[str, Tensor], n_channels: int, widths: list[int]) -> None:
     """Every tensor beside the detectors' own: exact names, dtypes and shapes."""
 
     def rows(name: str) -> int:
@@ -310,7 +358,13 @@ def _check_others(tensors: Mapping[str, Tensor], n_channels: int) -> None:
             expected["calibration.groups"] = (torch.int64, (n,))
     if "heldout.scores" in tensors:
         expected["heldout.scores"] = (torch.float64, (rows("heldout.scores"), n_channels))
-    check_schema(tensors, expected, allow_inf=("calibration.scores", "heldout.scores"))
+    if "identity.weights" in tensors:
+        expected["identity.weights"] = (torch.float32, (rows("identity.weights"), SAMPLES))
+    if any(name in tensors for name in ("identity.rewards", "identity.canaries.0")):
+        expected["identity.rewards"] = (torch.float64, (len(CANARIES),))
+        for i, width in enumerate(widths):
+            expected[f"identity.canaries.{i}"] = (torch.float32, (len(CANARIES), width))
+    check_schema(tensors, expected, allow_inf=("calibration.scores", "heldout.scores", "identity.weights"))
 
 
 def _table(tensors: Mapping[str, Tensor], channels: tuple[str, ...], group_names: list[str]) -> CalibrationTable | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rm_ood.errors import InputError
 
@@ -30,6 +30,20 @@ def unwrap(model: Any) -> Any:
             model = model.get_base_model()
         else:
             return model
+
+
+def class_name(model: Any) -> str:
+    """Name of the reward model's own class; sharding (FSDP2) derives one from it."""
+    cls = type(unwrap(model))
+    sharded = any(base.__name__ == "FSDPModule" for base in cls.__mro__)
+    return cls.__mro__[2].__name__ if sharded else cls.__name__
+
+
+def full_tensor(x: Tensor) -> Tensor:
+    """A parameter with its shards together, on every rank (a collective call where it is sharded)."""
+    # Asked by its method: importing torch.distributed takes longer than all of this package.
+    gather = getattr(x, "full_tensor", None)
+    return x if gather is None else gather()
 
 
 def plain_path(path: str) -> str:
@@ -80,15 +94,15 @@ def input_device(model: Any) -> torch.device:
 
 
 @contextlib.contextmanager
-def in_memory(module: nn.Module) -> Iterator[nn.Module]:
-    """The module with its weights loaded, where accelerate keeps them elsewhere between forwards."""
-    if not any(p.is_meta for p in module.parameters()):
+def in_memory(module: nn.Module, *, recurse: bool = True) -> Iterator[nn.Module]:
+    """The module (and the modules in it) with its weights loaded, where accelerate keeps them elsewhere between forwards."""
+    if not any(p.is_meta for p in module.parameters(recurse=recurse)):
         yield module
         return
     from accelerate.utils import align_module_device
 
     with contextlib.ExitStack() as stack:
-        for part in module.modules():
+        for part in module.modules() if recurse else [module]:
             stack.enter_context(align_module_device(part))
         yield module
 

@@ -21,7 +21,7 @@ LINES = (
     "vectors ops.reference ops.scatter ops.distance ops moments covariance",
     "detectors.base detectors.mahalanobis detectors.sklearn detectors",
     "length conformal calibration power traffic",
-    "config capture embed fitting decision state fit card_values card_page card calls guard",
+    "config capture embed identity fitting decision state fit card_values card_page card calls outputs recalibration guard",
     "study.metrics study.shifts study.planted study.plots study",
     "doctor batch demo_page demo",
 )

@@ -19,6 +19,7 @@ from rm_ood import (
     MismatchError,
 )
 from rm_ood.calibration import split_parts
+from rm_ood.identity import Identity
 from rm_ood.state import FittedState
 
 pytestmark = pytest.mark.filterwarnings("ignore::rm_ood.CalibrationWarning")
@@ -49,7 +50,7 @@ def state() -> FittedState:
         table=table,
         heldout=scores,
         fit_keys=np.array([1, 2, 2**64 - 1], dtype=np.uint64),
-        fingerprint={"dtype": "float32"},
+        identity=Identity({"dtype": "float32"}),
         record={"fit_items": 90},
     )
 

@@ -244,7 +244,7 @@ def test_prompt_learning_is_refused_by_name(way: str, tiny_decoder: Any) -> None
 
     model, tokenizer = tiny_decoder
     wrapped = get_peft_model(model, PromptTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=3))
-    with pytest.raises(InputError, match="PromptTuningConfig.*virtual tokens before the text.*Guard a LoRA"):
+    with pytest.raises(InputError, match=r"PromptTuningConfig.*virtual tokens before the text.*Guard a LoRA"):
         OODGuard(wrapped, tokenizer, **OPTIONS)
 
 

@@ -148,6 +148,29 @@ class MahalanobisDetector:
         """An unfitted detector with the same settings."""
         return type(self)(shrinkage=self.shrinkage, floor=self.floor, dtype=self.dtype)
 
+    def scaled(self, factor: float) -> Self:
+        """The detector for vectors that are all `factor` > 0 times as long: the same distances there.
+
+        Raises:
+            InputError: a factor that is not finite and positive.
+        """
+        if not (math.isfinite(factor) and factor > 0):
+            raise InputError(f"factor={factor}: expected a finite number above 0")
+        state = self.state_tensors()
+        moved = {
+            "whitening": state["whitening"] / factor,
+            "center": state["center"] * factor,
+            "means": state["means"] * factor,
+        }
+        return self.from_state(
+            {**state, **moved},
+            shrinkage=self.shrinkage,
+            floor=self.floor,
+            classes=self.classes_,
+            effective_shrinkage=self.shrinkage_,
+            effective_rank=self.effective_rank_,
+        )
+
     def state_tensors(self) -> dict[str, Tensor]:
         """The fitted state: whitening, center, offsets in `dtype`; means float64; class_counts int64."""
         self._check_fitted()
