@@ -652,7 +652,7 @@ def test_row38_another_dtype_is_refused_or_allowed(guard: OODGuard, tiny_decoder
         OODGuard.from_pretrained(tmp_path / "guard", model, tokenizer)
     with pytest.warns(CalibrationWarning, match=r"differs from the fitted one in .*dtype"):
         loaded = OODGuard.from_pretrained(tmp_path / "guard", model, tokenizer, allow_dtype_change=True)
-    assert loaded.check("a question", "an answer").reasons == ()
+    assert loaded.check("a question", "an answer").reasons == ("model_mismatch:dtype", "model_mismatch:head_weights")
 
 
 def test_saved_guard_takes_fewer_channels_and_another_promise(fitted: OODGuard, fresh: Any, tmp_path: Any) -> None:
