@@ -65,6 +65,7 @@ class Embedder:
             on_too_long=c.on_too_long,
             split_special_tokens=c.split_special_tokens,
             append_eos=c.append_eos,
+            special_tokens=c.special_tokens,
             pad_id=text_config(self.model).pad_token_id,
         )
 
