@@ -16,6 +16,7 @@ from rm_ood.config import GuardConfig
 from rm_ood.conformal import ConformalCalibrator
 from rm_ood.decision import AxisDecision, ChannelDecision, Decision, Decisions
 from rm_ood.detectors.mahalanobis import MahalanobisDetector
+from rm_ood.dialogue import Dialogue
 from rm_ood.errors import (
     CalibrationError,
     CalibrationWarning,
@@ -29,6 +30,7 @@ from rm_ood.errors import (
     OODGuardError,
     OODGuardWarning,
     SaveError,
+    TokenisationWarning,
 )
 from rm_ood.guard import OODGuard
 from rm_ood.moments import ClassMoments
@@ -51,6 +53,7 @@ __all__ = [
     "ConformalCalibrator",
     "Decision",
     "Decisions",
+    "Dialogue",
     "FormatError",
     "GuardCard",
     "GuardConfig",
@@ -64,5 +67,6 @@ __all__ = [
     "OODGuardError",
     "OODGuardWarning",
     "SaveError",
+    "TokenisationWarning",
     "__version__",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, overload
@@ -24,12 +24,13 @@ from rm_ood.channels import Channel
 from rm_ood.config import GuardConfig
 from rm_ood.decision import Decision, Decisions
 from rm_ood.detectors.mahalanobis import MahalanobisDetector
+from rm_ood.dialogue import Dialogue, Response, Text
 from rm_ood.embed import Embedded, Embedder, embedded, merge, needed_channels
 from rm_ood.errors import CalibrationWarning, InputError, MismatchError, NotFittedError
 from rm_ood.fingerprint import check_fingerprint, fingerprint
 from rm_ood.fit import Fitter, check_overlap, warn_if_shifted
-from rm_ood.preferences import Text
 from rm_ood.reward_model import eval_mode
+from rm_ood.skew import EndsCheck
 from rm_ood.spans import spans_of_inputs
 from rm_ood.state import ChannelScores, FittedState
 from rm_ood.traffic import TrafficCheck
@@ -176,29 +177,47 @@ class OODGuard:
 
     @overload
     def check(
-        self, prompt: Text, response: str, *, groups: Sequence[str] | None = None, progress: bool = False
+        self,
+        prompt: Text,
+        response: str,
+        *,
+        groups: Sequence[str] | None = None,
+        progress: bool = False,
+        tools: Any = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Decision: ...
     @overload
     def check(
         self,
-        prompt: Sequence[Any],
+        prompt: Sequence[Any] | Dialogue,
         response: Sequence[Any],
         *,
         groups: Sequence[str] | None = None,
         progress: bool = False,
+        tools: Any = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Decisions: ...
     def check(
-        self, prompt: Any, response: Any, *, groups: Sequence[str] | None = None, progress: bool = False
+        self,
+        prompt: Any,
+        response: Any,
+        *,
+        groups: Sequence[str] | None = None,
+        progress: bool = False,
+        tools: Any = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Decision | Decisions:
         """Reward and verdict of one item, or of many.
 
         Args:
-            prompt: a string or a message list; or a list of those.
+            prompt: a string, a message list or a `Dialogue`; or a list of those.
             response: a string (or one assistant message in a list); or a list, one per prompt. An entry of the list may
                 itself be a list: several answers to that prompt, which come out one after the other, `prompt_index` telling
                 which is whose.
             groups: the group of each item, for a guard with a grouping column.
             progress: show a progress bar on stderr.
+            tools: JSON schemas that the chat template renders for every prompt of the call, a list or a JSON string.
+            chat_template_kwargs: further keywords of the chat template, such as `{"enable_thinking": False}`.
         Returns:
             A `Decision` for one item, `Decisions` for many.
         Raises:
@@ -206,7 +225,7 @@ class OODGuard:
             InputError: names the field, what came, and the remedy; nothing is scored.
         """
         state = self._fitted()
-        call = read_call(prompt, response, self.config)
+        call = read_call(prompt, response, self.config, tools=tools, template_kwargs=chat_template_kwargs)
         decisions = self._check_items(state, call, groups, progress)
         return decisions[0] if call.is_single else decisions
 
@@ -218,6 +237,10 @@ class OODGuard:
             return state.nothing()
         text = column.text(state.config.text_format)
         encoded = [text.encode(p, r, f"items[{i}]") for i, (p, r) in enumerate(call.items)]
+        ends = self._ends
+        if ends is not None:
+            notes = ends.encoded(encoded)
+            encoded = [replace(e, reasons=(*e.reasons, *note)) for e, note in zip(encoded, notes, strict=True)]
         order: list[NDArray[np.int64]] = []
         parts: list[Embedded] = []
         scores: list[ChannelScores] = []
@@ -296,7 +319,11 @@ class OODGuard:
         n = len(captured.rewards)
         given = prompt_mask is not None and response_mask is not None
         note = ("approximate_spans",) if not given and state.config.text_format == "chat" else ()
-        part = embedded(captured, spans.lengths(), [note] * n, np.zeros(n, dtype=bool))
+        reasons: list[tuple[str, ...]] = [note] * n
+        ends = self._ends
+        if ends is not None:
+            reasons = [(*note, *more) for more in ends.inputs(inputs["input_ids"], inputs.get("attention_mask"))]
+        part = embedded(captured, spans.lengths(), reasons, np.zeros(n, dtype=bool))
         with torch.inference_mode():
             scores = state.score(part.vectors, part.rewards)
         decisions = state.decide(scores, part, groups=groups)
@@ -304,7 +331,7 @@ class OODGuard:
         object.__setattr__(outputs, "ood", decisions)
         return outputs
 
-    def encode(self, prompts: Sequence[Text], responses: Sequence[str]) -> dict[str, Tensor]:
+    def encode(self, prompts: Sequence[Text], responses: Sequence[Response]) -> dict[str, Tensor]:
         """Padded model inputs of items, with `prompt_end`, `prompt_mask` and `response_mask`: what `guard(**inputs)` takes."""
         column = self._model_column()
         text = column.text(self._fitted().config.text_format)
@@ -438,6 +465,9 @@ class OODGuard:
         """One reference swap: a check that runs meanwhile ends on the state it began with."""
         self._state = state
         self._traffic: TrafficCheck | None = None
+        self._ends: EndsCheck | None = None
+        if state is not None and self.tokenizer is not None and "ends" in state.record:
+            self._ends = EndsCheck(state.record["ends"], self.tokenizer, state.config.text_format)
         if state is not None and state.table is not None:
             self._traffic = TrafficCheck(state.profile(state.config.joined).calibration_scores())
 

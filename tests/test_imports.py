@@ -17,7 +17,7 @@ ROOT = Path(rm_ood.__file__).parent
 LINES = (
     "errors channels",
     "strict_json atomic artifact hub",
-    "rows preferences spans template text wrappers reward_model fingerprint",
+    "rows dialogue preferences spans template text skew wrappers reward_model fingerprint",
     "vectors ops.reference ops.scatter ops.distance ops moments covariance",
     "detectors.base detectors.mahalanobis detectors.sklearn detectors",
     "length conformal calibration traffic",
@@ -31,10 +31,12 @@ LAST = ("", "cli")
 # Tensors only: they work on vectors that came from anywhere.
 STATISTICS = " ".join(LINES[3:6]).split()
 MODEL_COLUMN = {
+    "dialogue",
     "preferences",
     "spans",
     "template",
     "text",
+    "skew",
     "wrappers",
     "reward_model",
     "fingerprint",
