@@ -100,7 +100,7 @@ class ChatTemplate:
         if placed is None:
             placed = _search(text, self._fresh_frame(_key([*messages, _MASKED_ANSWER], *beside)) or "", pieces, where)
         places, span = placed
-        if beside[0] and frame == self._frame(_key([*masked, _MASKED_ANSWER], [], beside[1])):
+        if beside[0] and self._fresh_frame(_key(turns, [], beside[1])) == text:
             raise InputError(
                 f"{where}: tools were given, but the chat template does not render tools: the text is the same without them. "
                 "Use the template that the reward model was trained with, or leave the tools out."
@@ -116,30 +116,25 @@ class ChatTemplate:
             text=text,
             response=span,
             prompt=[places[p.slot] for p in pieces if left.get(p.slot) and _holds(p.text, left[p.slot])],
-            turn_ends=[*self._turn_ends(text, masked, pieces, places, beside), len(text)],
+            turn_ends=[*self._turn_ends(text, masked, places, beside, frame or ""), len(text)],
             reasons=(*reasons, *(("unrendered_fields",) if unrendered else ())),
         )
 
     def _turn_ends(
-        self, text: str, masked: list[Message], pieces: list[_Piece], places: dict[str, Characters], beside: Any
+        self, text: str, masked: list[Message], places: dict[str, Characters], beside: Any, frame: str
     ) -> list[int]:
+        closing = frame.rpartition(_PLACEHOLDER)[2]
         ends: list[int] = []
         before: str | None = ""
         for i in range(len(masked)):
-            found = [places[p.slot] for p in pieces if p.message == i and p.slot in places]
-            end = max((stop for _, stop in found), default=-1)
             cut = self._frame(_key(masked[: i + 1], *beside))
             slot = _SLOT.format(i, "content")
-            if cut is not None:
-                if slot in places and slot in cut:
-                    start, after = end, cut.rpartition(slot)[2]
-                elif before is not None and cut.startswith(before):
-                    # A turn without words of its own, such as tool calls: all that the template writes for it.
-                    start, after = ends[-1] if ends else 0, cut[len(before) :]
-                else:
-                    start, after = -1, ""
-                if start >= 0 and text.startswith(after, start):
-                    end = start + len(after)
+            end = max((places[f][1] for f in masked[i].values() if isinstance(f, str) and f in places), default=-1)
+            if cut is not None and slot in places and slot in cut:
+                end = _after(text, end, cut.rpartition(slot)[2], closing) or end
+            elif cut is not None and before is not None and cut.startswith(before):
+                # A turn without words of its own, such as tool calls: all that the template writes for it.
+                end = _after(text, ends[-1] if ends else 0, cut[len(before) :], closing) or end
             before = cut
             ends.append(end)
         return ends
@@ -170,7 +165,7 @@ class ChatTemplate:
             try:
                 self._apply([*masked, _MASKED_ANSWER], *beside)
             except Exception as again:  # as above
-                said = f": {again}"
+                said = f": {str(again)[:200]}"
         culprits = [
             role
             for role in _ROLES[:4]
@@ -228,7 +223,7 @@ def _mask(messages: list[Message]) -> tuple[list[Message], list[_Piece]]:
     masked, pieces = [], []
     for i, message in enumerate(messages):
         one = dict(message)
-        for name in ("content", *_REASONING):
+        for name in (*_REASONING, "content"):
             text = message.get(name)
             if isinstance(text, str) and (text or len(message) == 2):
                 one[name] = _SLOT.format(i, name)
@@ -271,6 +266,19 @@ def _align(
     return None if start is None else (places, (at + start, stop))
 
 
+def _after(text: str, start: int, written: str, closing: str) -> int | None:
+    """Where `written`, which begins at `start`, ends in `text`; in the midst of a dialogue the template may leave one block
+    of it out, such as Qwen3's empty `<think>`, as long as the closing of a turn is there."""
+    if start < 0:
+        return None
+    at = start + _shared(written, text[start : start + len(written)])
+    rest = written[at - start :]
+    for skipped in range(len(rest) - len(closing) + 1 if rest and closing else 1):
+        if text.startswith(rest[skipped:], at):
+            return at + len(rest) - skipped
+    return None
+
+
 def _stop(text: str, at: int, words: str, after: str, *, before_response: bool) -> int | None:
     """Where the words that begin at `at` end: as they are, stripped, or rewritten up to what the template writes after."""
     forms = [at + len(form) for form in (words, words.strip()) if text.startswith(form, at)]
@@ -288,6 +296,9 @@ def _response_start(body: str, header: str, response: str, is_more: bool) -> int
     """Where the response begins in `body`, the text after the prompt's words. The header may change with the response:
     Qwen3 writes an empty `<think>` block before a response that has none."""
     shared = _shared(header, body)
+    for form in (response, response.strip()):
+        if body.endswith(header + form):
+            return len(body) - len(form)
     if shared == len(header):
         return shared
     for form in (response, response.strip()):
