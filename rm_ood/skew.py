@@ -81,12 +81,12 @@ class EndsCheck:
         return self._reasons(notes, [is_doubled(ids, self._first) for ids in rows], stacklevel=4)
 
     def _reasons(self, notes: list[str | None], doubled: list[bool], *, stacklevel: int) -> list[tuple[str, ...]]:
-        said = Counter(note for note in notes if note is not None)
+        said = [note for note in notes if note is not None]
         if said and not self._warned:
             self._warned = True
-            note, count = said.most_common(1)[0]
             warnings.warn(
-                f"{count} of {len(notes)} rows are tokenised unlike the fit data: they {note} (reason tokenised_unlike_fit). "
+                f"{len(said)} of {len(notes)} rows are tokenised unlike the fit data: they {' or '.join(sorted(set(said)))} "
+                "(reason tokenised_unlike_fit). "
                 "Tokenise with guard.encode(), or fit the guard on text as it is served",
                 TokenisationWarning,
                 stacklevel=stacklevel,
