@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import datetime
+import json
+import random
 from typing import Any
 
 import pytest
-from conftest import sentence
+from conftest import preference_rows, sentence
 
+from rm_ood import OODGuard
+from rm_ood.batch import check_file
 from rm_ood.dialogue import Dialogue
 from rm_ood.errors import InputError
 from rm_ood.template import ChatTemplate
@@ -551,8 +555,6 @@ def test_text_that_is_no_dialogue_has_no_turns(setups: dict[str, Setup], minilm:
 
 
 def test_items_of_one_shape_cost_one_rendering_each(setups: dict[str, Setup], monkeypatch: pytest.MonkeyPatch) -> None:
-    import random
-
     rng = random.Random(0)
     template = ChatTemplate(setups["qwen3"].tokenizer)
     count = 0
@@ -589,3 +591,35 @@ def test_a_template_that_reads_the_clock_is_rendered_anew(
     for encoded in (today, later):
         assert setup.words(encoded, encoded.prompt_mask) == USER["content"]
         assert setup.upto(encoded, 0).endswith(USER["content"] + "<|eot_id|>")
+
+
+# -- in a guard
+
+
+@pytest.mark.filterwarnings("ignore::rm_ood.CalibrationWarning")
+def test_a_guard_reads_dialogues_with_tools_from_rows_files_and_calls(
+    setups: dict[str, Setup], tiny_decoder: Any, tmp_path: Any
+) -> None:
+    def row(r: dict[str, Any]) -> dict[str, Any]:
+        answers = {n: [turn("assistant", f"<think>\nHm.\n</think>\n\n{r[n]}")] for n in ("chosen", "rejected")}
+        return {"prompt": [turn("user", r["prompt"])], "tools": json.dumps(TOOLS), **answers}
+
+    guard = OODGuard(tiny_decoder[0], setups["qwen3"].tokenizer, alpha=0.05, confidence=None, channels="final")
+    guard.fit([row(r) for r in preference_rows(250)], calibration=0.5, progress=False)
+    assert guard.config.text_format == "auto"
+    assert guard.report().to_dict()["text_format"] == "chat"
+    fresh = [row(r) for r in preference_rows(6, seed=4)]
+    prompts, answers = [r["prompt"] for r in fresh], [[r["chosen"]] for r in fresh]
+    with_tools = guard.check(prompts, answers, tools=TOOLS)
+    assert with_tools.reasons == ((),) * 6
+    without = guard.check(prompts, answers)
+    assert abs(with_tools.rewards - without.rewards).max() > 1e-3
+    calls = [{"role": "assistant", "tool_calls": [CALL]}]
+    assert guard.check(prompts[0], calls, tools=TOOLS, chat_template_kwargs={"enable_thinking": True}).reasons == ()
+    fresh[0]["rejected"] = calls
+    summary = check_file(guard, fresh, str(tmp_path / "out.jsonl"), progress=False)
+    assert summary["items"] == 12
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["reward"] for line in lines[::2]] == pytest.approx(with_tools.rewards.tolist(), abs=1e-4)
+    with pytest.raises(InputError, match=r"items\[0\]: the chat template refused"):
+        guard.check([turn("user", "x", tool_calls=[{"f": 1}]), {**calls[0], "tool_calls": [3]}], "y")
