@@ -348,9 +348,25 @@ def test_a_text_that_writes_the_templates_markers_takes_no_other_words(setups: d
 
 
 def test_a_rewritten_response_that_cannot_be_told_apart_is_refused(decoder_tokenizer: Any) -> None:
-    template = "{% for m in messages %}<{{ m.role }}{{ ' long' if m.content | length > 40 }}>{{ m.content | upper }}|{% endfor %}"
+    # The turn's header depends on the response, and what is left of the response is none of its own text.
+    template = (
+        "{% for m in messages %}<{{ m.role }}{{ ' long' if m.content | length > 30 }}>{{ m.content | replace('a', 'o') }}|"
+        "{% endfor %}"
+    )
+    setup = Setup(decoder_tokenizer, template)
     with pytest.raises(InputError, match=r"items\[3\]: the chat template rewrites the response"):
-        Setup(decoder_tokenizer, template).encode([USER], "An answer that is long enough to be another kind of turn.")
+        setup.encode([turn("user", "Hi there.")], "An answer that is long enough to be another kind of turn.")
+    assert setup.encode([turn("user", "Hi there.")], "An answer").reasons == ("response_rewritten",)
+
+
+def test_a_prompt_that_writes_what_a_template_writes_before_answers_is_no_answer(decoder_tokenizer: Any) -> None:
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content | replace('  ', ' ') | replace('x', 'y') }}\n{% endfor %}"
+    )
+    setup = Setup(decoder_tokenizer, template)
+    encoded = setup.encode([turn("user", "one  x\nassistant: three")], "It is fine.")
+    assert setup.words(encoded, encoded.response_mask).strip() == "It is fine."
+    assert encoded.reasons == ("prompt_rewritten",)
 
 
 # -- refusals
@@ -575,9 +591,13 @@ def test_items_of_one_shape_cost_one_rendering_each(setups: dict[str, Setup], mo
 def test_a_template_that_reads_the_clock_is_rendered_anew(
     setups: dict[str, Setup], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setup = setups["llama31"]
+    setup = Setup(
+        setups["llama31"].tokenizer,
+        LLAMA31.replace("message['content'] | trim", "message['content'].split('</think>')[-1]"),
+    )
     encoder = TextEncoder(setup.tokenizer, "chat")
-    today = encoder.encode([USER], RESPONSE)
+    messages = [USER, turn("assistant", "<think>Hm.</think>Cold."), THANKS]
+    today = encoder.encode(messages, RESPONSE)
 
     class Tomorrow(datetime.datetime):
         @classmethod
@@ -585,12 +605,13 @@ def test_a_template_that_reads_the_clock_is_rendered_anew(
             return datetime.datetime(2031, 2, 3)
 
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Tomorrow)
-    later = encoder.encode([USER], RESPONSE)
+    later = encoder.encode(messages, RESPONSE)
     assert "03 Feb 2031" in setup.tokenizer.decode(later.input_ids)
     assert later.input_ids != today.input_ids
     for encoded in (today, later):
-        assert setup.words(encoded, encoded.prompt_mask) == USER["content"]
-        assert setup.upto(encoded, 0).endswith(USER["content"] + "<|eot_id|>")
+        # What the template left of a turn is told by its frame, which must be of the same day.
+        assert setup.words(encoded, encoded.prompt_mask) == f"{USER['content']}Cold.{THANKS['content']}"
+        assert setup.upto(encoded, 1).endswith("Cold.<|eot_id|>")
 
 
 # -- in a guard
