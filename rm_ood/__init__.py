@@ -16,6 +16,7 @@ from rm_ood.config import GuardConfig
 from rm_ood.conformal import ConformalCalibrator
 from rm_ood.decision import AxisDecision, ChannelDecision, Decision, Decisions
 from rm_ood.detectors.mahalanobis import MahalanobisDetector
+from rm_ood.dialogue import Dialogue
 from rm_ood.errors import (
     CalibrationError,
     CalibrationWarning,
@@ -29,6 +30,7 @@ from rm_ood.errors import (
     OODGuardError,
     OODGuardWarning,
     SaveError,
+    TokenisationWarning,
 )
 from rm_ood.guard import OODGuard
 from rm_ood.moments import ClassMoments
@@ -52,6 +54,7 @@ __all__ = [
     "ConformalCalibrator",
     "Decision",
     "Decisions",
+    "Dialogue",
     "FormatError",
     "GuardCard",
     "GuardConfig",
@@ -66,6 +69,7 @@ __all__ = [
     "OODGuardWarning",
     "RewardReader",
     "SaveError",
+    "TokenisationWarning",
     "__version__",
     "register_reader",
 ]

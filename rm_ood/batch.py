@@ -54,7 +54,9 @@ def check_file(guard: OODGuard, dataset: Any, output: str, *, progress: bool = T
         for window in windows(_named_items(dataset, reader, bar), c.batch_size * _WINDOW_BATCHES):
             items = [item for _, item in window]
             groups = None if column is None else [str(item.group) for item in items]
-            decisions = guard.check([i.prompt for i in items], [i.response for i in items], groups=groups)
+            # A message is one answer in a list of its own.
+            responses = [i.response if isinstance(i.response, str) else [i.response] for i in items]
+            decisions = guard.check([i.prompt for i in items], responses, groups=groups)
             for (name, _), decision in zip(window, decisions, strict=True):
                 out.write(json.dumps({"id": name, **decision.to_dict()}, allow_nan=False) + "\n")
                 flagged["combined"] += decision.is_ood

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from rm_ood.channels import FINAL, Channel
 from rm_ood.config import GuardConfig
+from rm_ood.dialogue import Dialogue, Response, Text, check_dialogue, check_prompt, check_response
 from rm_ood.embed import Embedded
 from rm_ood.errors import InputError
-from rm_ood.preferences import Text, check_prompt, check_response
 from rm_ood.vectors import as_tensor, as_vectors
 
 
@@ -22,24 +22,33 @@ from rm_ood.vectors import as_tensor, as_vectors
 class Call:
     """Items of a call: (prompt, response) each, the prompt each belongs to, and whether one verdict was asked for."""
 
-    items: list[tuple[Text, str]]
+    items: list[tuple[Text, Response]]
     prompt_index: NDArray[np.int64]
     is_single: bool
 
 
-def read_call(prompt: Any, response: Any, config: GuardConfig) -> Call:
+def read_call(
+    prompt: Any, response: Any, config: GuardConfig, *, tools: Any = None, template_kwargs: Any = None
+) -> Call:
     """Read one item, lists of items, or prompts with several answers each.
+
+    Args:
+        tools, template_kwargs: for every prompt of the call (see `Dialogue`).
 
     Raises:
         InputError: names the field (`items[3].response[1]`), what came, and the remedy.
     """
     is_single = isinstance(response, str) or _is_messages(response)
     prompts, answers = ([prompt], [response]) if is_single else _pairs(prompt, response)
-    items: list[tuple[Text, str]] = []
+    items: list[tuple[Text, Response]] = []
     index: list[int] = []
     for i, (one, given) in enumerate(zip(prompts, answers, strict=True)):
         where = "" if is_single else f"items[{i}]."
         text = check_prompt(one, f"{where}prompt", allow_empty=config.allow_empty, max_chars=config.max_chars)
+        if tools or template_kwargs:
+            if isinstance(text, Dialogue):
+                raise InputError(f"{where}prompt: a Dialogue brings its own tools and keywords; pass them there only")
+            text = check_dialogue(text, tools, template_kwargs, "", max_chars=config.max_chars)
         several = isinstance(given, (list, tuple)) and not _is_messages(given)
         for j, answer in enumerate(given if several else [given]):
             name = f"{where}response{f'[{j}]' if several else ''}"
@@ -92,7 +101,7 @@ def _pairs(prompt: Any, response: Any) -> tuple[list[Any], list[Any]]:
     """Prompts and responses side by side; one prompt with a list of answers is one pair."""
     if not _is_sequence(response):
         raise InputError(f"response: expected str or a list, got {type(response).__name__}")
-    if isinstance(prompt, str) or _is_messages(prompt):
+    if isinstance(prompt, (str, Dialogue)) or _is_messages(prompt):
         return [prompt], [list(response)]
     if not _is_sequence(prompt):
         raise InputError(f"prompt: expected str, messages or a list of those, got {type(prompt).__name__}")

@@ -295,6 +295,10 @@ def _settings(parser: argparse.ArgumentParser) -> None:
     add("--text-format", choices=["auto", "chat", "pair", "plain"], help="default: auto, settled by the data")
     add("--split-special-tokens", action="store_true", help="read typed special tokens as text")
     add("--append-eos", action="store_true", help="end plain text with the end token")
+    add(
+        "--no-special-tokens", dest="special_tokens", action="store_false",
+        help="plain text without the special tokens that the tokenizer adds",
+    )  # fmt: skip
     add("--allow-empty", action="store_true", help="accept empty prompts")
     add("--max-chars", type=int, help="longest text in characters (default: 200000)")
     add("--on-bad", choices=["error", "drop"], help="unusable rows: stop (default), or leave out and count")

@@ -44,6 +44,7 @@ class GuardConfig:
         text_format: `"auto"`, `"chat"`, `"pair"` or `"plain"` (see `rm_ood.text`); `"auto"` is settled by `fit`.
         split_special_tokens: read special tokens that users typed as ordinary text (pair and plain formats).
         append_eos: end plain text with the end token, as TRL's RewardTrainer trains on.
+        special_tokens: give plain text the special tokens that the tokenizer adds; TRL's GRPOTrainer serves it without.
         allow_empty: accept empty prompts.
         max_chars: longest text accepted, in characters.
         on_bad: `"error"`, or `"drop"` to leave out (and count) rows of fit and calibration data that cannot be used.
@@ -72,6 +73,7 @@ class GuardConfig:
     text_format: str = "auto"
     split_special_tokens: bool = False
     append_eos: bool = False
+    special_tokens: bool = True
     allow_empty: bool = False
     max_chars: int = 200_000
     on_bad: str = "error"
@@ -110,7 +112,7 @@ class GuardConfig:
             self.reward,
             "'auto', or the name of an output, with ':<column>' for one of several ('logits:0')",
         )
-        for name in ("prompt_pass", "split_special_tokens", "append_eos", "allow_empty", "one_class"):
+        for name in ("prompt_pass", "split_special_tokens", "append_eos", "special_tokens", "allow_empty", "one_class"):
             value = getattr(self, name)
             _require(isinstance(value, bool), name, value, "True or False")
         for name in ("groups", "head", "layers"):

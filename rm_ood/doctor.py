@@ -20,10 +20,10 @@ from tqdm.auto import tqdm
 from rm_ood.canaries import EVERYDAY
 from rm_ood.channels import AXES
 from rm_ood.decision import Decisions
+from rm_ood.dialogue import check_prompt, check_response
 from rm_ood.errors import CalibrationWarning, InputError
 from rm_ood.guard import OODGuard
 from rm_ood.power import share_interval
-from rm_ood.preferences import check_prompt, check_response
 from rm_ood.study.metrics import auroc
 from rm_ood.study.planted import EMPTY_RESPONSE, OTHER_SCRIPT, Item, changed, changes
 
@@ -250,7 +250,10 @@ def _read(guard: OODGuard, items: Sequence[tuple[Any, Any]]) -> list[Item]:
             raise InputError(f"items[{i}]: expected a (prompt, response) pair, got {type(item).__name__}")
         limits = {"max_chars": guard.config.max_chars}
         prompt = check_prompt(item[0], f"items[{i}].prompt", allow_empty=guard.config.allow_empty, **limits)
-        pairs.append((prompt, check_response(item[1], f"items[{i}].response", **limits)))
+        response = check_response(item[1], f"items[{i}].response", **limits)
+        if not isinstance(response, str):
+            raise InputError(f"items[{i}].response: expected a plain text to plant shifts in, got a message")
+        pairs.append((prompt, response))
     return pairs
 
 

@@ -66,6 +66,7 @@ class Embedder:
             on_too_long=c.on_too_long,
             split_special_tokens=c.split_special_tokens,
             append_eos=c.append_eos,
+            special_tokens=c.special_tokens,
             pad_id=pad_id(self.model),
             suffix=self._suffix(),
         )

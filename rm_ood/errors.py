@@ -50,3 +50,7 @@ class OODGuardWarning(UserWarning):
 
 class CalibrationWarning(OODGuardWarning):
     """The calibration data are few, odd, or do not look like the traffic."""
+
+
+class TokenisationWarning(OODGuardWarning):
+    """Text is tokenised unlike the text that the guard was fitted on, or will be where it is served."""

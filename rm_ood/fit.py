@@ -18,8 +18,16 @@ from rm_ood.calibration import CalibrationTable, split_parts
 from rm_ood.channels import FINAL, REWARD
 from rm_ood.config import GuardConfig
 from rm_ood.detectors.mahalanobis import MahalanobisDetector
+from rm_ood.dialogue import response_text
 from rm_ood.embed import Embedded, Embedder
-from rm_ood.errors import CalibrationError, CalibrationWarning, CaptureError, InputError, NonFiniteError
+from rm_ood.errors import (
+    CalibrationError,
+    CalibrationWarning,
+    CaptureError,
+    InputError,
+    NonFiniteError,
+    TokenisationWarning,
+)
 from rm_ood.fitting import CalibrationReservoir, DuplicateSketch, FitMoments, Kept, KeySet, windows
 from rm_ood.identity import Identity
 from rm_ood.preferences import (
@@ -33,6 +41,7 @@ from rm_ood.preferences import (
     stable_hash,
 )
 from rm_ood.rows import dataset_length, iter_rows
+from rm_ood.skew import Ends, grpo_difference
 from rm_ood.state import ChannelScores, FittedState, class_log_odds
 from rm_ood.text import Encoded, TextEncoder, resolve_format
 
@@ -70,6 +79,8 @@ class Fitter:
         self.reservoir = CalibrationReservoir(config.max_calibration, config.seed)
         self.fit_keys = KeySet()
         self.duplicates = DuplicateSketch()
+        self.ends = Ends(embedder.tokenizer)
+        self.notes: list[str] = []
         self.counts = {"rows": 0, "items": 0, "fit_items": 0, "dropped": 0, "truncated": 0}
 
     def run(self, dataset: Any, *, window: int, labelled: bool, progress: bool) -> None:
@@ -96,6 +107,7 @@ class Fitter:
                     )
                     self.config = replace(self.config, text_format=settled)
                     text = self.embedder.text(settled)
+                    self._warn_of_grpo(items, text)
                 self._window(items, text)
                 bar.update(self.counts["rows"] - bar.n)
                 bar.set_postfix_str(f"{self.counts['items'] / (time.monotonic() - started):.1f} items/s")
@@ -109,6 +121,16 @@ class Fitter:
                 CalibrationWarning,
                 stacklevel=3,
             )
+
+    def _warn_of_grpo(self, items: list[Item], text: TextEncoder) -> None:
+        """Data tokenised the training way, and served another way, is the one skew that only the fit can foresee."""
+        if self.share == 1 or text.text_format != "plain":
+            return
+        usable = (item for item in items if isinstance(item.prompt, str) and isinstance(item.response, str))
+        difference = grpo_difference(text, usable)
+        if difference is not None:
+            self.notes.append(difference)
+            warnings.warn(difference, TokenisationWarning, stacklevel=4)
 
     def _items(self, dataset: Any, reader: RowReader) -> Iterator[Item]:
         for number, row in enumerate(iter_rows(dataset)):
@@ -136,8 +158,9 @@ class Fitter:
             if encoded is None:
                 continue
             key = prompt_key(item.prompt)
-            self.duplicates.add(stable_hash(item.response, key % 2**63))
-            rank = self.reservoir.response_hash(key, item.response)
+            response = response_text(item.response)
+            self.duplicates.add(stable_hash(response, key % 2**63))
+            rank = self.reservoir.response_hash(key, response)
             if hash_fraction(key, self.config.seed) < self.share:
                 if self.reservoir.wants(key, rank) and (key not in drawn or rank < drawn[key].response_hash):
                     drawn[key] = _Work(item, encoded, key, True, rank, False)
@@ -148,12 +171,14 @@ class Fitter:
     def _encoded(self, item: Item, text: TextEncoder) -> Encoded | None:
         """Token ids and spans; None for an item that is dropped."""
         try:
-            return text.encode(item.prompt, item.response, item.where)
+            encoded = text.encode(item.prompt, item.response, item.where)
         except InputError:
             if self.config.on_bad == "error":
                 raise
-        self.counts["dropped"] += 1
-        return None
+            self.counts["dropped"] += 1
+            return None
+        self.ends.add(encoded.input_ids)
+        return encoded
 
     def _take(self, work: list[_Work], part: Embedded) -> None:
         good = self._usable(work, part)
@@ -224,6 +249,7 @@ class Fitter:
         notes = list(dict.fromkeys(str(w.message) for w in caught))
         for note in notes:
             warnings.warn(note, CalibrationWarning, stacklevel=4)
+        notes = [*self.notes, *notes]
         reward = self.moments.reward
         variance = float(reward.within_scatter()[0, 0]) / max(reward.n_samples - 1, 1)
         if variance <= 0:
@@ -246,6 +272,7 @@ class Fitter:
                 "class_counts": dict(zip(CLASSES, self._class_counts(), strict=False)),
                 "duplicate_share": round(self.duplicates.share, 4),
                 "notes": notes,
+                "ends": self.ends.record(),
             },
         )
 

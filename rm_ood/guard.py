@@ -25,14 +25,15 @@ from rm_ood.channels import Channel
 from rm_ood.config import GuardConfig
 from rm_ood.decision import Decision, Decisions
 from rm_ood.detectors.mahalanobis import MahalanobisDetector
+from rm_ood.dialogue import Dialogue, Response, Text
 from rm_ood.embed import Embedded, Embedder, embedded, merge, needed_channels
 from rm_ood.errors import CalibrationWarning, InputError, MismatchError, NotFittedError
 from rm_ood.fit import Fitter, check_overlap, warn_if_shifted
 from rm_ood.identity import TIERS, Canaries, Identity
 from rm_ood.outputs import Observation, with_verdicts
-from rm_ood.preferences import Text
 from rm_ood.recalibration import RECALIBRATED, Recalibration, judge, scaled
 from rm_ood.reward_model import eval_mode
+from rm_ood.skew import EndsCheck
 from rm_ood.spans import Spans, spans_of_inputs
 from rm_ood.state import ChannelScores, FittedState
 from rm_ood.traffic import TrafficCheck
@@ -217,29 +218,47 @@ class OODGuard:
 
     @overload
     def check(
-        self, prompt: Text, response: str, *, groups: Sequence[str] | None = None, progress: bool = False
+        self,
+        prompt: Text,
+        response: str,
+        *,
+        groups: Sequence[str] | None = None,
+        progress: bool = False,
+        tools: Any = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Decision: ...
     @overload
     def check(
         self,
-        prompt: Sequence[Any],
+        prompt: Sequence[Any] | Dialogue,
         response: Sequence[Any],
         *,
         groups: Sequence[str] | None = None,
         progress: bool = False,
+        tools: Any = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Decisions: ...
     def check(
-        self, prompt: Any, response: Any, *, groups: Sequence[str] | None = None, progress: bool = False
+        self,
+        prompt: Any,
+        response: Any,
+        *,
+        groups: Sequence[str] | None = None,
+        progress: bool = False,
+        tools: Any = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Decision | Decisions:
         """Reward and verdict of one item, or of many.
 
         Args:
-            prompt: a string or a message list; or a list of those.
+            prompt: a string, a message list or a `Dialogue`; or a list of those.
             response: a string (or one assistant message in a list); or a list, one per prompt. An entry of the list may
                 itself be a list: several answers to that prompt, which come out one after the other, `prompt_index` telling
                 which is whose.
             groups: the group of each item, for a guard with a grouping column.
             progress: show a progress bar on stderr.
+            tools: JSON schemas that the chat template renders for every prompt of the call, a list or a JSON string.
+            chat_template_kwargs: further keywords of the chat template, such as `{"enable_thinking": False}`.
         Returns:
             A `Decision` for one item, `Decisions` for many.
         Raises:
@@ -247,7 +266,7 @@ class OODGuard:
             InputError: names the field, what came, and the remedy; nothing is scored.
         """
         state = self._fitted()
-        call = read_call(prompt, response, self.config)
+        call = read_call(prompt, response, self.config, tools=tools, template_kwargs=chat_template_kwargs)
         decisions = self._check_items(state, call, groups, progress)
         return decisions[0] if call.is_single else decisions
 
@@ -259,6 +278,10 @@ class OODGuard:
             return state.nothing()
         text = column.text(state.config.text_format)
         encoded = [text.encode(p, r, f"items[{i}]") for i, (p, r) in enumerate(call.items)]
+        ends = self._ends
+        if ends is not None:
+            notes = ends.encoded(encoded)
+            encoded = [replace(e, reasons=(*e.reasons, *note)) for e, note in zip(encoded, notes, strict=True)]
         order: list[NDArray[np.int64]] = []
         parts: list[Embedded] = []
         scores: list[ChannelScores] = []
@@ -323,8 +346,8 @@ class OODGuard:
         spans = self._spans(state, inputs, prompt_end, prompt_mask, response_mask)
         with eval_mode(column.model, switch=self.config.eval_mode == "switch"):
             outputs, captured = column.capture.forward(inputs, spans)
-        given = prompt_mask is not None and response_mask is not None
-        return with_verdicts(outputs, self._decide(state, captured, spans, self._notes(state, given), groups))
+        notes = self._notes(state, inputs, prompt_mask is not None and response_mask is not None)
+        return with_verdicts(outputs, self._decide(state, captured, spans, notes, groups))
 
     @contextmanager
     def observe(
@@ -352,14 +375,13 @@ class OODGuard:
         """
         state, column = self._fitted(), self._model_column()
         spans = self._spans(state, inputs, prompt_end, prompt_mask, response_mask)
-        notes = self._notes(state, prompt_mask is not None and response_mask is not None)
+        notes = self._notes(state, inputs, prompt_mask is not None and response_mask is not None)
         with eval_mode(column.model, switch=False), column.capture.listen(inputs, spans) as request:
 
             def decide(rewards: Tensor | None) -> Decisions:
                 unchecked = ("unchecked_read_out",) if rewards is None else ()
-                return self._decide(
-                    state, column.capture.observed(request, rewards), spans, (*notes, *unchecked), groups
-                )
+                captured = column.capture.observed(request, rewards)
+                return self._decide(state, captured, spans, [(*note, *unchecked) for note in notes], groups)
 
             yield Observation(decide)
 
@@ -386,26 +408,31 @@ class OODGuard:
             )
         return spans
 
-    def _notes(self, state: FittedState, masks_given: bool) -> tuple[str, ...]:
-        return ("approximate_spans",) if not masks_given and state.config.text_format == "chat" else ()
+    def _notes(self, state: FittedState, inputs: Mapping[str, Any], masks_given: bool) -> list[tuple[str, ...]]:
+        """What the reader of the verdicts should know of ready-made inputs, row by row."""
+        ids = inputs["input_ids"]
+        note = ("approximate_spans",) if not masks_given and state.config.text_format == "chat" else ()
+        if self._ends is None:
+            return [note] * len(ids)
+        return [(*note, *more) for more in self._ends.inputs(ids, inputs.get("attention_mask"))]
 
     def _decide(
         self,
         state: FittedState,
         captured: Captured,
         spans: Spans,
-        notes: tuple[str, ...],
+        notes: list[tuple[str, ...]],
         groups: Sequence[str] | None,
     ) -> Decisions:
         n = len(captured.rewards)
-        part = embedded(captured, spans.lengths(), [notes] * n, np.zeros(n, dtype=bool))
+        part = embedded(captured, spans.lengths(), notes, np.zeros(n, dtype=bool))
         with torch.inference_mode():
             scores = state.score(part.vectors, part.rewards)
         decisions = state.decide(scores, part, groups=groups)
         self._watch(decisions)
         return decisions
 
-    def encode(self, prompts: Sequence[Text], responses: Sequence[str]) -> dict[str, Tensor]:
+    def encode(self, prompts: Sequence[Text], responses: Sequence[Response]) -> dict[str, Tensor]:
         """Padded model inputs of items, with `prompt_end`, `prompt_mask` and `response_mask`: what `guard(**inputs)` takes."""
         column = self._model_column()
         text = column.text(self._fitted().config.text_format)
@@ -546,6 +573,9 @@ class OODGuard:
         """One reference swap: a check that runs meanwhile ends on the state it began with."""
         self._state = state
         self._traffic: TrafficCheck | None = None
+        self._ends: EndsCheck | None = None
+        if state is not None and self.tokenizer is not None and "ends" in state.record:
+            self._ends = EndsCheck(state.record["ends"], self.tokenizer, state.config.text_format)
         if state is not None and state.table is not None:
             self._traffic = TrafficCheck(state.profile(state.config.joined).calibration_scores())
 

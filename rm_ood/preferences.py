@@ -1,29 +1,33 @@
 """Preference data in, (prompt, response, class) items out.
 
 Takes everything that TRL's `RewardTrainer` takes (dataset formats of TRL 1.16): preference rows with an explicit or an
-implicit prompt, unpaired rows with a label, strings or message lists, and besides them plain `prompt`/`response` rows
-for calibration and scoring. Sources are lists, `datasets.Dataset`, `IterableDataset`, any iterable of dicts, and paths to
-JSONL(.gz) or Parquet.
+implicit prompt, unpaired rows with a label, strings or message lists, `tools` and `chat_template_kwargs` beside them, and
+plain `prompt`/`response` rows for calibration and scoring. Sources are lists, `datasets.Dataset`, `IterableDataset`, any
+iterable of dicts, and paths to JSONL(.gz) or Parquet.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+from rm_ood.dialogue import (
+    Response,
+    Text,
+    check_dialogue,
+    check_prompt,
+    check_response,
+    content_text,
+    messages_of,
+    response_text,
+)
 from rm_ood.errors import InputError
-
-Message = dict[str, str]
-Text = str | list[Message]
 
 CHOSEN, REJECTED = 0, 1
 CLASSES = ("chosen", "rejected")
-_DIALOGUE_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \t]?")
-_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,8 @@ class Item:
     """One prompt with one response.
 
     Attributes:
-        prompt: a string or a message list.
-        response: a string.
+        prompt: a string, a message list, or a `Dialogue` where the row has tools or template keywords.
+        response: a string, or an assistant message with more in it than text.
         label: 0 chosen, 1 rejected, None unknown.
         row_id: the row's own id, or its number in the source.
         group: value of the grouping column, if one was asked for.
@@ -40,7 +44,7 @@ class Item:
     """
 
     prompt: Text
-    response: str
+    response: Response
     label: int | None
     row_id: str
     group: str | None
@@ -80,12 +84,16 @@ class RowReader:
             group = str(row[self.group_column])
         row_id = str(row["id"]) if row.get("id") is not None else str(number)
         prompt = check_prompt(prompt, f"{where}.prompt", allow_empty=self.allow_empty, max_chars=self.max_chars)
+        prompt = check_dialogue(
+            prompt, row.get("tools"), row.get("chat_template_kwargs"), f"{where}.", max_chars=self.max_chars
+        )
         items = []
         for name, value, label in responses:
             response = check_response(value, f"{where}.{name}", max_chars=self.max_chars)
             items.append(Item(prompt, response, label, row_id, group, f"{where}.{name}"))
-        chosen = {item.response for item in items if item.label == CHOSEN}
-        if self.require_labels and any(item.label == REJECTED and item.response in chosen for item in items):
+        chosen = {response_text(item.response) for item in items if item.label == CHOSEN}
+        same = any(item.label == REJECTED and response_text(item.response) in chosen for item in items)
+        if self.require_labels and same:
             raise InputError(f"{where}: chosen and rejected are the same text; on_bad='drop' leaves such rows out")
         return items
 
@@ -168,98 +176,6 @@ def _split_string(text: str, where: str) -> tuple[str, str]:
     return before + marker, after
 
 
-def check_prompt(value: Any, where: str, *, allow_empty: bool = False, max_chars: int = 200_000) -> Text:
-    """A prompt as a string or as a list of `{"role", "content"}` messages.
-
-    Raises:
-        InputError: another type, a message without role or text, an empty prompt, a text past `max_chars`.
-    """
-    if isinstance(value, str):
-        _check_string(value, where, max_chars)
-        if not value.strip() and not allow_empty:
-            raise InputError(f"{where}: empty. Pass allow_empty=True if empty prompts are part of your traffic.")
-        return value
-    if not isinstance(value, (list, tuple)):
-        raise InputError(f"{where}: expected str or a list of messages, got {_kind(value)}")
-    messages = [_check_message(message, f"{where}[{i}]", max_chars) for i, message in enumerate(value)]
-    size = sum(len(m["content"]) for m in messages)
-    if size > max_chars:
-        raise InputError(
-            f"{where}: {size} characters in {len(messages)} messages; the limit is max_chars={max_chars}. Cut the dialogue, "
-            "or raise max_chars."
-        )
-    if not allow_empty and not any(m["content"].strip() for m in messages):
-        raise InputError(f"{where}: no text in {len(messages)} messages. Pass allow_empty=True if that can happen.")
-    return messages
-
-
-def check_response(value: Any, where: str, *, max_chars: int = 200_000) -> str:
-    """A response as a string; a message list must hold one assistant message.
-
-    Raises:
-        InputError: another type, several messages, a text past `max_chars`. An empty response is allowed.
-    """
-    if isinstance(value, (list, tuple)):
-        if len(value) != 1:
-            raise InputError(
-                f"{where}: expected one assistant message, got {len(value)}; earlier turns belong to prompt"
-            )
-        message = _check_message(value[0], f"{where}[0]", max_chars)
-        if message["role"] != "assistant":
-            raise InputError(f"{where}[0].role: expected 'assistant', got another role")
-        return message["content"]
-    if not isinstance(value, str):
-        raise InputError(f"{where}: expected str, got {_kind(value)}")
-    _check_string(value, where, max_chars)
-    return value
-
-
-def _check_message(message: Any, where: str, max_chars: int) -> Message:
-    if not isinstance(message, Mapping):
-        raise InputError(f"{where}: expected a message with role and content, got {_kind(message)}")
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or not role:
-        raise InputError(f"{where}.role: expected str, got {_kind(role)}")
-    if not isinstance(content, str):
-        raise InputError(
-            f"{where}.content: expected str, got {_kind(content)}. Join the text of typed blocks first; "
-            "tool calls and images are not scored."
-        )
-    _check_string(content, f"{where}.content", max_chars)
-    others = sorted(str(k) for k, v in message.items() if k not in ("role", "content") and v)
-    if others:
-        raise InputError(f"{where}: {others} would not be scored. Leave them out, or write them into content.")
-    return {"role": role, "content": content}
-
-
-def _check_string(text: str, where: str, max_chars: int) -> None:
-    if len(text) > max_chars:
-        raise InputError(
-            f"{where}: {len(text)} characters; the limit is max_chars={max_chars}. Cut it, or raise max_chars."
-        )
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(f"{where}: lone surrogate at character {error.start}: not valid Unicode text") from error
-
-
-def _kind(value: Any) -> str:
-    size = f" of length {len(value)}" if isinstance(value, (str, bytes, list, tuple, Mapping)) else ""
-    return "None" if value is None else type(value).__name__ + size
-
-
-def parse_dialogue(text: str) -> list[Message] | None:
-    """Messages of a `Human: ...`/`Assistant: ...` string (the hh-rlhf format), or None where it is not one."""
-    parts = _DIALOGUE_TURN.split("\n\n" + text.strip("\n"))
-    if len(parts) < 3 or parts[0].strip() or parts[1] != "Human":
-        return None
-    turns = list(zip(parts[1::2], parts[2::2], strict=True))
-    if turns[-1][0] == "Assistant" and not turns[-1][1].strip():
-        # A prompt that ends in `Assistant:` asks for that turn; it does not hold it.
-        turns.pop()
-    return [{"role": _ROLES[speaker], "content": content.strip()} for speaker, content in turns]
-
-
 def prompt_key(prompt: Text) -> int:
     """64-bit key of a prompt: equal for prompts whose answers are not independent draws.
 
@@ -267,11 +183,9 @@ def prompt_key(prompt: Text) -> int:
     alike are one prompt, so they never straddle fit and calibration (NOTES on clustering: chosen and rejected of one prompt
     have distances that correlate at .6).
     """
-    messages = parse_dialogue(prompt) if isinstance(prompt, str) else prompt
-    if messages:
-        first = next((m["content"] for m in messages if m["role"] == "user"), messages[0]["content"])
-    else:
-        first = prompt if isinstance(prompt, str) else ""
+    messages = messages_of(prompt)
+    turns = [*(m for m in messages if m["role"] == "user"), *messages]
+    first = content_text(turns[0]) if turns else ""
     return stable_hash(" ".join(unicodedata.normalize("NFKC", first).casefold().split()))
 
 

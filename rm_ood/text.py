@@ -8,6 +8,8 @@ prefix-preserving.
 
 from __future__ import annotations
 
+import json
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rm_ood.dialogue import Dialogue, Message, Response, Text, content_text, messages_of, parse_dialogue
 from rm_ood.errors import InputError
-from rm_ood.preferences import Text, parse_dialogue
 from rm_ood.spans import Spans
-from rm_ood.template import render_chat
+from rm_ood.template import ChatTemplate
 
 FORMATS = ("chat", "pair", "plain")
 ON_TOO_LONG = ("flag", "truncate", "error")
@@ -37,7 +39,12 @@ class Encoded:
         prompt_mask, response_mask: which tokens are the prompt's and the response's own words, (T,) bool: no special
             tokens, role markers or end marker, and never position 0, an attention sink.
         dropped: tokens cut from the left to keep within the maximum length.
-        reasons: what the reader of the verdict should know: `truncated`, `empty_response`, `special_tokens_in_text`.
+        reasons: what the reader of the verdict should know: `truncated`, `empty_response`, `special_tokens_in_text`,
+            `doubled_bos`; of a chat template `response_rewritten`, `prompt_rewritten`, `unrendered_fields`.
+        turn_ends: column of the last token of each turn, the prompt's messages and then the response, end marker included:
+            where the ids end if the dialogue is cut after that turn. -1 for a turn that was cut away or cannot be told.
+            Empty for text that is no dialogue.
+        turn_roles: roles of these turns.
     """
 
     input_ids: list[int]
@@ -47,6 +54,8 @@ class Encoded:
     response_mask: list[bool]
     dropped: int
     reasons: tuple[str, ...]
+    turn_ends: tuple[int, ...] = ()
+    turn_roles: tuple[str, ...] = ()
 
     def prompt_only(self) -> Encoded:
         """The same item cut after its prompt: what a strict, prompt-only pass reads."""
@@ -58,6 +67,7 @@ class Encoded:
             token_type_ids=types,
             prompt_mask=self.prompt_mask[:end],
             response_mask=[False] * end,
+            turn_ends=tuple(column if column < end else -1 for column in self.turn_ends),
         )
 
 
@@ -87,6 +97,16 @@ def resolve_format(text_format: str, tokenizer: Any, prompts: Iterable[Text]) ->
     return "pair" if is_pair else "plain"
 
 
+def first_tokens(tokenizer: Any) -> frozenset[int]:
+    """Ids that a tokenizer puts before a text: BOS, `[CLS]`."""
+    return frozenset({tokenizer.bos_token_id, tokenizer.cls_token_id} - {None})
+
+
+def is_doubled(ids: Sequence[int], first: frozenset[int]) -> bool:
+    """Whether ids begin with the same first token twice: one from the text or its template, one from the tokenizer."""
+    return len(ids) > 1 and ids[0] == ids[1] and ids[0] in first
+
+
 class TextEncoder:
     """Renders and tokenises items.
 
@@ -98,6 +118,8 @@ class TextEncoder:
             cut, and the prompt goes first, from its start.
         split_special_tokens: read special tokens that users typed as ordinary text.
         append_eos: end plain text with the tokenizer's end token, as TRL's RewardTrainer trains on.
+        special_tokens: give plain text the special tokens that the tokenizer adds (BOS, or `[CLS]` and `[SEP]`); TRL's
+            GRPOTrainer serves it without.
         suffix: token ids that end every item, for models that read their reward there.
         pad_id: the model's pad id, which tells it where an item ends; None takes the tokenizer's.
 
@@ -114,6 +136,7 @@ class TextEncoder:
         on_too_long: str = "flag",
         split_special_tokens: bool = False,
         append_eos: bool = False,
+        special_tokens: bool = True,
         pad_id: int | None = None,
         suffix: tuple[int, ...] = (),
     ) -> None:
@@ -137,10 +160,13 @@ class TextEncoder:
         self.split_special_tokens = split_special_tokens
         self.append_eos = append_eos
         self.suffix = suffix
+        self.special_tokens = special_tokens
         ids = (pad_id, tokenizer.pad_token_id, 0)
         self._pad_id = next(i for i in ids if i is not None)
         self._special = frozenset(tokenizer.all_special_ids)
         self._specials_text = tuple(token for token in tokenizer.all_special_tokens if token)
+        self._first = first_tokens(tokenizer)
+        self._template = ChatTemplate(tokenizer)
 
     def contract(self) -> dict[str, Any]:
         """What makes two tokenisations the same, for the fingerprint."""
@@ -151,28 +177,35 @@ class TextEncoder:
             "split_special_tokens": self.split_special_tokens,
             "append_eos": self.append_eos,
             "suffix": list(self.suffix),
+            "special_tokens": self.special_tokens,
         }
 
-    def encode(self, prompt: Text, response: str, where: str = "item") -> Encoded:
+    def encode(self, prompt: Text, response: Response, where: str = "item") -> Encoded:
         """Token ids and spans of one item.
 
         Raises:
-            InputError: messages for a format that takes none, a template that rewrites the response, an item that is too
-                long under `on_too_long="error"`.
+            InputError: messages or tools for a format that takes none, a template that rewrites the response past
+                recognition or leaves out what the item brings, an item that is too long under `on_too_long="error"`.
         """
-        if self.text_format == "pair":
-            encoded = self._encode_pair(prompt, response, where)
-        elif self.text_format == "chat":
-            encoded = self._encode_rendered(*render_chat(self.tokenizer, prompt, response, where))
+        if self.text_format == "chat":
+            encoded = self._encode_chat(prompt, response, where)
+        elif self.text_format == "pair":
+            encoded = self._encode_pair(*self._strings(prompt, response, where))
         else:
-            encoded = self._encode_plain(prompt, response, where)
-        encoded = self._ended(encoded)
+            encoded = self._encode_plain(*self._strings(prompt, response, where))
         reasons = list(encoded.reasons)
-        if not response.strip():
+        if not _words(response).strip():
             reasons.append("empty_response")
-        if any(token in text for text in (response, *_contents(prompt)) for token in self._specials_text):
+        texts = [_words(response), *_contents(prompt)]
+        if any(token in text for text in texts for token in self._specials_text):
             reasons.append("special_tokens_in_text")
-        return self._shorten(replace(encoded, reasons=tuple(reasons)), where)
+        if not encoded.input_ids:
+            raise InputError(
+                f"{where}: prompt and response give no token, so there is nothing to score. Leave the item out."
+            )
+        if is_doubled(encoded.input_ids, self._first):
+            reasons.append("doubled_bos")
+        return self._shorten(self._ended(replace(encoded, reasons=tuple(reasons))), where)
 
     def _ended(self, item: Encoded) -> Encoded:
         """The item with the suffix after it, which is nobody's words."""
@@ -208,12 +241,35 @@ class TextEncoder:
         )
         return Batch(inputs, spans)
 
-    def _encode_pair(self, prompt: Text, response: str, where: str) -> Encoded:
-        if not isinstance(prompt, str):
-            raise InputError(
-                f"{where}: a list of messages, but the tokenizer has no chat template and reads text pairs. "
-                "Set tokenizer.chat_template, or join the turns into one string."
-            )
+    def _strings(self, prompt: Text, response: Response, where: str) -> tuple[str, str]:
+        """The two texts, for the formats that take nothing else."""
+        if isinstance(prompt, str) and isinstance(response, str):
+            return prompt, response
+        came = "tools or template keywords" if isinstance(prompt, Dialogue) else "a list of messages"
+        if isinstance(prompt, str):
+            came = "a response with fields or blocks beside its text"
+        remedy = (
+            "but the tokenizer has no chat template and reads text pairs. Set tokenizer.chat_template, or join the turns into "
+            "one string."
+            if self.text_format == "pair"
+            else "but this guard reads plain text (text_format='plain'). Pass strings, or fit the guard on messages with the "
+            "tokenizer's chat template."
+        )
+        raise InputError(f"{where}: {came}, {remedy}")
+
+    def _encode_chat(self, prompt: Text, response: Response, where: str) -> Encoded:
+        rendered = self._template.render(prompt, response, where)
+        encoded, offsets = self._encode_rendered(rendered.text, rendered.response, rendered.prompt)
+        stops = [stop for _, stop in offsets]
+        return replace(
+            encoded,
+            reasons=rendered.reasons,
+            # The last token that ends within the turn; one that straddles its end belongs to the next.
+            turn_ends=tuple(bisect_right(stops, end) - 1 if end > 0 else -1 for end in rendered.turn_ends),
+            turn_roles=(*(message["role"] for message in messages_of(prompt)), "assistant"),
+        )
+
+    def _encode_pair(self, prompt: str, response: str) -> Encoded:
         # Both cuts are made here, so the tokenizer's own truncation (and its warning) stays off.
         out = self.tokenizer(
             prompt,
@@ -240,36 +296,32 @@ class TextEncoder:
             reasons=(),
         )
 
-    def _encode_plain(self, prompt: Text, response: str, where: str) -> Encoded:
-        if not isinstance(prompt, str):
-            raise InputError(
-                f"{where}: a list of messages, but this guard reads plain text (text_format='plain'). "
-                "Pass strings, or fit the guard on messages with the tokenizer's chat template."
-            )
+    def _encode_plain(self, prompt: str, response: str) -> Encoded:
         text = prompt + response
-        return self._encode_rendered(text, (len(prompt), len(text)), [(0, len(prompt))], add_special_tokens=True)
+        return self._encode_rendered(text, (len(prompt), len(text)), [(0, len(prompt))])[0]
 
     def _encode_rendered(
         self,
         text: str,
         response: tuple[int, int],
         prompt: list[tuple[int, int]],
-        *,
-        add_special_tokens: bool = False,
-    ) -> Encoded:
+    ) -> tuple[Encoded, list[tuple[int, int]]]:
+        """The item, and the characters of each of its tokens."""
+        is_plain = self.text_format == "plain"
         out = self.tokenizer(
             text,
             truncation=False,
             verbose=False,
-            add_special_tokens=add_special_tokens,
-            split_special_tokens=self.split_special_tokens and self.text_format == "plain",
+            # A template writes its own; the tokenizer's would come on top.
+            add_special_tokens=is_plain and self.special_tokens,
+            split_special_tokens=is_plain and self.split_special_tokens,
             return_offsets_mapping=True,
         )
         ids: list[int] = list(out["input_ids"])
         offsets: list[tuple[int, int]] = list(out["offset_mapping"])
         types = list(out["token_type_ids"]) if "token_type_ids" in out else None
         eos = self.tokenizer.eos_token_id
-        if self.append_eos and add_special_tokens and eos is not None and ids[-1:] != [eos]:
+        if is_plain and self.append_eos and eos is not None and ids[-1:] != [eos]:
             ids, offsets = [*ids, eos], [*offsets, (len(text), len(text))]
             types = None if types is None else [*types, types[-1]]
         start, end = response
@@ -286,7 +338,7 @@ class TextEncoder:
         before = [i for i, (a, b) in enumerate(offsets) if b <= start and (a < b or i == 0)]
         straddling = next((i for i, (a, b) in enumerate(offsets) if b > start and a < b), len(ids))
         last = min(before[-1] if before else 0, max(straddling - 1, 0))
-        return Encoded(ids, types, last, prompt_mask, response_mask, 0, ())
+        return Encoded(ids, types, last, prompt_mask, response_mask, 0, ()), offsets
 
     def _shorten(self, item: Encoded, where: str) -> Encoded:
         """Cut from the left, after a leading special token: the prompt first, the response's start only if it must be."""
@@ -320,6 +372,7 @@ class TextEncoder:
             response_mask=[False, *_without(item.response_mask, cut)[1:]],
             dropped=excess,
             reasons=reasons,
+            turn_ends=tuple(-1 if end in cut else end - sum(i < end for i in cut) for end in item.turn_ends),
         )
 
 
@@ -328,4 +381,16 @@ def _without(values: list[Any], cut: frozenset[int]) -> list[Any]:
 
 
 def _contents(prompt: Text) -> list[str]:
-    return [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    """Every text that the prompt brings into the rendered text."""
+    if isinstance(prompt, str):
+        return [prompt]
+    beside = [json.dumps(prompt.tools, ensure_ascii=False)] if isinstance(prompt, Dialogue) else []
+    return [*map(_words, messages_of(prompt)), *beside]
+
+
+def _words(message: str | Message) -> str:
+    """A message's content, and its other fields as JSON."""
+    if isinstance(message, str):
+        return message
+    fields = {name: value for name, value in message.items() if name not in ("role", "content")}
+    return content_text(message) + (json.dumps(fields, ensure_ascii=False) if fields else "")

@@ -69,7 +69,8 @@ def test_wrong_usage_exits_2(arguments: list[str], capsys: pytest.CaptureFixture
 
 def test_fit_prints_the_card_and_saves(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = run("fit", "--model", place / "model", "--data", place / "pairs.jsonl", "--output", tmp_path / "g", "--json",
-               "--channels", "final", "--alpha", 0.05, "--confidence", "none", "--shrinkage", 0.2, "--calibration-data",
+               "--channels", "final", "--alpha", 0.05, "--confidence", "none", "--shrinkage", 0.2, "--no-special-tokens",
+               "--calibration-data",
                write(tmp_path / "other.jsonl", preference_rows(200, seed=5)))  # fmt: skip
     captured = capsys.readouterr()
     assert code == 0, captured.err
@@ -80,6 +81,8 @@ def test_fit_prints_the_card_and_saves(place: Path, tmp_path: Path, capsys: pyte
     assert "fit:" in captured.err
     guard = OODGuard.from_pretrained(tmp_path / "g")
     assert guard.config.shrinkage == 0.2
+    assert not guard.config.special_tokens
+    assert OODGuard.from_pretrained(place / "guard").config.special_tokens
 
 
 def test_fit_refuses_to_replace_another_guard(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,6 +60,7 @@ def test_an_unknown_setting_is_named_beside_the_known_ones() -> None:
         ("on_bad", "ignore"), ("eval_mode", "train"), ("on_too_long", "cut"), ("text_format", "xml"),
         ("read_out", "middle"), ("reward", "logits:x"), ("reward", "logits:"), ("reward", None),
         ("prompt_pass", "yes"), ("split_special_tokens", 1), ("append_eos", None), ("allow_empty", "no"),
+        ("special_tokens", 0),
         ("one_class", 0), ("groups", 3), ("head", 1), ("layers", ["a"]),
     ],
 )  # fmt: skip

@@ -474,6 +474,7 @@ def test_a_wrong_read_out_position_flags_at_serve_time(guard: OODGuard) -> None:
     assert decision.is_ood
 
 
+@pytest.mark.filterwarnings("ignore::rm_ood.TokenisationWarning")
 def test_row54_pad_equal_to_eos_follows_the_model(tiny_decoder: Any, rows: Any) -> None:
     _, tokenizer = tiny_decoder
     assert tokenizer.pad_token_id == tokenizer.eos_token_id

@@ -17,7 +17,7 @@ ROOT = Path(rm_ood.__file__).parent
 LINES = (
     "errors channels canaries",
     "strict_json atomic artifact hub",
-    "rows preferences spans template text wrappers readers reward_model fingerprint",
+    "rows dialogue preferences spans template text skew wrappers readers reward_model fingerprint",
     "vectors ops.reference ops.scatter ops.distance ops moments covariance",
     "detectors.base detectors.mahalanobis detectors.sklearn detectors",
     "length conformal calibration power traffic",
@@ -31,10 +31,12 @@ LAST = ("", "cli")
 # Tensors only: they work on vectors that came from anywhere.
 STATISTICS = " ".join(LINES[3:6]).split()
 MODEL_COLUMN = {
+    "dialogue",
     "preferences",
     "spans",
     "template",
     "text",
+    "skew",
     "wrappers",
     "reward_model",
     "fingerprint",

@@ -12,18 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rm_ood.dialogue import Dialogue, check_prompt, check_response, parse_dialogue
 from rm_ood.errors import InputError
-from rm_ood.preferences import (
-    CHOSEN,
-    REJECTED,
-    RowReader,
-    check_prompt,
-    check_response,
-    hash_fraction,
-    parse_dialogue,
-    prompt_key,
-    stable_hash,
-)
+from rm_ood.preferences import CHOSEN, REJECTED, RowReader, hash_fraction, prompt_key, stable_hash
 from rm_ood.rows import dataset_length, iter_rows
 
 FIT = RowReader(require_labels=True)
@@ -238,12 +229,8 @@ def test_row48_a_list_is_no_response() -> None:
         ({"content": "x"}, r"p\[0\].role: expected str, got None"),
         ({"role": "", "content": "x"}, r"p\[0\].role: expected str, got str of length 0"),
         ({"role": 1, "content": "x"}, r"p\[0\].role: expected str, got int"),
-        ({"role": "user"}, r"p\[0\].content: expected str, got None"),
-        ({"role": "user", "content": None}, r"p\[0\].content: expected str, got None"),
-        (
-            {"role": "user", "content": [{"type": "text", "text": "x"}]},
-            r"content: expected str, got list of length 1\. Join",
-        ),
+        ({"role": "user"}, r"p\[0\].content: expected str or a list of text blocks, got None"),
+        ({"role": "user", "content": None}, r"p\[0\].content: expected str or a list of text blocks, got None"),
         ("hello", r"p\[0\]: expected a message with role and content, got str of length 5"),
     ],
 )
@@ -258,10 +245,118 @@ def test_row49_a_response_message_must_be_the_assistants() -> None:
     assert check_response([ANSWER], "r") == "hi"
 
 
-def test_row49_fields_of_a_message_that_would_not_be_scored_are_refused() -> None:
-    with pytest.raises(InputError, match=r"p\[0\]: \['tool_calls'\] would not be scored"):
-        check_prompt(({**USER, "tool_calls": ["f"]},), "p")
-    assert check_prompt(({**USER, "tool_calls": None},), "p") == [USER]
+def test_fields_of_a_message_are_kept_for_the_template_and_empty_ones_are_not() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    assert check_prompt(({**USER, "tool_calls": [call], "name": None},), "p") == [{**USER, "tool_calls": [call]}]
+    # Some templates tell a missing content from an empty one.
+    silent = {"role": "assistant", "content": None, "tool_calls": [call]}
+    assert check_prompt([USER, silent], "p") == [USER, {"role": "assistant", "tool_calls": [call]}]
+    assert check_response([silent], "r") == {"role": "assistant", "tool_calls": [call]}
+    with pytest.raises(InputError, match=r"p\[0\]: expected plain JSON values \(TypeError\)"):
+        check_prompt([{**USER, "weight": object()}], "p")
+    with pytest.raises(InputError, match=r"p\[0\]: \d+ characters; the limit is max_chars=30"):
+        check_prompt([{**USER, "name": "n" * 50}], "p", max_chars=30)
+    with pytest.raises(InputError, match=r"p\[0\]: lone surrogate"):
+        check_prompt([{**USER, "name": "\ud800"}], "p")
+    with pytest.raises(InputError, match=r"p: \d+ characters in 2 messages"):
+        check_prompt([{**USER, "name": "n" * 20}] * 2, "p", max_chars=50)
+
+
+# -- typed blocks
+
+
+@pytest.mark.parametrize("kind", ["text", "input_text", "output_text"])
+def test_text_blocks_are_content(kind: str) -> None:
+    one = {"role": "user", "content": [{"type": kind, "text": "hello", "image": None}]}
+    assert check_prompt([one], "p") == [USER]
+    assert check_response([{"role": "assistant", "content": [{"type": kind, "text": "hi"}]}], "r") == "hi"
+    two = [{"type": kind, "text": "a"}, {"type": kind, "text": "b"}]
+    blocks = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert check_prompt([{"role": "user", "content": two}], "p") == [{"role": "user", "content": blocks}]
+    assert check_response([{"role": "assistant", "content": two}], "r") == {"role": "assistant", "content": blocks}
+    assert check_prompt([{"role": "user", "content": []}], "p", allow_empty=True) == [content("user", "")]
+    assert prompt_key([{"role": "user", "content": blocks}]) == prompt_key("a b")
+
+
+@pytest.mark.parametrize(
+    ("block", "error"),
+    [
+        (
+            {"type": "image_url", "image_url": {"url": "x"}},
+            r"p\[0\].content\[1\].type: expected 'text', got 'image_url'",
+        ),
+        ({"type": "input_audio", "data": "x"}, r"p\[0\].content\[1\].type: expected 'text', got 'input_audio'"),
+        ({"type": SECRET, "text": "x"}, r"content\[1\].type: expected 'text', got str of length 39"),
+        ({"text": "x"}, r"content\[1\].type: expected 'text', got None"),
+        ({"type": "text"}, r"content\[1\].text: expected str, got None"),
+        ({"type": "text", "text": "\ud800"}, r"content\[1\].text: lone surrogate"),
+        ({"type": "text", "text": "x", "citations": [1]}, r"content\[1\]: \['citations'\] would not be scored"),
+        ("x", r"content\[1\]: expected a typed block, got str of length 1"),
+    ],
+)
+def test_other_blocks_are_refused_with_their_place(block: Any, error: str) -> None:
+    message = {"role": "user", "content": [{"type": "text", "text": "hello"}, block]}
+    with pytest.raises(InputError, match=error) as raised:
+        check_prompt([message], "p")
+    assert SECRET not in str(raised.value)
+
+
+# -- tools and template keywords
+
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+
+
+def test_rows_with_tools_or_template_keywords_give_dialogues() -> None:
+    row = {"prompt": [USER], "chosen": [ANSWER], "rejected": [content("assistant", "no")]}
+    items = FIT.items({**row, "tools": [TOOL], "chat_template_kwargs": {"enable_thinking": False, "date": None}}, 0)
+    assert [i.prompt for i in items] == [Dialogue([USER], [TOOL], {"enable_thinking": False})] * 2
+    for tools in (json.dumps([TOOL]), (TOOL,)):
+        assert FIT.items({**row, "tools": tools}, 0)[0].prompt == Dialogue([USER], [TOOL])
+    for empty in (None, [], "[]"):
+        assert FIT.items({**row, "tools": empty, "chat_template_kwargs": {}}, 0)[0].prompt == [USER]
+    string = PLAIN.items({"prompt": "hello", "response": "hi", "tools": [TOOL]}, 0)[0].prompt
+    assert string == Dialogue([USER], [TOOL])
+    implicit = {"chosen": [USER, ANSWER], "rejected": [USER, content("assistant", "no")], "tools": [TOOL]}
+    assert FIT.items(implicit, 0)[0].prompt == Dialogue([USER], [TOOL])
+
+
+def test_a_dialogue_is_checked_like_its_parts() -> None:
+    dialogue = Dialogue([USER], [TOOL], {"enable_thinking": True})
+    assert check_prompt(dialogue, "p") == dialogue
+    assert check_prompt(Dialogue([USER]), "p") == [USER]
+    with pytest.raises(InputError, match=r"p.messages\[0\].role: expected str"):
+        check_prompt(Dialogue([{"content": "x"}]), "p")
+    with pytest.raises(InputError, match=r"p.tools: expected a list of JSON schemas"):
+        check_prompt(Dialogue([USER], [3]), "p")  # type: ignore[list-item]
+    assert prompt_key(dialogue) == prompt_key("hello")
+
+
+@pytest.mark.parametrize(
+    ("columns", "error"),
+    [
+        ({"tools": SECRET}, r"rows\[0\].tools: a string that is not JSON"),
+        ({"tools": json.dumps(TOOL)}, r"rows\[0\].tools: expected a list of JSON schemas.*got dict of length 2"),
+        ({"tools": [len]}, r"rows\[0\].tools: expected a list of JSON schemas"),
+        ({"tools": [{"f": len}]}, r"rows\[0\].tools: expected plain JSON values"),
+        ({"tools": [{"f": "x" * 200_000}]}, r"rows\[0\].tools: \d+ characters; the limit"),
+        ({"chat_template_kwargs": "x"}, r"rows\[0\].chat_template_kwargs: expected a mapping, got str"),
+        ({"chat_template_kwargs": {"f": len}}, r"rows\[0\].chat_template_kwargs: expected plain JSON"),
+        ({"chat_template_kwargs": {"tokenize": True}}, r"\['tokenize'\] are the tokenizer's own"),
+    ],
+)
+def test_tools_and_keywords_of_another_kind_are_refused(columns: dict[str, Any], error: str) -> None:
+    with pytest.raises(InputError, match=error) as raised:
+        PLAIN.items({"prompt": [USER], "response": "hi", **columns}, 0)
+    assert SECRET not in str(raised.value)
+
+
+def test_responses_that_differ_in_a_field_only_are_not_the_same() -> None:
+    def answer(name: str) -> list[dict[str, Any]]:
+        return [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": name}}]}]
+
+    assert len(FIT.items({"prompt": [USER], "chosen": answer("f"), "rejected": answer("g")}, 0)) == 2
+    with pytest.raises(InputError, match="chosen and rejected are the same text"):
+        FIT.items({"prompt": [USER], "chosen": answer("f"), "rejected": answer("f")}, 0)
 
 
 def test_no_error_quotes_the_text() -> None:

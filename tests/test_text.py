@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,11 +10,13 @@ import torch
 from conftest import shared_rows
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from rm_ood.errors import InputError
 from rm_ood.spans import Spans, spans_of_inputs
 from rm_ood.text import Encoded, TextEncoder, resolve_format
 
+BOS = "<|endoftext|>"
 PROMPT = "What should we cook for the garden party tonight?"
 # Emoji with joiners, CJK, combining marks, a bidi mark, NUL, code and right-to-left text.
 TEXTS = [
@@ -531,8 +534,15 @@ def test_the_contract_holds_what_changes_the_ids(decoder: Setup) -> None:
     base = decoder.encoder("plain", max_length=9).contract()
     assert base == {
         "format": "plain", "max_length": 9, "on_too_long": "flag", "split_special_tokens": False, "append_eos": False,
+        "special_tokens": True,
     }  # fmt: skip
-    for options in ({"max_length": 8}, {"split_special_tokens": True}, {"append_eos": True}, {"on_too_long": "error"}):
+    for options in (
+        {"max_length": 8},
+        {"split_special_tokens": True},
+        {"append_eos": True},
+        {"special_tokens": False},
+        {"on_too_long": "error"},
+    ):
         assert decoder.encoder("plain", **{"max_length": 9, **options}).contract() != base
 
 
@@ -615,3 +625,71 @@ def test_spans_of_another_shape_are_refused(decoder: Setup, given_spans: dict[st
 def test_inputs_without_ids_are_refused(decoder: Setup) -> None:
     with pytest.raises(InputError, match="needs input_ids"):
         spans_of_inputs(decoder.tokenizer, {"inputs_embeds": torch.ones(1, 4, 8)}, None, None, None)
+
+
+# -- BOS and EOS
+
+
+@pytest.fixture(scope="module")
+def bos(decoder_tokenizer: Any) -> Setup:
+    """A tokenizer that begins every text with a BOS of its own, as Llama's does."""
+    tokenizer = copy.deepcopy(decoder_tokenizer)
+    tokenizer.bos_token = BOS
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.convert_tokens_to_ids(BOS))]
+    )
+    return Setup(tokenizer)
+
+
+def test_plain_text_has_the_special_tokens_that_it_is_asked_to_have(bos: Setup) -> None:
+    first, last = bos.tokenizer.bos_token_id, bos.tokenizer.eos_token_id
+    words_alone = bos.tokenizer(PROMPT + " Soup.", add_special_tokens=False)["input_ids"]
+    for options, ids in [
+        ({}, [first, *words_alone]),
+        ({"append_eos": True}, [first, *words_alone, last]),
+        ({"special_tokens": False}, words_alone),
+        ({"special_tokens": False, "append_eos": True}, [*words_alone, last]),
+    ]:
+        encoded = bos.encoder("plain", **options).encode(PROMPT, " Soup.")
+        assert encoded.input_ids == ids
+        assert words(bos.tokenizer, encoded, encoded.response_mask) == " Soup."
+        # Position 0 never counts: with BOS there, the prompt keeps its first word.
+        assert encoded.prompt_mask[1] == encoded.prompt_mask[2] == (not encoded.prompt_mask[0])
+
+
+def test_an_encoders_plain_text_may_go_without_special_tokens_too(pair: Setup) -> None:
+    encoded = pair.encoder("plain", special_tokens=False).encode("hello there ", "you")
+    assert encoded.input_ids == pair.tokenizer("hello there you", add_special_tokens=False)["input_ids"]
+    # A pair is told by its special tokens: it keeps them.
+    kept = pair.encoder("pair", special_tokens=False).encode("hello there", "you")
+    assert kept == pair.encoder("pair").encode("hello there", "you")
+
+
+def test_a_doubled_bos_is_told(bos: Setup, pair: Setup) -> None:
+    plain = bos.encoder("plain")
+    doubled = plain.encode(BOS + PROMPT, " Soup.")
+    assert doubled.input_ids[:2] == [bos.tokenizer.bos_token_id] * 2
+    assert doubled.reasons == ("special_tokens_in_text", "doubled_bos")
+    assert plain.encode(PROMPT, " Soup.").reasons == ()
+    # Elsewhere in the text, or where the tokenizer adds none, it is typed once.
+    assert plain.encode("So " + BOS + BOS, " Soup.").reasons == ("special_tokens_in_text",)
+    alone = bos.encoder("plain", special_tokens=False).encode(BOS + PROMPT, " Soup.")
+    assert alone.reasons == ("special_tokens_in_text",)
+    assert pair.encoder("pair").encode("[CLS] hello", "you").reasons == ("special_tokens_in_text", "doubled_bos")
+
+
+def test_a_template_that_writes_bos_has_one(bos: Setup) -> None:
+    writes = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+    encoded = TextEncoder(with_template(bos.tokenizer, writes), "chat").encode(PROMPT, "Soup.")
+    assert encoded.input_ids.count(bos.tokenizer.bos_token_id) == 1
+    assert encoded.input_ids[0] == bos.tokenizer.bos_token_id
+    assert encoded.reasons == ()
+    bare = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    typed = TextEncoder(with_template(bos.tokenizer, bare), "chat").encode(BOS + PROMPT, "Soup.")
+    assert typed.reasons == ("special_tokens_in_text", "doubled_bos")
+
+
+def test_text_without_a_token_is_refused(pair: Setup, decoder: Setup) -> None:
+    for encoder in (pair.encoder("plain", special_tokens=False), decoder.encoder("plain")):
+        with pytest.raises(InputError, match="x: prompt and response give no token"):
+            encoder.encode("", "", "x")

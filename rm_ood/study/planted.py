@@ -11,10 +11,11 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
 
 from rm_ood.canaries import CODE, EVERYDAY, SCRIPTS, Pair
-from rm_ood.preferences import Text, stable_hash
+from rm_ood.dialogue import Dialogue, Message, Text, content_text
+from rm_ood.preferences import stable_hash
 
 OTHER_SCRIPT, EMPTY_RESPONSE = "other script", "empty response"
 # Share of the items' letters from which a script belongs to them.
@@ -57,11 +58,10 @@ def changed(item: Item, i: int, change: Change, sides: Sequence[str], seed: int)
     if "prompt" in sides:
         before = _text(prompt)
         after = change(before, i, 0, random.Random(stable_hash(before, seed)))
-        if isinstance(prompt, str) or not prompt:
-            prompt = after
+        if isinstance(prompt, Dialogue):
+            prompt = replace(prompt, messages=_with_turn(prompt.messages, after))
         else:
-            turn = _turn(prompt)
-            prompt = [{**m, "content": after} if j == turn else m for j, m in enumerate(prompt)]
+            prompt = after if isinstance(prompt, str) or not prompt else _with_turn(prompt, after)
     if "response" in sides:
         response = change(response, i, 1, random.Random(stable_hash(response, seed)))
     return prompt, response
@@ -99,9 +99,15 @@ def _letters(text: str) -> Counter[str]:
 def _text(prompt: Text) -> str:
     if isinstance(prompt, str):
         return prompt
-    return prompt[_turn(prompt)]["content"] if prompt else ""
+    messages = prompt.messages if isinstance(prompt, Dialogue) else prompt
+    return content_text(messages[_turn(messages)]) if messages else ""
 
 
-def _turn(messages: Sequence[Any]) -> int:
+def _with_turn(messages: list[Message], text: str) -> list[Message]:
+    turn = _turn(messages)
+    return [{**message, "content": text} if i == turn else message for i, message in enumerate(messages)]
+
+
+def _turn(messages: Sequence[Message]) -> int:
     """The last user turn, or the last turn of all where no user speaks."""
     return next((i for i in reversed(range(len(messages))) if messages[i]["role"] == "user"), len(messages) - 1)
