@@ -15,14 +15,15 @@ from torch import nn
 from rm_ood.errors import MismatchError
 from rm_ood.reward_model import find_head, text_config
 
-# What changes a vector; padding side is recorded and never compared.
+# What changes a vector; padding side is recorded and never compared. The pad id is compared here and recorded below in
+# plain sight: whoever has no model needs it to know where an item ends.
 _CONFIG_FIELDS = (
     "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "intermediate_size", "vocab_size", "max_position_embeddings", "rope_parameters", "rope_theta", "rope_scaling",
     "num_labels", "head_dim", "sliding_window", "layer_types", "attention_bias", "mlp_bias",
     "pad_token_id", "classifier_pooling", "hidden_act", "layer_norm_eps", "rms_norm_eps", "tie_word_embeddings",
 )  # fmt: skip
-_RECORDED_ONLY = frozenset({"padding_side", "commit"})
+_RECORDED_ONLY = frozenset({"padding_side", "commit", "pad_token_id"})
 
 
 def fingerprint(
@@ -44,13 +45,27 @@ def fingerprint(
         "head_weights": _weights_digest(module),
         "head_sketch": _weights_sketch(module),
         "read_out": read_out,
+        **text_fingerprint(tokenizer, text),
+        "pad_token_id": str(config.pad_token_id),
+        "padding_side": str(tokenizer.padding_side),
+        "commit": str(getattr(model.config, "_commit_hash", None)),
+    }
+
+
+def text_fingerprint(tokenizer: Any, text: Mapping[str, Any]) -> dict[str, str]:
+    """The fields of `fingerprint` that need no model: tokenizer, template and input contract."""
+    return {
         "tokenizer": _bytes_digest(_tokenizer_state(tokenizer)),
         "special_tokens": _digest(tokenizer.special_tokens_map),
         "chat_template": _digest(tokenizer.chat_template),
         "text": _digest(dict(text)),
-        "padding_side": str(tokenizer.padding_side),
-        "commit": str(getattr(model.config, "_commit_hash", None)),
     }
+
+
+def same_head(saved: Mapping[str, str], head: nn.Module) -> bool:
+    """Whether `head` is the one that was fitted on, up to rounding to another dtype; True where that is not known."""
+    sketch = saved.get("head_sketch", "offloaded")
+    return sketch == "offloaded" or _same_sketch(sketch, _weights_sketch(head))
 
 
 def check_fingerprint(saved: Mapping[str, str], found: Mapping[str, str], *, allow_dtype_change: bool) -> list[str]:

@@ -22,6 +22,7 @@ LINES = (
     "detectors.base detectors.mahalanobis detectors.sklearn detectors",
     "length conformal calibration traffic",
     "config capture embed fitting decision state fit card calls guard",
+    "integrations.transport integrations.read_out integrations.vllm_plugin integrations.engines integrations",
     "study.metrics study.shifts study.plots study",
     "batch demo_page demo",
 )
@@ -44,7 +45,18 @@ MODEL_COLUMN = {
     "fit",
     "guard",
 }
-OPTIONAL = {"datasets", "yaml", "pandas", "matplotlib", "triton", "pyarrow", "gguf", "chatterbot_corpus"}
+OPTIONAL = {
+    "datasets",
+    "yaml",
+    "pandas",
+    "matplotlib",
+    "triton",
+    "pyarrow",
+    "gguf",
+    "chatterbot_corpus",
+    "httpx2",
+    "vllm",
+}
 
 
 def modules() -> dict[str, Path]:
