@@ -250,7 +250,10 @@ class VLLMScorer(EngineScorer):
                 "RM_OOD_GUARD set to this saved guard (or VLLM_PLUGINS naming rm_ood), and without logit_mean, logit_sigma and "
                 "an activation."
             )
-        distances = np.where(table[:, :-2] < UNSCORABLE, table[:, :-2], np.inf)
+        distances = table[:, :-2]
+        # NaN is neither; a row without one of its distances has none.
+        whole = ((distances >= 0) & (distances < UNSCORABLE)).all(1, keepdims=True)
+        distances = np.where(whole, distances, np.inf)
         rewards = table[:, -1]
         return state.score_distances({FINAL: distances}, rewards), rewards, np.zeros(len(ids), dtype=bool)
 

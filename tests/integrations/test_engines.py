@@ -9,14 +9,12 @@ from __future__ import annotations
 import copy
 import json
 import socket
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,10 +22,9 @@ import pytest
 import torch
 from conftest import preference_rows
 from safetensors.torch import save_file
-from torch import nn
 
 from rm_ood import Decision, Decisions, EngineError, InputError, MismatchError, NotFittedError, OODGuard
-from rm_ood.integrations import transport, vllm_plugin
+from rm_ood.integrations import transport
 from rm_ood.integrations.engines import SGLangScorer, VLLMScorer
 from rm_ood.integrations.vllm_plugin import GuardedClassifier
 
@@ -346,3 +343,328 @@ def test_a_reward_of_another_vector_is_flagged(
         assert got.nearest_class is not None
         assert got.nearest_class[1] == -1
         assert not got.is_ood[0]
+
+
+# -- what cannot be scored is flagged, or nothing is
+
+
+@pytest.mark.parametrize("name", ["sglang", "vllm_scorer"])
+@pytest.mark.parametrize(
+    ("where", "bad"),
+    [(w, b) for w in ("vector", "reward") for b in (None, float("nan"), float("inf"), -float("inf"))]
+    + [("vector", 1e300)],
+)
+def test_numbers_that_are_none_flag_their_item_alone(
+    name: str, where: str, bad: float | None, request: Any, engine: Engine, final: OODGuard
+) -> None:
+    def spoil(reply: dict[str, Any]) -> dict[str, Any]:
+        if name == "vllm_scorer":
+            reply["data"][1]["probs"][0 if where == "vector" else -1] = bad
+        elif where == "vector":
+            reply["pooled_hidden_states"][1][3] = bad
+        else:
+            reply["scores"][1] = [bad]
+        return reply
+
+    engine.spoil = spoil
+    scorer = request.getfixturevalue(name)
+    got = scorer.check(["one two"] * 3, ["three", "four", "five"])
+    assert got.reasons == ((), ("non_finite",), ())
+    assert got.is_ood.tolist() == [False, True, False]
+    assert np.isfinite(got.p_values).all()
+    # The smallest that this calibration can give.
+    assert got.p_values[1] == final.check_embeddings(np.full((1, 32), np.nan)).p_values[0]
+    others = final.check(["one two"] * 2, ["three", "five"])
+    np.testing.assert_array_equal(got.p_values[[0, 2]], others.p_values)
+
+
+def _vectors(reply: dict[str, Any], change: Callable[[list[Any]], Any]) -> dict[str, Any]:
+    return {**reply, "pooled_hidden_states": change(reply["pooled_hidden_states"])}
+
+
+def _scores(reply: dict[str, Any], change: Callable[[list[Any]], Any]) -> dict[str, Any]:
+    return {**reply, "scores": change(reply["scores"])}
+
+
+SPOILT_SGLANG: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] = {
+    "an older engine": (
+        lambda r: {k: v for k, v in r.items() if k != "pooled_hidden_states"}, EngineError, r"no pooled_hidden_states\. .*22427"
+    ),
+    "null vectors": (lambda r: _vectors(r, lambda h: None), EngineError, "not for cross-encoders"),
+    "a null vector": (lambda r: _vectors(r, lambda h: [h[0], None]), EngineError, "no pooled_hidden_states"),
+    "one vector": (lambda r: _vectors(r, lambda h: h[:1]), EngineError, "2 items were sent, the reply has 1"),
+    "a table": (lambda r: _vectors(r, lambda h: {"0": h}), EngineError, "the reply has dict"),
+    "ragged": (lambda r: _vectors(r, lambda h: [h[0], h[1][:-1]]), EngineError, "all of one length"),
+    "flat": (lambda r: _vectors(r, lambda h: h[0][:2]), EngineError, "one list of numbers per item"),
+    "empty": (lambda r: _vectors(r, lambda h: [[], []]), EngineError, "one list of numbers per item"),
+    "text": (lambda r: _vectors(r, lambda h: [["1.0"] * 32] * 2), EngineError, "no number"),
+    "bools": (lambda r: _vectors(r, lambda h: [[True] * 32] * 2), EngineError, "no number"),
+    "a huge integer": (lambda r: _vectors(r, lambda h: [[10**400] * 32] * 2), EngineError, "too large for a float"),
+    "narrow": (lambda r: _vectors(r, lambda h: [v[:-1] for v in h]), MismatchError, "31 features, the guard was fitted on 32"),
+    "scores missing": (lambda r: _scores(r, lambda s: None), EngineError, "scores: 2 items were sent, the reply has NoneType"),
+    "one score": (lambda r: _scores(r, lambda s: s[:1]), EngineError, "scores: 2 items"),
+    "labels": (lambda r: _scores(r, lambda s: [v * 3 for v in s]), MismatchError, "3 numbers per item"),
+    "packed items": (lambda r: {**r, "usage": {"prompt_tokens": 12}}, EngineError, "8 tokens .* counts 12 .*--enable-mis"),
+    "no count": (lambda r: {**r, "usage": None}, EngineError, "the engine counts None"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spoilt", SPOILT_SGLANG)
+def test_a_reply_of_sglang_that_is_not_as_documented_scores_nothing(
+    spoilt: str, sglang: SGLangScorer, engine: Engine
+) -> None:
+    engine.spoil, error, message = SPOILT_SGLANG[spoilt]
+    with pytest.raises(error, match=message):
+        sglang.check(["one two"] * 2, ["three"] * 2)
+
+
+def _probs(reply: dict[str, Any], change: Callable[[list[float]], list[Any]]) -> dict[str, Any]:
+    return {**reply, "data": [{**row, "probs": change(row["probs"])} for row in reply["data"]]}
+
+
+SPOILT_VLLM: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] = {
+    "no plugin": (lambda r: _probs(r, lambda p: p[-1:]), MismatchError, "got 1 others. Start vLLM with RM_OOD_GUARD"),
+    "an activation": (lambda r: _probs(r, lambda p: torch.tensor(p).sigmoid().tolist()), MismatchError, "an activation"),
+    "a shift": (lambda r: _probs(r, lambda p: [v - 0.5 for v in p]), MismatchError, "logit_mean"),
+    "another guard": (lambda r: _probs(r, lambda p: [*p[:2], p[2] + 1, p[3]]), MismatchError, "of this guard"),
+    "no data": (lambda r: {**r, "data": None}, EngineError, "no list of objects `data`"),
+    "strings": (lambda r: {**r, "data": ["a", "b"]}, EngineError, "no list of objects `data`"),
+    "one item": (lambda r: {**r, "data": r["data"][:1]}, EngineError, "2 items were sent, 1 came back"),
+    "twice the same": (lambda r: {**r, "data": [r["data"][0]] * 2}, EngineError, "not each of them once"),
+    "no numbers": (lambda r: _probs(r, lambda p: [str(v) for v in p]), EngineError, "probs: holds something"),
+    "cut prompts": (lambda r: {**r, "usage": {"prompt_tokens": 7}}, EngineError, "8 tokens were sent, the engine counts 7"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spoilt", SPOILT_VLLM)
+def test_a_reply_of_vllm_that_is_not_as_documented_scores_nothing(
+    spoilt: str, vllm_scorer: VLLMScorer, engine: Engine
+) -> None:
+    engine.spoil, error, message = SPOILT_VLLM[spoilt]
+    with pytest.raises(error, match=message):
+        vllm_scorer.check(["one two"] * 2, ["three"] * 2)
+
+
+def test_items_of_vllm_are_told_by_their_index(vllm_scorer: VLLMScorer, engine: Engine) -> None:
+    items = ["one two"] * 3, ["three", "four five", "six"]
+    expected = vllm_scorer.check(*items)
+    engine.spoil = lambda reply: {**reply, "data": reply["data"][::-1]}
+    np.testing.assert_array_equal(vllm_scorer.check(*items).rewards, expected.rewards)
+
+
+# -- the way there and back
+
+SECRET = "a most private question"
+
+
+def _send(status: int, data: bytes, **headers: str) -> Callable[[Any], bool]:
+    def raw(handler: Any) -> bool:
+        handler.reply(status, data, **headers)
+        return True
+
+    return raw
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (_send(200, b"<html>"), "answered 200 with 6 bytes that are not JSON"),
+        (_send(200, b"[" * 100_000), "not JSON"),
+        (_send(200, b'\xff{"a": 1}'), "not JSON"),
+        (_send(200, b"[1]"), "a JSON list, expected an object"),
+        (
+            _send(302, b"", Location="http://127.0.0.1:1/steal"),
+            "answered 302. It redirects elsewhere, and nothing was sent",
+        ),
+        (_send(307, b"", Location="/v1/score"), "answered 307"),
+        (_send(400, SECRET.encode()), "answered 400. The engine refuses"),
+        (_send(404, b"{}"), "404: another engine"),
+        (_send(500, SECRET.encode()), "answered 500. The engine failed on it"),
+        (_send(201, b"{}"), "answered 201. Expected 200."),
+        (_send(200, b"[" + b"1," * 10**6 + b"1]"), r"more than the \d+ bytes that a reply of this many items can take"),
+    ],
+)
+def test_answers_that_are_none(
+    raw: Callable[[Any], bool], message: str, engine: Engine, sglang: SGLangScorer, caplog: Any
+) -> None:
+    engine.raw = raw
+    with pytest.raises(EngineError, match=message) as error:
+        sglang.check(SECRET, "yes")
+    assert len(engine.requests) == 1
+    shown = str(error.value) + str(error.value.__cause__) + caplog.text
+    assert SECRET not in shown
+    assert str(engine.requests[0][1]["items"][0])[1:-1] not in shown
+
+
+@pytest.fixture
+def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    taken: list[float] = []
+    monkeypatch.setattr(transport.time, "sleep", taken.append)
+    return taken
+
+
+def test_a_busy_engine_is_asked_again(
+    engine: Engine, vectors: OODGuard, decoder_tokenizer: Any, naps: list[float]
+) -> None:
+    with SGLangScorer(engine.url, vectors, decoder_tokenizer, retries=2) as scorer:
+        engine.statuses = [429, 503]
+        assert isinstance(scorer.check("one two", "three"), Decision)
+        assert len(engine.requests) == 3
+        assert naps == [0.25, 0.5]
+        engine.statuses = [503] * 9
+        with pytest.raises(EngineError, match=r"answered 503, busy; 3 tries\. Is the engine running there\?"):
+            scorer.check("one two", "three")
+        assert len(engine.requests) == 6
+        # An error is final.
+        engine.statuses = [500, 200]
+        with pytest.raises(EngineError, match="answered 500"):
+            scorer.check("one two", "three")
+        assert len(engine.requests) == 7
+
+
+@pytest.mark.parametrize(
+    ("asked", "wait"), [("7", 7.0), ("9999", 30.0), ("Wed, 21 Oct 2026 07:28:00 GMT", 0.25), ("-3", 0.25)]
+)
+def test_the_engine_may_ask_to_wait_but_not_forever(
+    asked: str, wait: float, engine: Engine, vectors: OODGuard, decoder_tokenizer: Any, naps: list[float]
+) -> None:
+    engine.raw = lambda handler: len(engine.requests) == 1 and _send(503, b"", Retry_After=asked)(handler)
+    with SGLangScorer(engine.url, vectors, decoder_tokenizer) as scorer:
+        scorer.check("one two", "three")
+    assert naps == [wait]
+
+
+def test_a_connection_that_is_lost_is_made_again(
+    engine: Engine, vectors: OODGuard, decoder_tokenizer: Any, naps: list[float]
+) -> None:
+    def drop(handler: Any) -> bool:
+        if len(engine.requests) > 2:
+            return False
+        if len(engine.requests) == 2:
+            # Half an answer.
+            handler.send_response(200)
+            handler.send_header("Content-Length", "1000")
+            handler.end_headers()
+            handler.wfile.write(b'{"scores"')
+        handler.close_connection = True
+        return True
+
+    engine.raw = drop
+    with SGLangScorer(engine.url, vectors, decoder_tokenizer) as scorer:
+        assert isinstance(scorer.check("one two", "three"), Decision)
+    assert len(engine.requests) == 3
+
+
+def test_nobody_there(vectors: OODGuard, decoder_tokenizer: Any, naps: list[float]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with (
+        SGLangScorer(f"http://me:secret@127.0.0.1:{port}/?key=secret", vectors, decoder_tokenizer, retries=1) as scorer,
+        pytest.raises(
+            EngineError, match=rf"^http://127\.0\.0\.1:{port}/v1/score could not be reached.*; 2 tries"
+        ) as error,
+    ):
+        scorer.check("one two", "three")
+    assert "secret" not in str(error.value)
+
+
+def test_an_engine_that_takes_too_long(engine: Engine, vectors: OODGuard, decoder_tokenizer: Any) -> None:
+    done = threading.Event()
+    engine.raw = lambda handler: done.wait(10)
+    with SGLangScorer(engine.url, vectors, decoder_tokenizer, timeout=0.2) as scorer:
+        with pytest.raises(EngineError, match=r"took longer than the timeout\. Raise timeout="):
+            scorer.check("one two", "three")
+        done.set()
+    assert len(engine.requests) == 1
+
+
+def test_headers_and_a_path_below_the_address(engine: Engine, vectors: OODGuard, decoder_tokenizer: Any) -> None:
+    headers = {"Authorization": "Bearer key"}
+    with SGLangScorer(engine.url + "/rm/", vectors, decoder_tokenizer, headers=headers, retries=0) as scorer:
+        engine.raw = _send(200, b"{}")
+        with pytest.raises(EngineError):
+            scorer.check("one two", "three")
+    path, _, sent = engine.requests[0]
+    assert path == "/rm/v1/score"
+    assert sent["Authorization"] == "Bearer key"
+
+
+def test_a_failure_half_way_scores_nothing(sglang: SGLangScorer, engine: Engine) -> None:
+    sglang.batch_size = 1
+    engine.statuses = [200, 500]
+    with pytest.raises(EngineError):
+        sglang.check(["one two"] * 3, ["three"] * 3)
+
+
+# -- what cannot work is refused before anything is sent
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"url": "localhost:30000"}, "got the scheme 'localhost'"),
+        ({"url": "ftp://host"}, "got the scheme 'ftp'"),
+        ({"url": "http://"}, "expected http://host:port"),
+        ({"url": "http://[::1"}, "no address at all"),
+        ({"url": None}, "no address at all"),
+        ({"timeout": 0}, "timeout=0"),
+        ({"timeout": float("nan")}, "timeout=nan"),
+        ({"retries": -1}, "retries=-1"),
+        ({"retries": True}, "retries=True"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": 2.5}, "batch_size=2.5"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, Any], message: str, vectors: OODGuard, decoder_tokenizer: Any) -> None:
+    with pytest.raises(InputError, match=message):
+        SGLangScorer(**{"url": "http://127.0.0.1:1", "guard": vectors, "tokenizer": decoder_tokenizer, **options})
+
+
+def test_guards_that_an_engine_cannot_serve(
+    vectors: OODGuard, folder: Path, decoder_tokenizer: Any, minilm: Any
+) -> None:
+    url = "http://127.0.0.1:1"
+    for changes, message in (
+        ({"channels": ("response/mean@0.67",)}, "without 'final'|channels='final'"),
+        ({"read_out": "first"}, "the engines pool the last"),
+        ({"text_format": "pair"}, "text pairs"),
+    ):
+        guard = OODGuard.from_pretrained(folder)
+        guard._state = guard.state.with_settings(changes)
+        with pytest.raises(InputError, match=message):
+            SGLangScorer(url, guard, decoder_tokenizer)
+    guard = OODGuard.from_pretrained(folder)
+    guard._state = replace(guard.state, table=None, _profiles={})
+    with pytest.raises(NotFittedError, match="not calibrated"):
+        SGLangScorer(url, guard, decoder_tokenizer)
+    with pytest.raises(NotFittedError, match="not fitted"):
+        SGLangScorer(url, OODGuard(None, None), decoder_tokenizer)
+    with pytest.raises(MismatchError, match=r"tokenizer: differs .* in \['tokenizer', 'special_tokens'"):
+        SGLangScorer(url, vectors, minilm[1])
+    other = copy.deepcopy(decoder_tokenizer)
+    other.chat_template = "{{ messages[0].content }}"
+    with pytest.raises(MismatchError, match=r"in \['chat_template'\]"):
+        SGLangScorer(url, vectors, other)
+    with pytest.raises(MismatchError, match="another limit than max_length=32"):
+        SGLangScorer(url, vectors, decoder_tokenizer, max_length=32)
+
+
+def test_without_the_client_library(vectors: OODGuard, decoder_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "httpx2", None)
+    with pytest.raises(InputError, match=r"needs httpx2: pip install 'rm_ood\[engines\]'"):
+        SGLangScorer("http://127.0.0.1:1", vectors, decoder_tokenizer)
+
+
+def test_threads_share_a_client(sglang: SGLangScorer) -> None:
+    items = texts()
+    expected = sglang.check(*items)
+    found: dict[int, Decisions] = {}
+    threads = [threading.Thread(target=lambda i=i: found.update({i: sglang.check(*items)})) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for got in found.values():
+        np.testing.assert_array_equal(got.rewards, expected.rewards)
+    assert len(found) == 4
