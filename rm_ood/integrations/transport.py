@@ -90,7 +90,9 @@ class JsonClient:
                 # Scoring changes nothing on the server, so a request whose answer was lost may be sent again.
                 problem, cause = f"could not be reached or hung up ({type(error).__name__})", error
             except httpx2.HTTPError as error:
-                raise EngineError(f"{where} could not be asked ({type(error).__name__})") from error
+                raise EngineError(
+                    f"{where} could not be asked, or its answer not be read ({type(error).__name__})"
+                ) from error
         raise EngineError(f"{where} {problem}; {self.retries + 1} tries. Is the engine running there?") from cause
 
     def close(self) -> None:

@@ -481,6 +481,7 @@ def _send(status: int, data: bytes, **headers: str) -> Callable[[Any], bool]:
         (_send(404, b"{}"), "404: another engine"),
         (_send(500, SECRET.encode()), "answered 500. The engine failed on it"),
         (_send(201, b"{}"), "answered 201. Expected 200."),
+        (_send(200, b"{}", Content_Encoding="gzip"), r"its answer not be read \(DecodingError\)"),
         (_send(200, b"[" + b"1," * 10**6 + b"1]"), r"more than the \d+ bytes that a reply of this many items can take"),
     ],
 )
@@ -567,6 +568,19 @@ def test_nobody_there(vectors: OODGuard, decoder_tokenizer: Any, naps: list[floa
     ):
         scorer.check("one two", "three")
     assert "secret" not in str(error.value)
+
+
+def test_a_host_that_does_not_take_the_connection(sglang: SGLangScorer, naps: list[float]) -> None:
+    import httpx2
+
+    def silent(request: Any) -> Any:
+        raise httpx2.ConnectTimeout("silence")
+
+    sglang.close()
+    sglang._client._client = httpx2.Client(transport=httpx2.MockTransport(silent))
+    sglang._client.retries = 1
+    with pytest.raises(EngineError, match="did not take the connection in time; 2 tries"):
+        sglang.check("one two", "three")
 
 
 def test_an_engine_that_takes_too_long(engine: Engine, vectors: OODGuard, decoder_tokenizer: Any) -> None:
