@@ -24,7 +24,7 @@ from rm_ood.errors import EngineError, InputError, MismatchError
 from rm_ood.fingerprint import text_fingerprint
 from rm_ood.guard import OODGuard
 from rm_ood.integrations.read_out import read_head
-from rm_ood.integrations.transport import JsonClient
+from rm_ood.integrations.transport import JsonClient, number_rows
 from rm_ood.integrations.vllm_plugin import UNSCORABLE, distance_columns, guard_number
 from rm_ood.preferences import Text
 from rm_ood.reward_model import reward_column
@@ -210,19 +210,20 @@ class SGLangScorer(EngineScorer):
                 "for Llama, Qwen2, Qwen3 and Gemma2 ForSequenceClassification and InternLM2, Qwen2 and Qwen3 ForRewardModel, "
                 "and not for cross-encoders such as BERT and RoBERTa."
             )
-        hidden = _rows(vectors, len(ids), "pooled_hidden_states")
+        hidden = number_rows(vectors, len(ids), "pooled_hidden_states")
         if hidden.shape[1] != width:
             raise MismatchError(
                 f"/v1/score: pooled_hidden_states have {hidden.shape[1]} features, the guard was fitted on {width}: another "
                 "reward model is served here"
             )
-        scores = _rows(reply.get("scores"), len(ids), "scores")
+        scores = number_rows(reply.get("scores"), len(ids), "scores")
         rewards = _reward(scores, state.config.reward)
         with np.errstate(over="ignore"):
             final = torch.from_numpy(hidden.astype(np.float32))
         wrong = np.zeros(len(ids), dtype=bool)
         if self._head is not None:
-            wrong = self._head.disagrees(final, torch.from_numpy(rewards)).numpy()
+            # A vector that is not finite has its own reason.
+            wrong = self._head.disagrees(final, torch.from_numpy(rewards)).numpy() & np.isfinite(final.numpy()).all(1)
         return state.score({FINAL: final}, rewards), rewards, wrong
 
 
@@ -243,7 +244,7 @@ class VLLMScorer(EngineScorer):
         by_index = {row.get("index"): row.get("probs") for row in data if isinstance(row.get("index"), int)}
         if len(data) != len(ids) or sorted(by_index) != list(range(len(ids))):
             raise EngineError(f"/classify: {len(ids)} items were sent, {len(data)} came back, or not each of them once")
-        table = _rows([by_index[i] for i in range(len(ids))], len(ids), "probs")
+        table = number_rows([by_index[i] for i in range(len(ids))], len(ids), "probs")
         if table.shape[1] != len(columns) or not (table[:, -2] == -float(guard_number(detector))).all():
             raise MismatchError(
                 f"/classify: expected the numbers {columns} of this guard, got {table.shape[1]} others. Start vLLM with "
@@ -313,25 +314,6 @@ def _text(state: FittedState, tokenizer: Any, max_length: int | None) -> TextEnc
     if wrong:
         raise MismatchError(f"tokenizer: differs from the one that the guard was fitted with in {wrong}")
     return text
-
-
-def _rows(value: Any, n: int, name: str) -> Floats:
-    """n rows of numbers of one length, (n, m) float64; null is NaN, which is flagged.
-
-    Raises:
-        EngineError: another count, ragged rows, or what is no number.
-    """
-    if not isinstance(value, list) or len(value) != n:
-        found = f"{len(value)} rows" if isinstance(value, list) else type(value).__name__
-        raise EngineError(f"{name}: {n} items were sent, the reply has {found}")
-    if any(not isinstance(row, list) for row in value) or len({len(row) for row in value}) != 1 or not value[0]:
-        raise EngineError(f"{name}: expected one list of numbers per item, all of one length")
-    if any(type(v) not in (float, int) and v is not None for row in value for v in row):
-        raise EngineError(f"{name}: holds something that is no number")
-    try:
-        return np.array(value, dtype=np.float64)
-    except OverflowError as error:
-        raise EngineError(f"{name}: holds an integer too large for a float") from error
 
 
 def _reward(scores: Floats, reward: str) -> Floats:

@@ -10,6 +10,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rm_ood.errors import EngineError, InputError
 
 # An engine that is busy or starting says so with these.
@@ -98,6 +101,25 @@ class JsonClient:
     def close(self) -> None:
         """Close the connections; a second call does nothing."""
         self._client.close()
+
+
+def number_rows(value: Any, n: int, name: str) -> NDArray[np.float64]:
+    """n rows of numbers of one length, (n, m) float64; null is NaN, which is flagged.
+
+    Raises:
+        EngineError: another count, ragged rows, or what is no number.
+    """
+    if not isinstance(value, list) or len(value) != n:
+        found = f"{len(value)} rows" if isinstance(value, list) else type(value).__name__
+        raise EngineError(f"{name}: {n} items were sent, the reply has {found}")
+    if any(not isinstance(row, list) for row in value) or len({len(row) for row in value}) != 1 or not value[0]:
+        raise EngineError(f"{name}: expected one list of numbers per item, all of one length")
+    if any(type(v) not in (float, int) and v is not None for row in value for v in row):
+        raise EngineError(f"{name}: holds something that is no number")
+    try:
+        return np.array(value, dtype=np.float64)
+    except OverflowError as error:
+        raise EngineError(f"{name}: holds an integer too large for a float") from error
 
 
 def _asked_wait(retry_after: str | None, wait: float) -> float:

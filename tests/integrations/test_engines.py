@@ -343,6 +343,9 @@ def test_a_reward_of_another_vector_is_flagged(
         assert got.nearest_class is not None
         assert got.nearest_class[1] == -1
         assert not got.is_ood[0]
+    engine.spoil = lambda reply: {**reply, "pooled_hidden_states": [[None] * 32]}
+    with SGLangScorer(engine.url, vectors, decoder_tokenizer, head=(weight, None)) as scorer:
+        assert scorer.check("one two", "three").reasons == ("non_finite",)
 
 
 # -- what cannot be scored is flagged, or nothing is
