@@ -7,7 +7,6 @@ judges by its channel `final`. README.md beside this file: how to start them, an
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Self, overload
 
@@ -129,10 +128,8 @@ class EngineScorer:
                 scored, values, mismatched = self._ask(batch, state)
                 scores.append(scored)
                 rewards.append(values)
-                failed += [
-                    "non_finite" if not math.isfinite(value) else "read_out_mismatch" if wrong else None
-                    for value, wrong in zip(values, mismatched, strict=True)
-                ]
+                # What is not finite, `decide` sees in the scores.
+                failed += ["read_out_mismatch" if wrong else None for wrong in mismatched]
                 bar.update(len(batch))
         lengths, reasons, truncated = span_facts(items)
         part = Embedded({}, np.concatenate(rewards), lengths, failed, reasons, truncated)
@@ -222,8 +219,9 @@ class SGLangScorer(EngineScorer):
             final = torch.from_numpy(hidden.astype(np.float32))
         wrong = np.zeros(len(ids), dtype=bool)
         if self._head is not None:
-            # A vector that is not finite has its own reason.
-            wrong = self._head.disagrees(final, torch.from_numpy(rewards)).numpy() & np.isfinite(final.numpy()).all(1)
+            # What is not finite has its own reason.
+            finite = np.isfinite(final.numpy()).all(1) & np.isfinite(rewards)
+            wrong = self._head.disagrees(final, torch.from_numpy(rewards)).numpy() & finite
         return state.score({FINAL: final}, rewards), rewards, wrong
 
 

@@ -346,6 +346,8 @@ def test_a_reward_of_another_vector_is_flagged(
     engine.spoil = lambda reply: {**reply, "pooled_hidden_states": [[None] * 32]}
     with SGLangScorer(engine.url, vectors, decoder_tokenizer, head=(weight, None)) as scorer:
         assert scorer.check("one two", "three").reasons == ("non_finite",)
+        engine.spoil = lambda reply: {**reply, "scores": [[None]]}
+        assert scorer.check("one two", "three").reasons == ("non_finite",)
 
 
 # -- what cannot be scored is flagged, or nothing is
