@@ -86,9 +86,8 @@ class GuardedClassifier:
                 f"vLLM reads this model's reward with {type(head).__name__}, not with one linear layer, so the pooled vector is "
                 "not what the reward is computed from. Serve the model with transformers and OODGuard."
             )
-        # vLLM builds models under a default device and dtype of its own.
-        with torch.device("cpu"):
-            state = FittedState.from_saved(*artifact.read_guard(hub.local_folder(guard_path)))
+        # vLLM builds models under a default device and dtype of its own, which loading does not heed.
+        state = FittedState.from_saved(*artifact.read_guard(hub.local_folder(guard_path)))
         self.detector = state.detectors[FINAL]
         if weight.ndim == 2 and weight.is_floating_point() and weight.shape[1] != self.detector.n_features_in_:
             raise MismatchError(
