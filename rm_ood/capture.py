@@ -142,6 +142,12 @@ class Capture:
             for index, channels in self._at_block.items():
                 yield f"{stack}.{index}", blocks[index], _Hook(self._slot, channels, 0)
 
+    @property
+    def rule(self) -> str:
+        """Name of the rule for the read-out position, the reader's own where the settings leave it open."""
+        own = self.reader.read_out if self.read_out == "auto" else self.read_out
+        return own if isinstance(own, str) else "own"
+
     def hook_points(self) -> dict[str, str]:
         """Channel -> plain dotted path of the module that it is read at."""
         return {name: plain_path(path) for path, _, hook in self._hooks() for name in hook.channels}

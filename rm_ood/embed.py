@@ -102,16 +102,20 @@ class Embedder:
             if self.config.prompt_pass and mine:
                 alone = self._forward([item.prompt_only() for item in items], text)
                 captured.vectors.update({name: alone.vectors[name] for name in mine})
-        lengths = np.array([[sum(item.prompt_mask), sum(item.response_mask)] for item in items], dtype=np.int64)
-        reasons = [
-            (*item.reasons, *_empty_spans(span, item.reasons)) for item, span in zip(items, lengths, strict=True)
-        ]
-        truncated = np.array([item.dropped > 0 for item in items], dtype=bool)
-        return embedded(captured, lengths, reasons, truncated)
+        return embedded(captured, *span_facts(items))
 
     def _forward(self, items: list[Encoded], text: TextEncoder) -> Captured:
         batch = text.pad(items, device=self.device, beside=self.capture.reader.pad_columns)
         return self.capture.forward(batch.inputs, batch.spans)[1]
+
+
+def span_facts(
+    items: Sequence[Encoded],
+) -> tuple[NDArray[np.int64], list[tuple[str, ...]], NDArray[np.bool_]]:
+    """What is known of n items before any forward: span lengths (n, 2), reasons, and which were cut, (n,) bool."""
+    lengths = np.array([[sum(item.prompt_mask), sum(item.response_mask)] for item in items], dtype=np.int64)
+    reasons = [(*item.reasons, *_empty_spans(span, item.reasons)) for item, span in zip(items, lengths, strict=True)]
+    return lengths, reasons, np.array([item.dropped > 0 for item in items], dtype=bool)
 
 
 def _empty_spans(lengths: NDArray[np.int64], known: tuple[str, ...]) -> tuple[str, ...]:

@@ -28,6 +28,10 @@ class CaptureError(OODGuardError, RuntimeError):
     """The hooks did not see the vector that the reward was read from."""
 
 
+class EngineError(OODGuardError, RuntimeError):
+    """An inference engine did not answer, or not with what a verdict can be made from."""
+
+
 class FormatError(OODGuardError, ValueError):
     """A saved guard is not in the format that this version reads."""
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from rm_ood.errors import MismatchError
-from rm_ood.reward_model import find_head, text_config
+from rm_ood.reward_model import find_head, pad_id, text_config
 from rm_ood.wrappers import adapters, class_name, full_tensor, in_memory, plain_path, unwrap
 
-# What changes a vector; padding side is recorded and never compared.
+# What changes a vector; padding side is recorded and never compared. The pad id is compared here and recorded below in
+# plain sight: whoever has no model needs it to know where an item ends.
 _CONFIG_FIELDS = (
     "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "intermediate_size", "vocab_size", "max_position_embeddings", "rope_parameters", "rope_theta", "rope_scaling",
@@ -27,7 +28,7 @@ _CONFIG_FIELDS = (
     "pad_token_id", "classifier_pooling", "hidden_act", "layer_norm_eps", "rms_norm_eps", "tie_word_embeddings",
 )  # fmt: skip
 # Kept for the reader of the card. A commit is compared where both sides have one: a local folder has none.
-_RECORDED_ONLY = frozenset({"padding_side"})
+_RECORDED_ONLY = frozenset({"padding_side", "pad_token_id"})
 # Elements of a parameter that tier 1 keeps.
 SAMPLES = 64
 
@@ -66,14 +67,29 @@ def fingerprint(
         "head_weights": weights,
         "head_sketch": sketch,
         "read_out": read_out,
-        "tokenizer": _bytes_digest(_tokenizer_state(tokenizer)),
-        "special_tokens": _digest(tokenizer.special_tokens_map),
-        "chat_template": _digest(tokenizer.chat_template),
-        "text": _digest(dict(text)),
+        **text_fingerprint(tokenizer, text),
+        "pad_token_id": str(pad_id(model)),
+        "suffix": " ".join(str(i) for i in text.get("suffix", ())),
         "padding_side": str(tokenizer.padding_side),
         "commit": str(getattr(inner.config, "_commit_hash", None)),
         **{f"hook of {channel}": path for channel, path in (hooks or {}).items()},
     }
+
+
+def text_fingerprint(tokenizer: Any, text: Mapping[str, Any]) -> dict[str, str]:
+    """The fields of `fingerprint` that need no model: tokenizer, template and input contract."""
+    return {
+        "tokenizer": _bytes_digest(_tokenizer_state(tokenizer)),
+        "special_tokens": _digest(tokenizer.special_tokens_map),
+        "chat_template": _digest(tokenizer.chat_template),
+        "text": _digest(dict(text)),
+    }
+
+
+def same_head(saved: Mapping[str, str], head: nn.Module) -> bool:
+    """Whether `head` is the one that was fitted on, up to rounding to another dtype; True where that is not known."""
+    sketch = saved.get("head_sketch", "offloaded")
+    return sketch == "offloaded" or _same_sketch(sketch, _weights_sketch(head))
 
 
 def dtypes_of(model: nn.Module) -> list[str]:

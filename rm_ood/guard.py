@@ -443,6 +443,15 @@ class OODGuard:
 
     # -- life
 
+    @property
+    def state(self) -> FittedState:
+        """What was fitted and calibrated; immutable, another one after `fit` or `calibrate`.
+
+        Raises:
+            NotFittedError: before `fit`.
+        """
+        return self._fitted()
+
     def save_pretrained(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the guard to a folder of its own (never the reward model's): one authority file, atomically.
 

@@ -87,7 +87,7 @@ class Identity:
             embedder.model,
             embedder.tokenizer,
             head=config.head,
-            read_out=config.read_out,
+            read_out=embedder.capture.rule,
             text=embedder.text(config.text_format).contract(),
             hooks=embedder.capture.hook_points(),
             switches_mode=config.eval_mode == "switch",

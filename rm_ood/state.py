@@ -124,12 +124,14 @@ class FittedState:
         if unknown:
             raise MismatchError(f"channels {unknown} are not in this guard; it has {sorted(self.detectors)}")
         names = [name for name in self.detectors if name in vectors]
-        columns, classes = [], {}
-        for name in names:
-            distances = self.detectors[name].sq_distances(vectors[name])
-            columns.append(distances.amin(1).double().cpu().numpy())
-            if distances.shape[1] > 1:
-                classes[name] = distances.double().cpu().numpy()
+        distances = {name: self.detectors[name].sq_distances(vectors[name]).double().cpu().numpy() for name in names}
+        return self.score_distances(distances, rewards)
+
+    def score_distances(self, distances: Mapping[str, Floats], rewards: Floats | None) -> ChannelScores:
+        """Raw channel scores of n items whose squared distances to the classes, channel -> (n, k), are known already."""
+        names = list(distances)
+        columns = [sq.min(1) for sq in distances.values()]
+        classes = {name: sq for name, sq in distances.items() if sq.shape[1] > 1}
         if rewards is not None:
             with np.errstate(invalid="ignore"):
                 score = np.abs(rewards - self.reward_mean) / self.reward_sd

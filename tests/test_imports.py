@@ -22,6 +22,7 @@ LINES = (
     "detectors.base detectors.mahalanobis detectors.sklearn detectors",
     "length conformal calibration power traffic",
     "config capture embed identity fitting decision state fit card_values card_page card calls outputs recalibration guard",
+    "integrations.transport integrations.read_out integrations.vllm_plugin integrations.engines integrations",
     "study.metrics study.shifts study.planted study.plots study",
     "doctor batch demo_page demo",
 )
@@ -46,7 +47,18 @@ MODEL_COLUMN = {
     "fit",
     "guard",
 }
-OPTIONAL = {"datasets", "yaml", "pandas", "matplotlib", "triton", "pyarrow", "gguf", "chatterbot_corpus"}
+OPTIONAL = {
+    "datasets",
+    "yaml",
+    "pandas",
+    "matplotlib",
+    "triton",
+    "pyarrow",
+    "gguf",
+    "chatterbot_corpus",
+    "httpx2",
+    "vllm",
+}
 
 
 def modules() -> dict[str, Path]:

@@ -1,0 +1,164 @@
+"""JSON over HTTP to an inference engine, with every way it can go wrong named.
+
+What an engine answers to a request that it refuses may echo the request, so no error quotes a reply.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rm_ood.errors import EngineError, InputError
+
+# An engine that is busy or starting says so with these.
+_BUSY = (429, 503)
+_FIRST_WAIT_S = 0.25
+_LONGEST_WAIT_S = 30.0
+
+
+class JsonClient:
+    """POSTs JSON to one server; safe to share between threads.
+
+    Args:
+        url: the server's address, `http://host:port`, before any path such as `/v1`.
+        headers: sent with every request, such as `{"Authorization": "Bearer ..."}`.
+        timeout: seconds to connect, and to wait for any next part of the reply.
+        retries: further tries after a lost connection, 429 or 503, with doubling waits; other errors are final.
+
+    Raises:
+        InputError: httpx2 is not installed, or an address that is none.
+    """
+
+    def __init__(
+        self, url: str, *, headers: Mapping[str, str] | None = None, timeout: float = 60.0, retries: int = 3
+    ) -> None:
+        try:
+            import httpx2
+        except ImportError as error:
+            raise InputError("talking to an inference engine needs httpx2: pip install 'rm_ood[engines]'") from error
+        if not timeout > 0 or isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
+            raise InputError(f"timeout={timeout!r}, retries={retries!r}: expected seconds above 0 and a count from 0")
+        try:
+            parsed = httpx2.URL(url)
+        except (TypeError, httpx2.InvalidURL) as error:
+            raise InputError("url: expected http://host:port or https://..., got no address at all") from error
+        if parsed.scheme not in ("http", "https") or not parsed.host:
+            raise InputError(f"url: expected http://host:port or https://..., got the scheme {parsed.scheme!r}")
+        self.retries = retries
+        self._base = parsed
+        # A redirect would carry the text to a server that nobody named.
+        self._client = httpx2.Client(headers=dict(headers or {}), timeout=timeout, follow_redirects=False)
+
+    def post(self, path: str, body: Mapping[str, Any], limit: int) -> dict[str, Any]:
+        """The JSON object that the server answers.
+
+        Args:
+            path: below the address, from `/`.
+            body: JSON-able.
+            limit: bytes of reply that are read at most.
+        Raises:
+            EngineError: no answer, another status than 200, too much of it, or no JSON object.
+        """
+        import httpx2
+
+        target = self._base.copy_with(path=self._base.path.rstrip("/") + path)
+        # Without user, password and query.
+        where = f"{target.scheme}://{target.netloc.decode()}{target.path}"
+        wait, problem = 0.0, ""
+        cause: Exception | None = None
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(wait)
+            wait = _FIRST_WAIT_S * 2**attempt
+            try:
+                with self._client.stream("POST", target, json=body) as reply:
+                    if reply.status_code in _BUSY:
+                        wait = _asked_wait(reply.headers.get("retry-after"), wait)
+                        problem, cause = f"answered {reply.status_code}, busy", None
+                        continue
+                    _check_status(where, reply.status_code)
+                    return _parse(where, _read(where, reply, limit))
+            except httpx2.TimeoutException as error:
+                if not isinstance(error, httpx2.ConnectTimeout):
+                    raise EngineError(
+                        f"{where} took longer than the timeout. Raise timeout=, or send fewer items at once (batch_size=)."
+                    ) from error
+                problem, cause = "did not take the connection in time", error
+            except (httpx2.NetworkError, httpx2.RemoteProtocolError) as error:
+                # Scoring changes nothing on the server, so a request whose answer was lost may be sent again.
+                problem, cause = f"could not be reached or hung up ({type(error).__name__})", error
+            except httpx2.HTTPError as error:
+                raise EngineError(
+                    f"{where} could not be asked, or its answer not be read ({type(error).__name__})"
+                ) from error
+        raise EngineError(f"{where} {problem}; {self.retries + 1} tries. Is the engine running there?") from cause
+
+    def close(self) -> None:
+        """Close the connections; a second call does nothing."""
+        self._client.close()
+
+
+def number_rows(value: Any, n: int, name: str) -> NDArray[np.float64]:
+    """n rows of numbers of one length, (n, m) float64; null is NaN, which is flagged.
+
+    Raises:
+        EngineError: another count, ragged rows, or what is no number.
+    """
+    if not isinstance(value, list) or len(value) != n:
+        found = f"{len(value)} rows" if isinstance(value, list) else type(value).__name__
+        raise EngineError(f"{name}: {n} items were sent, the reply has {found}")
+    if any(not isinstance(row, list) for row in value) or len({len(row) for row in value}) != 1 or not value[0]:
+        raise EngineError(f"{name}: expected one list of numbers per item, all of one length")
+    if any(type(v) not in (float, int) and v is not None for row in value for v in row):
+        raise EngineError(f"{name}: holds something that is no number")
+    try:
+        return np.array(value, dtype=np.float64)
+    except OverflowError as error:
+        raise EngineError(f"{name}: holds an integer too large for a float") from error
+
+
+def _asked_wait(retry_after: str | None, wait: float) -> float:
+    """Seconds the server asks for, where it gives a number, but never endlessly."""
+    asked = float(retry_after) if retry_after is not None and retry_after.isdecimal() else wait
+    return min(asked, _LONGEST_WAIT_S)
+
+
+def _check_status(where: str, status: int) -> None:
+    if status == 200:
+        return
+    hints = {
+        3: "It redirects elsewhere, and nothing was sent there: pass the final address as url.",
+        4: "The engine refuses the request: its own log says why. 404: another engine, or url holds a path; 401, 403: "
+        "pass headers=.",
+        5: "The engine failed on it: its own log says why.",
+    }
+    raise EngineError(f"{where} answered {status}. {hints.get(status // 100, 'Expected 200.')}")
+
+
+def _read(where: str, reply: Any, limit: int) -> bytes:
+    parts, size = [], 0
+    for part in reply.iter_bytes():
+        size += len(part)
+        if size > limit:
+            raise EngineError(
+                f"{where} answered more than the {limit} bytes that a reply of this many items can take: is it another "
+                "model, or another program?"
+            )
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _parse(where: str, data: bytes) -> dict[str, Any]:
+    try:
+        # NaN and Infinity, which some servers write, are kept: the item is then flagged.
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise EngineError(f"{where} answered 200 with {len(data)} bytes that are not JSON") from error
+    if not isinstance(value, dict):
+        raise EngineError(f"{where} answered a JSON {type(value).__name__}, expected an object")
+    return value
