@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rm_ood import GuardConfig, InputError, MismatchError
+from rm_ood.identity import Identity
 from rm_ood.integrations.read_out import RewardHead, read_head
 
 WIDTH = 16
