@@ -77,7 +77,8 @@ def test_the_difference_is_that_of_the_texts_themselves(decoder_tokenizer: Any, 
     # Text that brings its end token is the same both ways.
     assert grpo_difference(ended, items(("What is it?", " A river.<|im_end|>"))) is None
     long = items(("word " * 5_000, " word" * 5_000))
-    assert "ends it with" in str(grpo_difference(TextEncoder(decoder_tokenizer, "plain", append_eos=True), long))
+    short = TextEncoder(decoder_tokenizer, "plain", append_eos=True, max_length=512)
+    assert "ends it with" in str(grpo_difference(short, long))
     assert "begins it with [CLS], ends it with [SEP]" in str(grpo_difference(TextEncoder(minilm[1], "plain"), PAIRS))
     assert grpo_difference(ended, []) is None
 

@@ -387,6 +387,16 @@ def test_gemma_names_the_role_that_it_refuses(setups: dict[str, Setup]) -> None:
     assert "secret" not in str(error.value)
 
 
+def test_a_refusal_that_names_roles_or_fields_is_not_passed_on(decoder_tokenizer: Any) -> None:
+    setup = Setup(decoder_tokenizer, "{{ raise_exception('no ' + messages[0].role + (messages[0].name or '')) }}")
+    for message in (turn("a secret role", "Hi."), turn("user", "Hi.", name="a secret name")):
+        with pytest.raises(InputError, match=r"response \(TemplateError\)\.") as error:
+            setup.encode([message], RESPONSE)
+        assert "secret" not in str(error.value)
+    with pytest.raises(InputError, match=r"response \(TemplateError: no user\)\."):
+        setup.encode([turn("user", "a secret text")], RESPONSE)
+
+
 # -- tools
 
 
