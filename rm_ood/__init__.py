@@ -36,6 +36,8 @@ from rm_ood.errors import (
 from rm_ood.guard import OODGuard
 from rm_ood.moments import ClassMoments
 from rm_ood.readers import RewardReader, register_reader
+from rm_ood.recalibration import Recalibration
+from rm_ood.turns import TurnScore
 
 try:
     __version__ = version("rm_ood")
@@ -69,9 +71,11 @@ __all__ = [
     "OODGuard",
     "OODGuardError",
     "OODGuardWarning",
+    "Recalibration",
     "RewardReader",
     "SaveError",
     "TokenisationWarning",
+    "TurnScore",
     "__version__",
     "register_reader",
 ]

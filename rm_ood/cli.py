@@ -1,4 +1,4 @@
-"""The command line: `rm-ood demo | fit | calibrate | check | report`.
+"""The command line: `rm-ood demo | fit | calibrate | check | doctor | report`.
 
 Results go to stdout (`--json`: one object), progress to stderr. Exit codes: 0 done, 1 bad input, 2 usage, 3 the guard and
 the model do not belong together.
@@ -117,6 +117,36 @@ def _report(a: argparse.Namespace) -> dict[str, Any]:
     return {"json": card.to_dict(), "text": f"{card}" + (f"\nPage in {a.html}" if a.html else "")}
 
 
+def _doctor(a: argparse.Namespace) -> dict[str, Any]:
+    from rm_ood.doctor import plant
+    from rm_ood.preferences import RowReader
+    from rm_ood.rows import iter_rows
+
+    guard = _load(a)
+    items = groups = None
+    if a.data is not None:
+        column = guard.config.groups if guard.config.groups not in (None, "length") else None
+        reader = RowReader(require_labels=False, group_column=column, allow_empty=guard.config.allow_empty)
+        read = [reader.items(row, number)[0] for number, row in enumerate(iter_rows(_dataset(a.data, a.split)))]
+        items = [(item.prompt, item.response) for item in read]
+        groups = None if column is None else [str(item.group) for item in read]
+    findings = plant(guard, items, groups=groups, seed=a.seed, progress=a.progress)
+    identity = guard.state.identity
+    tiers = {
+        "config": "same",
+        "weights": "not recorded" if identity.weights is None else f"same in {len(identity.weights.values)} parameters",
+        "canaries": "not recorded" if identity.canaries is None else "same",
+        "allowed": list(guard.state.overrides),
+    }
+    if a.record:
+        guard.annotate(doctor=findings.to_dict()).save_pretrained(a.guard, overwrite=True)
+    lines = ["Is this the reward model that the guard was fitted on?"]
+    lines += [f"  {name}: {value}" for name, value in tiers.items() if value]
+    lines += ["", "What does it catch?", str(findings)]
+    lines += [f"Recorded in {a.guard}: rm-ood report shows it"] if a.record else []
+    return {"json": {"identity": tiers, **findings.to_dict()}, "text": "\n".join(lines)}
+
+
 def _check_target(folder: Path, overwrite: bool) -> None:
     """Say before hours of fitting that its result could not be saved."""
     from rm_ood.artifact import GUARD_FILE
@@ -222,6 +252,21 @@ def _parser() -> argparse.ArgumentParser:
     _guard_arguments(check)
     _data_arguments(check, "rows with prompt and response, or preference rows (two verdicts each)")
     check.add_argument("--output", required=True, metavar="OUT", help="JSON Lines file (.gz compresses), - for stdout")
+
+    doctor = _command(
+        commands, "doctor", _doctor, "does this guard still work here: fingerprint, canaries, planted shifts",
+        """
+        rm-ood doctor --guard guard --model my-reward-model
+        rm-ood doctor --guard guard --model my-reward-model --data fresh-traffic.jsonl --record
+        """,
+    )  # fmt: skip
+    _guard_arguments(doctor)
+    doctor.add_argument(
+        "--data", metavar="PATH|ID", help="clean rows to plant shifts in (default: everyday English that comes along)"
+    )
+    doctor.add_argument("--split", default="train", help="split of a Hub data set (default: %(default)s)")
+    doctor.add_argument("--seed", type=int, default=0, help="of the draw and the noise (default: %(default)s)")
+    doctor.add_argument("--record", action="store_true", help="keep the findings in the guard, for its card")
 
     report = _command(
         commands, "report", _report, "the guard card: what it was fitted on, and what it promises",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import numbers
 import threading
 import warnings
@@ -30,13 +31,15 @@ from rm_ood.embed import Embedded, Embedder, embedded, merge, needed_channels
 from rm_ood.errors import CalibrationWarning, InputError, MismatchError, NotFittedError
 from rm_ood.fit import Fitter, check_overlap, warn_if_shifted
 from rm_ood.identity import TIERS, Canaries, Identity
+from rm_ood.inputs import Notes, read_inputs
 from rm_ood.outputs import Observation, with_verdicts
 from rm_ood.recalibration import RECALIBRATED, Recalibration, judge, scaled
 from rm_ood.reward_model import eval_mode
 from rm_ood.skew import EndsCheck
-from rm_ood.spans import Spans, spans_of_inputs
+from rm_ood.spans import Spans
 from rm_ood.state import ChannelScores, FittedState
 from rm_ood.traffic import TrafficCheck
+from rm_ood.turns import TurnScore, score_turns
 
 # Items encoded ahead, so that batches hold items of like length.
 _WINDOW_BATCHES = 32
@@ -297,6 +300,36 @@ class OODGuard:
         self._watch(decisions)
         return decisions
 
+    def turn_scores(
+        self,
+        prompt: Any,
+        response: Any,
+        *,
+        tools: Any = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[TurnScore]:
+        """Which turn of a dialogue is off: the channel `final` at every turn's end, from one forward of the whole.
+
+        Only for models whose head reads every token (decoders). An assistant turn is ranked among the calibration responses;
+        several turns are several tests, so among many clean turns some fall below alpha.
+
+        Args:
+            prompt: messages (or a `Dialogue`, or one string, which is one user turn).
+            response: the last assistant turn, a string or a message.
+            tools, chat_template_kwargs: as in `check`.
+        Returns:
+            One entry per message, the response last.
+        Raises:
+            NotFittedError: the guard is not fitted or not calibrated.
+            InputError: plain text or text pairs, an encoder, or several items.
+        """
+        state, column = self._fitted(), self._model_column()
+        call = read_call(prompt, response, self.config, tools=tools, template_kwargs=chat_template_kwargs)
+        if not call.is_single:
+            raise InputError("turn_scores takes one dialogue: messages and one response")
+        text, (words, answer) = column.text(state.config.text_format), call.items[0]
+        return score_turns(state, column, text.encode(words, answer, "dialogue"))
+
     def check_embeddings(
         self,
         embeddings: Any,
@@ -343,10 +376,9 @@ class OODGuard:
             InputError: the spans cannot be told, or the guard takes a prompt-only pass.
         """
         state, column = self._fitted(), self._model_column()
-        spans = self._spans(state, inputs, prompt_end, prompt_mask, response_mask)
+        spans, notes = self._read_inputs(inputs, prompt_end, prompt_mask, response_mask)
         with eval_mode(column.model, switch=self.config.eval_mode == "switch"):
             outputs, captured = column.capture.forward(inputs, spans)
-        notes = self._notes(state, inputs, prompt_mask is not None and response_mask is not None)
         return with_verdicts(outputs, self._decide(state, captured, spans, notes, groups))
 
     @contextmanager
@@ -374,8 +406,7 @@ class OODGuard:
             CaptureError: after the block, if what was called did not pass the hooks.
         """
         state, column = self._fitted(), self._model_column()
-        spans = self._spans(state, inputs, prompt_end, prompt_mask, response_mask)
-        notes = self._notes(state, inputs, prompt_mask is not None and response_mask is not None)
+        spans, notes = self._read_inputs(inputs, prompt_end, prompt_mask, response_mask)
         with eval_mode(column.model, switch=False), column.capture.listen(inputs, spans) as request:
 
             def decide(rewards: Tensor | None) -> Decisions:
@@ -385,43 +416,22 @@ class OODGuard:
 
             yield Observation(decide)
 
-    def _spans(
+    def _read_inputs(
         self,
-        state: FittedState,
         inputs: Mapping[str, Any],
         prompt_end: Tensor | None,
         prompt_mask: Tensor | None,
         response_mask: Tensor | None,
-    ) -> Spans:
-        """Where prompt and response are in ready-made inputs."""
-        needs_prompt = any(Channel.parse(name).axis == "prompt" for name in state.config.joined)
-        if self.config.prompt_pass and needs_prompt:
-            raise InputError(
-                "this guard judges prompts in a forward of their own (prompt_pass=True), which a batch of ready-made inputs "
-                "cannot give: use check(prompt, response)"
-            )
-        spans = spans_of_inputs(self._model_column().tokenizer, inputs, prompt_end, prompt_mask, response_mask)
-        if spans.prompt_end is None and spans.prompt_mask is None and needs_prompt:
-            raise InputError(
-                "this guard judges prompts: pass prompt_end=, (B,), the column of the last token before each response (encode() "
-                "gives it), or fit the guard with channels of the response only"
-            )
-        return spans
-
-    def _notes(self, state: FittedState, inputs: Mapping[str, Any], masks_given: bool) -> list[tuple[str, ...]]:
-        """What the reader of the verdicts should know of ready-made inputs, row by row."""
-        ids = inputs["input_ids"]
-        note = ("approximate_spans",) if not masks_given and state.config.text_format == "chat" else ()
-        if self._ends is None:
-            return [note] * len(ids)
-        return [(*note, *more) for more in self._ends.inputs(ids, inputs.get("attention_mask"))]
+    ) -> tuple[Spans, Notes]:
+        config, tokenizer = self._fitted().config, self._model_column().tokenizer
+        return read_inputs(config, tokenizer, self._ends, inputs, prompt_end, prompt_mask, response_mask)
 
     def _decide(
         self,
         state: FittedState,
         captured: Captured,
         spans: Spans,
-        notes: list[tuple[str, ...]],
+        notes: Notes,
         groups: Sequence[str] | None,
     ) -> Decisions:
         n = len(captured.rewards)
@@ -532,6 +542,12 @@ class OODGuard:
     def report(self) -> GuardCard:
         """The guard card: what it was fitted and calibrated on, and what it promises."""
         return GuardCard.of(self._fitted())
+
+    def annotate(self, **notes: Any) -> Self:
+        """Keep JSON-able findings with the guard (the doctor's, as `doctor=`), for its card and its saved form."""
+        state = self._fitted()
+        self._swap(replace(state, record={**state.record, **json.loads(json.dumps(notes))}))
+        return self
 
     def attach(self) -> Self:
         """Put the hooks back after `detach`."""

@@ -34,7 +34,7 @@ def load_reward_model(
         FileNotFoundError: `model_id` looks like a path and does not exist.
         InputError: the checkpoint has no reward head.
     """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise InputError(f"dtype={dtype!r}: expected 'auto' or the name of a torch dtype such as 'bfloat16'")
@@ -47,10 +47,23 @@ def load_reward_model(
     if not is_folder and model_id.startswith((".", "/", "~")):
         raise FileNotFoundError(f"no reward model folder at {model_id}")
     options = {"trust_remote_code": trust_remote_code, "local_files_only": is_folder}
-    tokenizer = AutoTokenizer.from_pretrained(model_id, **options)
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        model_id, dtype=dtype, output_loading_info=True, use_safetensors=True, **options
-    )
+    try:
+        config = AutoConfig.from_pretrained(model_id, **options)
+        tokenizer = AutoTokenizer.from_pretrained(model_id, **options)
+        # Some reward models of other authors are registered under AutoModel only.
+        classes = getattr(config, "auto_map", None) or {}
+        is_bare = "AutoModel" in classes and "AutoModelForSequenceClassification" not in classes
+        loader = AutoModel if is_bare else AutoModelForSequenceClassification
+        model, info = loader.from_pretrained(
+            model_id, dtype=dtype, output_loading_info=True, use_safetensors=True, **options
+        )
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise InputError(
+            f"{model_id}: its repository ships code of its own, which is run only on your word: read it, then pass "
+            "trust_remote_code=True (--trust-remote-code)"
+        ) from error
     missing = sorted(info["missing_keys"])
     if missing:
         # transformers fills such weights at random: rewards would be noise.

@@ -78,7 +78,7 @@ class EndsCheck:
         # Where EOS pads too, an end token without a mask looks like padding.
         is_known = attention_mask is not None or pad != eos
         notes = [self._note(ids[0], ids[-1] if is_known else None) if ids else None for ids in rows]
-        return self._reasons(notes, [is_doubled(ids, self._first) for ids in rows], stacklevel=4)
+        return self._reasons(notes, [is_doubled(ids, self._first) for ids in rows], stacklevel=6)
 
     def _reasons(self, notes: list[str | None], doubled: list[bool], *, stacklevel: int) -> list[tuple[str, ...]]:
         said = [note for note in notes if note is not None]

@@ -82,8 +82,9 @@ class FittedState:
         return (*self.detectors, REWARD)
 
     def with_table(self, table: CalibrationTable, record: Mapping[str, Any]) -> FittedState:
-        """The same fit with another calibration."""
-        return replace(self, table=table, record={**self.record, **record}, _profiles={})
+        """The same fit with another calibration. What the doctor found of the old one goes."""
+        kept = {name: value for name, value in self.record.items() if name != "doctor"}
+        return replace(self, table=table, record={**kept, **record}, _profiles={})
 
     def with_settings(self, changes: Mapping[str, Any]) -> FittedState:
         """The same fit and calibration under other settings of the verdict (channels, alpha, confidence).
@@ -95,7 +96,8 @@ class FittedState:
         lacking = [name for name in config.joined if name not in self.channel_names]
         if lacking:
             raise InputError(f"channels {lacking} were not fitted; this guard has {list(self.channel_names)}")
-        return replace(self, config=config, _profiles={})
+        record = {name: value for name, value in self.record.items() if name != "doctor"}
+        return replace(self, config=config, record=record, _profiles={})
 
     def restricted(self, channels: Collection[str]) -> FittedState:
         """The state without the detectors of other channels: what a guard loaded with fewer channels can calibrate anew."""

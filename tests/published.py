@@ -72,8 +72,8 @@ class Gating(nn.Module):
         return torch.softmax(self.layers[1](torch.relu(self.layers[0](x))), 1)
 
 
-# SmolLM2's own opening of an assistant turn: <|im_start|>assistant\n
-PATTERN = [1, 520, 9531, 198]
+# SmolLM2's own opening of an assistant turn: <|im_start|>assistant
+PATTERN = [1, 520, 9531]
 
 
 def find_gate(ids: list[int]) -> int:

@@ -17,6 +17,7 @@ from scipy import stats
 from rm_ood import OODGuard
 from rm_ood.card import GuardCard
 from rm_ood.doctor import plant
+from rm_ood.identity import Identity
 from rm_ood.power import share_interval
 from rm_ood.state import FittedState
 
@@ -163,7 +164,7 @@ def test_a_guard_for_vectors_only_has_the_same_card(guard: OODGuard, tmp_path: A
 def test_a_record_of_an_older_version_still_reports(state: FittedState) -> None:
     values = whole(GuardCard.of(replace(state, record={k: v for k, v in state.record.items() if k != "doctor"})))
     assert values["doctor"] is None
-    bare = GuardCard.of(replace(state, record={}, fingerprint={}))
+    bare = GuardCard.of(replace(state, record={}, identity=Identity({})))
     assert "Guard on vectors" in str(bare)
     assert "vectors of unknown origin" in bare.to_html()
     assert json.dumps(bare.to_dict(), allow_nan=False)
@@ -248,12 +249,12 @@ def test_the_page_has_its_sections_and_header_cells(state: FittedState) -> None:
     assert parsed.tags.count("svg") == 1 + len(GuardCard.of(state).values["calibration"]["by_length"])
     assert "rank k =" in parsed.words
     assert "prefers-color-scheme:dark" in parsed.words
-    assert state.fingerprint["tokenizer"] in parsed.words
+    assert state.identity.fields["tokenizer"] in parsed.words
 
 
 def test_names_that_others_chose_are_escaped(state: FittedState) -> None:
     odd = {"architecture": "<script>alert(1)</script>", "tokenizer": "a\"b'c"}
     record = {**state.record, "notes": ["<img src=x>"]}
-    page = GuardCard.of(replace(state, fingerprint=odd, record=record)).to_html()
+    page = GuardCard.of(replace(state, identity=Identity(odd), record=record)).to_html()
     assert not {"script", "img"} & set(Page(page).tags)
     assert "&lt;script&gt;" in page

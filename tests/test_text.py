@@ -534,13 +534,14 @@ def test_the_contract_holds_what_changes_the_ids(decoder: Setup) -> None:
     base = decoder.encoder("plain", max_length=9).contract()
     assert base == {
         "format": "plain", "max_length": 9, "on_too_long": "flag", "split_special_tokens": False, "append_eos": False,
-        "special_tokens": True,
+        "special_tokens": True, "suffix": [],
     }  # fmt: skip
     for options in (
         {"max_length": 8},
         {"split_special_tokens": True},
         {"append_eos": True},
         {"special_tokens": False},
+        {"suffix": (7,)},
         {"on_too_long": "error"},
     ):
         assert decoder.encoder("plain", **{"max_length": 9, **options}).contract() != base

@@ -138,6 +138,7 @@ def test_four_threads_through_one_compiled_model(way: str, shallow: Any) -> None
         assert_same(decisions, eager)
 
 
+@pytest.mark.filterwarnings("ignore::rm_ood.TokenisationWarning")
 @row("compile-T5")
 def test_t5_under_compile(way: str, decoder_tokenizer: Any) -> None:
     tokenizer = copy.deepcopy(decoder_tokenizer)

@@ -278,7 +278,8 @@ def _check_servable(state: FittedState) -> None:
 
 def _rule(state: FittedState) -> str:
     """The read-out rule that the fitted model went by, its class' own where the settings left it open."""
-    return state.identity.fields.get("read_out", state.config.read_out)
+    own = state.config.read_out
+    return state.identity.fields.get("read_out", own) if own == "auto" else own
 
 
 def _cut_id(state: FittedState, tokenizer: Any, pad_id: int | None) -> int | None:

@@ -28,7 +28,10 @@ from rm_ood.integrations import transport
 from rm_ood.integrations.engines import SGLangScorer, VLLMScorer
 from rm_ood.integrations.vllm_plugin import GuardedClassifier
 
-pytestmark = pytest.mark.filterwarnings("ignore::rm_ood.CalibrationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::rm_ood.CalibrationWarning"),
+    pytest.mark.filterwarnings("ignore::rm_ood.TokenisationWarning"),
+]
 
 MESSAGES = [{"role": "user", "content": "name a river"}, {"role": "assistant", "content": "the Elbe"}]
 REPLIES = {"sglang": "/v1/score", "vllm": "/classify"}
