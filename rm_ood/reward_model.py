@@ -53,6 +53,8 @@ def load_reward_model(
         # Some reward models of other authors are registered under AutoModel only.
         classes = getattr(config, "auto_map", None) or {}
         is_bare = "AutoModel" in classes and "AutoModelForSequenceClassification" not in classes
+        if is_bare and not trust_remote_code:
+            raise InputError(f"{model_id}: {_OWN_CODE}")
         loader = AutoModel if is_bare else AutoModelForSequenceClassification
         model, info = loader.from_pretrained(
             model_id, dtype=dtype, output_loading_info=True, use_safetensors=True, **options
@@ -60,18 +62,22 @@ def load_reward_model(
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
-        raise InputError(
-            f"{model_id}: its repository ships code of its own, which is run only on your word: read it, then pass "
-            "trust_remote_code=True (--trust-remote-code)"
-        ) from error
+        raise InputError(f"{model_id}: {_OWN_CODE}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         # transformers fills such weights at random: rewards would be noise.
         raise InputError(
             f"{model_id}: the checkpoint lacks {len(missing)} weights of {type(model).__name__} (first: {missing[:3]}). "
             "It is not a trained reward model of this class; load it yourself and pass the model to OODGuard."
+            + (f" Or {_OWN_CODE}" if classes and not trust_remote_code else "")
         )
     return model.to(device).eval(), tokenizer
+
+
+_OWN_CODE = (
+    "its repository ships code of its own, which is run only on your word: read it, then pass trust_remote_code=True "
+    "(--trust-remote-code)"
+)
 
 
 def text_config(model: Any) -> Any:

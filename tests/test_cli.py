@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -18,7 +20,7 @@ from conftest import _WORDS, preference_rows
 from rm_ood import OODGuard
 from rm_ood.cli import main
 
-COMMANDS = ("demo", "fit", "calibrate", "check", "report")
+COMMANDS = ("demo", "fit", "calibrate", "check", "doctor", "report")
 
 
 @pytest.fixture(scope="module")
@@ -350,3 +352,61 @@ def test_equal_responses_are_checked_all_the_same(place: Path, tmp_path: Path) -
     data = write(tmp_path / "in.jsonl", [{"prompt": "a question", "chosen": "same", "rejected": "same"}])
     assert check(place, data, tmp_path / "out.jsonl", "--no-progress") == 0
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+
+
+# -- the doctor
+
+
+def doctor(place: Path, *more: object, guard: Path | None = None, model: str = "model") -> int:
+    return run(
+        "doctor",
+        "--guard",
+        guard or place / "guard",
+        "--model",
+        place / model,
+        "--device",
+        "cpu",
+        "--no-progress",
+        *more,
+    )
+
+
+def test_doctor_says_who_the_model_is_and_what_is_caught(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor(place, "--data", place / "pairs.jsonl") == 0
+    text = capsys.readouterr().out
+    assert "config: same" in text
+    assert re.search(r"weights: same in \d+ parameters", text)
+    assert "canaries: same" in text
+    for shift in ("other script", "shuffled words", "code", "one word repeated", "empty response"):
+        assert shift in text
+    assert "caught: " in text
+    assert "blind to: " in text
+
+
+def test_doctor_records_its_findings_for_the_card(place: Path, tmp_path: Path, capsys: Any) -> None:
+    guard = tmp_path / "guard"
+    shutil.copytree(place / "guard", guard)
+    assert doctor(place, "--json", "--record", guard=guard) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["identity"]["canaries"] == "same"
+    assert {row["name"] for row in found["shifts"]} >= {"other script", "empty response"} or not found["shifts"]
+    assert run("report", "--guard", guard, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["doctor"]["alpha"] == 0.05
+    # Without --record the guard stays as it was.
+    assert run("report", "--guard", place / "guard", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["doctor"] is None
+
+
+def test_doctor_exits_3_when_a_canary_fails(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    assert doctor(place) == 0
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: 1.01 * forward(self, x))
+    capsys.readouterr()
+    assert doctor(place) == 3
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "fingerprint tier 2): canaries: they differ in" in captured.err

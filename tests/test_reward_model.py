@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig
 
 from rm_ood.errors import InputError, MismatchError
 from rm_ood.reward_model import (
@@ -54,6 +56,51 @@ def test_a_checkpoint_without_a_reward_head_is_refused(tmp_path: Path, tiny_deco
         InputError, match=r"lacks 1 weights of LlamaForSequenceClassification \(first: \['score.weight'\]\)"
     ):
         load_reward_model(folder)
+
+
+REMOTE = """
+import torch
+from torch import nn
+from transformers import LlamaModel, LlamaPreTrainedModel
+
+
+class ShippedRewardModel(LlamaPreTrainedModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = LlamaModel(config)
+        self.v_head = nn.Linear(config.hidden_size, 1, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None):
+        value = self.v_head(self.model(input_ids, attention_mask=attention_mask)[0])[:, :, 0]
+        last = attention_mask.cumsum(1).argmax(1)
+        return value[torch.arange(len(value)), last]
+"""
+
+
+@pytest.mark.parametrize("auto_class", ["AutoModel", "AutoModelForSequenceClassification"])
+def test_code_of_a_repository_runs_only_on_the_callers_word(
+    auto_class: str, tmp_path: Path, decoder_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    scope: dict[str, Any] = {}
+    exec(REMOTE, scope)
+    torch.manual_seed(0)
+    model = scope["ShippedRewardModel"](LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+                                                    num_attention_heads=2, vocab_size=49152, pad_token_id=0))  # fmt: skip
+    folder = tmp_path / "shipped"
+    model.save_pretrained(folder)
+    decoder_tokenizer.save_pretrained(folder)
+    (folder / "modeling_shipped.py").write_text(REMOTE)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {auto_class: "modeling_shipped.ShippedRewardModel"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"ships code of its own, .* trust_remote_code=True"):
+        load_reward_model(str(folder), device="cpu")
+    loaded, _ = load_reward_model(str(folder), device="cpu", trust_remote_code=True)
+    assert type(loaded).__name__ == "ShippedRewardModel"
+    torch.testing.assert_close(loaded.v_head.weight, model.v_head.weight, rtol=0, atol=0)
+    assert find_head(loaded)[0] == "v_head"
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./none", "~/none"])
