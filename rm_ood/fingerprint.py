@@ -212,18 +212,14 @@ def _coarser(one: str, other: str) -> torch.dtype | None:
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters under their plain names, each loaded while it is looked at; tied ones once."""
-    seen: set[int] = set()
+    """Parameters under their plain names, each loaded while it is looked at; tied ones under each name."""
     for prefix, module in model.named_modules():
         own = [name for name, _ in module.named_parameters(recurse=False)]
         if not own:
             continue
         with in_memory(module, recurse=False):
             for name in own:
-                parameter = getattr(module, name)
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    yield plain_path(f"{prefix}.{name}" if prefix else name), parameter
+                yield plain_path(f"{prefix}.{name}" if prefix else name), getattr(module, name)
 
 
 def _tokenizer_state(tokenizer: Any) -> bytes:

@@ -430,6 +430,14 @@ def test_backbone_and_head_called_by_hand(way: str, tiny_decoder: Any, eager: De
         pass
 
 
+@row("eight-threads")
+def test_eight_threads_through_one_guard(way: str, tiny_decoder: Any, eager: Decisions) -> None:
+    guard = fitted(*tiny_decoder)
+    with ThreadPoolExecutor(8) as pool:
+        for decisions in pool.map(lambda _: verdicts(guard), range(24)):
+            assert_same(decisions, eager)
+
+
 # -- parallel
 
 
@@ -453,7 +461,7 @@ def test_zero_3_is_refused_by_name(way: str, tiny_decoder: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", "tensor-parallel"])
-@row("two-processes-gloo")
+@row("two gloo processes: DDP, FSDP2, tensor parallel")
 def test_two_processes(way: str, kind: str, tmp_path: Path) -> None:
     script = Path(__file__).with_name("two_processes.py")
     run = subprocess.run(
