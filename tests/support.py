@@ -70,7 +70,7 @@ def _engines() -> list[str]:
     return [
         "| SGLang (`/v1/score`), vLLM (`/classify`): clients and plugin registration | final vectors, or distances | recorded |",
         "| vLLM plugin's classifier | tensors on a CPU | tested live |",
-        "| vLLM and SGLang: start commands, prefix caching, hidden-state extraction | `rm_ood/integrations/README.md` | read only |",
+        "| vLLM, SGLang: start commands, prefix caching, hidden-state extraction | `rm_ood/integrations/README.md` | read only |",
     ]
 
 
