@@ -16,12 +16,10 @@ from tqdm.auto import tqdm
 
 from rm_ood.channels import Channel
 from rm_ood.errors import SaveError
-from rm_ood.fitting import windows
+from rm_ood.fitting import WINDOW_BATCHES, windows
 from rm_ood.guard import OODGuard
 from rm_ood.preferences import Item, RowReader
 from rm_ood.rows import dataset_length, iter_rows
-
-_WINDOW_BATCHES = 32
 
 
 def check_file(guard: OODGuard, dataset: Any, output: str, *, progress: bool = True) -> dict[str, Any]:
@@ -51,7 +49,7 @@ def check_file(guard: OODGuard, dataset: Any, output: str, *, progress: bool = T
         _replacing(output) as out,
         tqdm(total=dataset_length(dataset), desc="check", unit="row", disable=not progress) as bar,
     ):
-        for window in windows(_named_items(dataset, reader, bar), c.batch_size * _WINDOW_BATCHES):
+        for window in windows(_named_items(dataset, reader, bar), c.batch_size * WINDOW_BATCHES):
             items = [item for _, item in window]
             groups = None if column is None else [str(item.group) for item in items]
             # A message is one answer in a list of its own.

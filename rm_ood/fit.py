@@ -28,7 +28,7 @@ from rm_ood.errors import (
     NonFiniteError,
     TokenisationWarning,
 )
-from rm_ood.fitting import CalibrationReservoir, DuplicateSketch, FitMoments, Kept, KeySet, windows
+from rm_ood.fitting import WINDOW_BATCHES, CalibrationReservoir, DuplicateSketch, FitMoments, Kept, KeySet, windows
 from rm_ood.identity import Identity
 from rm_ood.preferences import (
     CHOSEN,
@@ -83,7 +83,7 @@ class Fitter:
         self.notes: list[str] = []
         self.counts = {"rows": 0, "items": 0, "fit_items": 0, "dropped": 0, "truncated": 0}
 
-    def run(self, dataset: Any, *, window: int, labelled: bool, progress: bool) -> None:
+    def run(self, dataset: Any, *, labelled: bool, progress: bool) -> None:
         """Read everything once.
 
         Raises:
@@ -100,7 +100,7 @@ class Fitter:
         started = time.monotonic()
         description = "fit" if self.share < 1 else "calibrate"
         with tqdm(total=dataset_length(dataset), desc=description, unit="row", disable=not progress) as bar:
-            for items in windows(self._items(dataset, reader), window):
+            for items in windows(self._items(dataset, reader), self.config.batch_size * WINDOW_BATCHES):
                 if text is None:
                     settled = resolve_format(
                         self.config.text_format, self.embedder.tokenizer, (i.prompt for i in items)

@@ -20,6 +20,8 @@ from rm_ood.channels import Channel
 from rm_ood.moments import ClassMoments
 from rm_ood.preferences import stable_hash
 
+# Batches of items encoded ahead, so that batches hold items of like length.
+WINDOW_BATCHES = 32
 _CHUNK = 65_536
 T = TypeVar("T")
 

@@ -29,20 +29,17 @@ from rm_ood.detectors.mahalanobis import MahalanobisDetector
 from rm_ood.dialogue import Dialogue, Response, Text
 from rm_ood.embed import Embedded, Embedder, embedded, merge, needed_channels
 from rm_ood.errors import CalibrationWarning, InputError, MismatchError, NotFittedError
-from rm_ood.fit import Fitter, check_overlap, warn_if_shifted
-from rm_ood.identity import TIERS, Canaries, Identity
+from rm_ood.fit import Fitter
+from rm_ood.identity import TIERS, Identity
 from rm_ood.inputs import Notes, read_inputs
 from rm_ood.outputs import Observation, with_verdicts
-from rm_ood.recalibration import RECALIBRATED, Recalibration, judge, scaled
+from rm_ood.recalibration import Recalibration, calibrated, recalibrated
 from rm_ood.reward_model import eval_mode
 from rm_ood.skew import EndsCheck
 from rm_ood.spans import Spans
 from rm_ood.state import ChannelScores, FittedState
 from rm_ood.traffic import TrafficCheck
 from rm_ood.turns import TurnScore, score_turns
-
-# Items encoded ahead, so that batches hold items of like length.
-_WINDOW_BATCHES = 32
 
 
 class OODGuard:
@@ -139,14 +136,14 @@ class OODGuard:
         if calibration is None or isinstance(calibration, bool) or not 0 <= share < 1:
             raise InputError(f"calibration={calibration!r}: expected a share of the prompts in [0, 1), or a dataset")
         fitter = Fitter(self._model_column(), self.config, share)
-        fitter.run(dataset, window=self.config.batch_size * _WINDOW_BATCHES, labelled=True, progress=progress)
+        fitter.run(dataset, labelled=True, progress=progress)
         state = fitter.state(Identity.of(self._model_column(), fitter.config))
         if share > 0:
             table, record = fitter.table(state)
             state = replace(state.with_table(table, record), heldout=table.scores)
             state.profile(self.config.joined)
         elif not is_share:
-            state = self._calibrated(state, calibration, progress)
+            state = calibrated(self._model_column(), state, calibration, progress=progress)
         self._swap(state.to(self._model_column().device))
         return self
 
@@ -165,7 +162,7 @@ class OODGuard:
             NotFittedError: before `fit`.
             CalibrationError: too few prompts, prompts that were fitted on, or NaN scores.
         """
-        self._swap(self._calibrated(self._bound(self._fitted()), dataset, progress))
+        self._swap(calibrated(self._model_column(), self._fitted(), dataset, progress=progress))
         return self
 
     def recalibrate(self, dataset: Any, *, progress: bool = True) -> Recalibration:
@@ -181,41 +178,10 @@ class OODGuard:
             NotFittedError: before `fit` and `calibrate`.
             CalibrationError: too few prompts, or prompts that were fitted on.
         """
-        state, column = self._fitted().restricted(needed_channels(self.config)), self._model_column()
-        state.profile(state.config.joined)
-        sample = self._sampled(state, dataset, progress)
-        found = Canaries.of(column, state.config.text_format)
-        report = judge(state, sample.table(state)[0], state.identity.canaries, found)
-        if report.status == RECALIBRATED:
-            rewards = np.array([kept.reward for kept in sample.reservoir.items()])
-            moved = self._bound(scaled(state, report.scale, rewards))
-            table, record = sample.table(moved)
-            new = replace(moved.with_table(table, {**record, "recalibration": report.to_dict()}), heldout=table.scores)
-            new.profile(state.config.joined)
-            self._swap(new.to(column.device))
+        report, state = recalibrated(self._model_column(), self._fitted(), dataset, progress=progress)
+        if state is not None:
+            self._swap(state.to(self._model_column().device))
         return report
-
-    def _bound(self, state: FittedState) -> FittedState:
-        """The state bound to the model at hand: new thresholds hold for it, whatever it was allowed to differ in."""
-        state = state.restricted(needed_channels(state.config))
-        if not state.overrides:
-            return state
-        return replace(state, identity=Identity.of(self._model_column(), state.config), overrides=(), _profiles={})
-
-    def _sampled(self, state: FittedState, dataset: Any, progress: bool) -> Fitter:
-        """Trusted data through the model; none of their prompts was fitted on."""
-        fitter = Fitter(self._model_column(), state.config, 1.0)
-        fitter.run(dataset, window=self.config.batch_size * _WINDOW_BATCHES, labelled=False, progress=progress)
-        check_overlap(fitter.reservoir, state.fit_keys)
-        return fitter
-
-    def _calibrated(self, state: FittedState, dataset: Any, progress: bool) -> FittedState:
-        table, record = self._sampled(state, dataset, progress).table(state)
-        new = state.with_table(table, record)
-        new.profile(state.config.joined)
-        if state.heldout is not None:
-            warn_if_shifted(state.heldout, table.scores, table.channels, state.config.joined)
-        return new
 
     # -- verdicts
 

@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from rm_ood.calibration import CalibrationTable
-from rm_ood.identity import Canaries
+from rm_ood.embed import Embedder, needed_channels
+from rm_ood.fit import Fitter, check_overlap, warn_if_shifted
+from rm_ood.identity import Canaries, Identity
 from rm_ood.state import FittedState
 
 PASS, RECALIBRATED, REFIT = "pass", "recalibrated", "refit needed"
@@ -88,6 +90,52 @@ def scaled(state: FittedState, scale: Mapping[str, float], rewards: NDArray[np.f
     }
     spread = float(rewards.std(ddof=1))
     return replace(state, detectors=detectors, reward_mean=float(rewards.mean()), reward_sd=spread, _profiles={})
+
+
+def calibrated(column: Embedder, state: FittedState, dataset: Any, *, progress: bool) -> FittedState:
+    """The fit with another calibration, bound to the model at hand (see `OODGuard.calibrate`)."""
+    bound = _bound(column, state)
+    table, record = _sampled(column, bound, dataset, progress).table(bound)
+    new = bound.with_table(table, record)
+    new.profile(new.config.joined)
+    if new.heldout is not None:
+        warn_if_shifted(new.heldout, table.scores, table.channels, new.config.joined)
+    return new
+
+
+def recalibrated(
+    column: Embedder, state: FittedState, dataset: Any, *, progress: bool
+) -> tuple[Recalibration, FittedState | None]:
+    """What `OODGuard.recalibrate` says, and the state to go on with; None where nothing changes."""
+    state = state.restricted(needed_channels(state.config))
+    state.profile(state.config.joined)
+    sample = _sampled(column, state, dataset, progress)
+    found = Canaries.of(column, state.config.text_format)
+    report = judge(state, sample.table(state)[0], state.identity.canaries, found)
+    if report.status != RECALIBRATED:
+        return report, None
+    rewards = np.array([kept.reward for kept in sample.reservoir.items()])
+    moved = _bound(column, scaled(state, report.scale, rewards))
+    table, record = sample.table(moved)
+    new = replace(moved.with_table(table, {**record, "recalibration": report.to_dict()}), heldout=table.scores)
+    new.profile(new.config.joined)
+    return report, new
+
+
+def _bound(column: Embedder, state: FittedState) -> FittedState:
+    """The state bound to the model at hand: new thresholds hold for it, whatever it was allowed to differ in."""
+    state = state.restricted(needed_channels(state.config))
+    if not state.overrides:
+        return state
+    return replace(state, identity=Identity.of(column, state.config), overrides=(), _profiles={})
+
+
+def _sampled(column: Embedder, state: FittedState, dataset: Any, progress: bool) -> Fitter:
+    """Trusted data through the model; none of their prompts was fitted on."""
+    fitter = Fitter(column, state.config, 1.0)
+    fitter.run(dataset, labelled=False, progress=progress)
+    check_overlap(fitter.reservoir, state.fit_keys)
+    return fitter
 
 
 def judge(state: FittedState, table: CalibrationTable, saved: Canaries | None, found: Canaries | None) -> Recalibration:
