@@ -24,6 +24,7 @@ from rm_ood.reward_model import (
     check_left_padding,
     find_blocks,
     find_head,
+    is_per_token,
     read_out_positions,
     read_reward,
     reward_column,
@@ -41,12 +42,15 @@ class Captured:
         rewards: (B,) as the model returned them.
         mismatch: (B,) bool: the head's own output at the read-out position is not the returned reward.
         turns: (B, K, H) what the head read at further columns, where they were asked for.
+        unchecked: nothing tells whether the reward was read where the head's output was: a value per token came back, or no
+            reward.
     """
 
     vectors: dict[str, Tensor]
     rewards: Tensor
     mismatch: Tensor
     turns: Tensor | None = None
+    unchecked: bool = False
 
 
 @dataclass
@@ -98,10 +102,13 @@ class Capture:
         self.model = model
         self.reader = reader_of(model)
         self.read_out = read_out
-        self.reward = reward
+        self._rule = self.reader.read_out if read_out == "auto" else read_out
+        self.reward = self.reader.reward if reward == "auto" else reward
+        # The reader's own comparison of head and reward holds where the caller named no column.
+        self._agrees = self.reader.agrees if reward == "auto" else None
         self.head_path, head_module = find_head(model, head)
-        if self._derived is None:
-            _check_labels(head_module, self.head_path, reward)
+        if self._agrees is None and isinstance(self.reward, str):
+            _check_labels(head_module, self.head_path, self.reward)
         parsed = {name: Channel.parse(name) for name in (FINAL, *channels) if name != REWARD}
         self._at_gate, self._at_head, deep = _places(parsed, self.reader)
         self._at_block: dict[int, dict[str, Channel]] = {}
@@ -111,23 +118,31 @@ class Capture:
             self._at_block.setdefault(channel.block(n_blocks), {})[name] = channel
         self._slot = _Slot()
         self._hooked: dict[str, nn.Module] = {}
+        self._placed: list[_Hook] = []
         self._handles: list[RemovableHandle] = []
+        self._moving = threading.Lock()
         # A guard that is gone leaves no hooks behind.
-        weakref.finalize(self, _remove, self._handles)
+        weakref.finalize(self, _remove, self._handles, self._placed)
         self.attach()
-
-    @property
-    def _derived(self) -> Any:
-        """The reader's own comparison of head and reward, where the caller named no column."""
-        return self.reader.agrees if self.reward == "auto" else None
 
     def attach(self) -> None:
         """Put the hooks in place; a second call does nothing."""
-        if self._handles:
-            return
+        with self._moving:
+            if not self._handles:
+                self._place()
+
+    def _place(self) -> None:
+        """Hook the modules that stand in the model now, then take the old hooks away: a forward under way misses none."""
+        handles, placed = list(self._handles), list(self._placed)
+        hooked = {}
+        new: list[tuple[RemovableHandle, _Hook]] = []
         for path, module, hook in self._hooks():
-            self._hooked[path] = module
-            self._handles.append(module.register_forward_hook(hook))
+            hooked[path] = module
+            new.append((module.register_forward_hook(hook), hook))
+        self._hooked = hooked
+        self._handles[:] = [handle for handle, _ in new]
+        self._placed[:] = [hook for _, hook in new]
+        _remove(handles, placed)
 
     def _hooks(self) -> Iterator[tuple[str, nn.Module, _Hook]]:
         inner = unwrap(self.model)
@@ -145,8 +160,7 @@ class Capture:
     @property
     def rule(self) -> str:
         """Name of the rule for the read-out position, the reader's own where the settings leave it open."""
-        own = self.reader.read_out if self.read_out == "auto" else self.read_out
-        return own if isinstance(own, str) else "own"
+        return self._rule if isinstance(self._rule, str) else "own"
 
     def hook_points(self) -> dict[str, str]:
         """Channel -> plain dotted path of the module that it is read at."""
@@ -154,25 +168,29 @@ class Capture:
 
     def detach(self) -> None:
         """Remove the hooks; a second call does nothing."""
-        _remove(self._handles)
-        self._hooked.clear()
+        with self._moving:
+            _remove(self._handles, self._placed)
+            self._hooked = {}
 
     def _follow(self) -> None:
         """Hook the modules that stand in the model now: adapters that are added, merged or unloaded replace them."""
         if not self._handles:
             raise CaptureError("the guard's hooks were removed (detach, or the end of its with-block): call attach()")
+        if not self._stays():
+            with self._moving:
+                if not self._stays():
+                    self._place()
+
+    def _stays(self) -> bool:
         inner = unwrap(self.model)
         try:
             # In a model that was wrapped in adapters after the guard, the head that is called stands further out.
-            stays = all(
+            return all(
                 called_path(inner, path) == path and inner.get_submodule(path) is module
                 for path, module in self._hooked.items()
             )
         except AttributeError:
-            stays = False
-        if not stays:
-            self.detach()
-            self.attach()
+            return False
 
     @contextmanager
     def listen(self, inputs: Mapping[str, Any], spans: Spans, columns: Tensor | None = None) -> Iterator[Request]:
@@ -183,7 +201,7 @@ class Capture:
             InputError: after the block, if the padding changed what the model returned.
         """
         self._follow()
-        request = Request(read_out_positions(self.model, inputs, self.read_out), spans, columns)
+        request = Request(read_out_positions(self.model, inputs, self._rule), spans, columns)
         self._slot.request = request
         try:
             yield request
@@ -197,7 +215,7 @@ class Capture:
                 "the hooked blocks. A model compiled before the guard was made skips late hooks: make the guard before the "
                 "first compiled call, or call torch._dynamo.reset()."
             )
-        check_left_padding(self.model, inputs, request.pooled)
+        check_left_padding(self.model, inputs, request.pooled, self.reader.read_out)
 
     def forward(self, inputs: Mapping[str, Any], spans: Spans, columns: Tensor | None = None) -> tuple[Any, Captured]:
         """One forward pass of the model, its own output untouched, and the vectors of it.
@@ -216,10 +234,20 @@ class Capture:
 
     def captured(self, request: Request, outputs: Any) -> Captured:
         """The vectors of a finished request, checked against the rewards in the model's output."""
-        own = self.reader.reward if self.reward == "auto" else self.reward
-        rewards = own(outputs, request.positions) if callable(own) else read_reward(outputs, own, request.positions)
+        own, unchecked = self.reward, False
+        if isinstance(own, str):
+            unchecked = is_per_token(outputs, own)
+            if unchecked and self.read_out == "auto" and self.reader == RewardReader():
+                raise InputError(
+                    "this model returns a value for every token, so nothing in its output tells which one is the reward. Name "
+                    "the token: read_out='last_token', or another rule."
+                )
+            rewards = read_reward(outputs, own, request.positions)
+        else:
+            rewards = own(outputs, request.positions)
         rewards = rewards.detach()
-        return Captured(request.vectors, rewards, self._mismatch(request, outputs, rewards), request.turns)
+        mismatch = self._mismatch(request, outputs, rewards)
+        return Captured(request.vectors, rewards, mismatch, request.turns, unchecked)
 
     def observed(self, request: Request, rewards: Tensor | None) -> Captured:
         """The vectors of calls that were not the model's own forward, checked against (B,) rewards where there are any.
@@ -230,7 +258,7 @@ class Capture:
         """
         if request.head_output is None:
             raise CaptureError(f"no activation captured for {[FINAL]}: the head {self.head_path!r} was not called")
-        if self._derived is not None:
+        if self._agrees is not None or not isinstance(self.reward, str):
             raise InputError(
                 "this model's reward is more than one output of its head, so it cannot be told from direct calls of backbone "
                 "and head: call the guard on the model's inputs"
@@ -239,7 +267,7 @@ class Capture:
         found = own if rewards is None else rewards.detach().reshape(-1)
         if found.shape != own.shape:
             raise InputError(f"rewards: expected {len(own)} values, one per row, got {len(found)}")
-        return Captured(request.vectors, found, self._mismatch(request, None, found), request.turns)
+        return Captured(request.vectors, found, self._mismatch(request, None, found), request.turns, rewards is None)
 
     def _mismatch(self, request: Request, outputs: Any, rewards: Tensor) -> Tensor:
         """(B,) bool: the head's output at the read-out position did not give the reward."""
@@ -247,11 +275,10 @@ class Capture:
         if head is None:
             raise CaptureError(f"no activation captured for {[FINAL]}")
         # Equal NaNs agree: the reward is then flagged for being NaN, not for the position.
-        if self._derived is not None:
-            agrees: Tensor = self._derived(self.model, head, outputs, rewards)
+        if self._agrees is not None:
+            agrees: Tensor = self._agrees(self.model, head, outputs, rewards)
             return ~(agrees | rewards.isnan())
-        column = reward_column(self.reward if self.reward != "auto" else str(self.reader.reward))
-        value = head[:, column].to(rewards)
+        value = head[:, reward_column(self.reward) if isinstance(self.reward, str) else 0].to(rewards)
         return ~((value == rewards) | (value.isnan() & rewards.isnan()))
 
 
@@ -279,9 +306,12 @@ def _check_labels(head: nn.Module, path: str, reward: str) -> None:
         )
 
 
-def _remove(handles: list[RemovableHandle]) -> None:
+def _remove(handles: list[RemovableHandle], hooks: list[_Hook]) -> None:
     while handles:
         handles.pop().remove()
+    while hooks:
+        # A copy of the hook may stand on a copied module (adapters copy the head).
+        hooks.pop().live = False
 
 
 class _Hook:
@@ -299,10 +329,11 @@ class _Hook:
         self.shift = shift
         self.is_head = is_head
         self.is_gate = is_gate
+        self.live = True
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         request = self.slot.request
-        if request is None:
+        if request is None or not self.live:
             return
         if self.is_head:
             _read_head(request, self.channels, self.shift, args[0].detach(), output.detach())

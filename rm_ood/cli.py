@@ -131,17 +131,19 @@ def _doctor(a: argparse.Namespace) -> dict[str, Any]:
         items = [(item.prompt, item.response) for item in read]
         groups = None if column is None else [str(item.group) for item in read]
     findings = plant(guard, items, groups=groups, seed=a.seed, progress=a.progress)
-    identity = guard.state.identity
+    identity, overrides = guard.state.identity, guard.state.overrides
+    samples = 0 if identity.weights is None else len(identity.weights.values)
     tiers = {
-        "config": "same",
-        "weights": "not recorded" if identity.weights is None else f"same in {len(identity.weights.values)} parameters",
+        "config": "same" if not overrides else f"differs in {', '.join(overrides)}, as was allowed",
+        "weights": f"same in {samples} parameters" if samples else "not recorded",
         "canaries": "not recorded" if identity.canaries is None else "same",
-        "allowed": list(guard.state.overrides),
     }
+    if a.record and overrides:
+        raise InputError("--record: these findings are of another model than the guard was fitted on; nothing is kept")
     if a.record:
         guard.annotate(doctor=findings.to_dict()).save_pretrained(a.guard, overwrite=True)
     lines = ["Is this the reward model that the guard was fitted on?"]
-    lines += [f"  {name}: {value}" for name, value in tiers.items() if value]
+    lines += [f"  {name}: {value}" for name, value in tiers.items()]
     lines += ["", "What does it catch?", str(findings)]
     lines += [f"Recorded in {a.guard}: rm-ood report shows it"] if a.record else []
     return {"json": {"identity": tiers, **findings.to_dict()}, "text": "\n".join(lines)}

@@ -132,6 +132,8 @@ def embedded(
     truncated: NDArray[np.bool_],
 ) -> Embedded:
     """What a forward left behind, with the items that cannot be trusted named."""
+    if captured.unchecked:
+        reasons = [(*given, "unchecked_read_out") for given in reasons]
     rewards = captured.rewards.double().cpu().numpy()
     mismatch = captured.mismatch.cpu().numpy()
     failed: list[str | None] = [None] * len(rewards)

@@ -29,6 +29,10 @@ _CONFIG_FIELDS = (
 )  # fmt: skip
 # Kept for the reader of the card. A commit is compared where both sides have one: a local folder has none.
 _RECORDED_ONLY = frozenset({"padding_side", "pad_token_id"})
+# Without these a guard was never near a model, or its fingerprint was cut.
+REQUIRED = frozenset({"architecture", "config", "dtype", "head_weights", "head_path", "read_out", "tokenizer", "text"})
+# Fields that hold several settings, as JSON, so that a mismatch can name the one that differs.
+_IN_CLEAR = frozenset({"config", "text"})
 # Elements of a parameter that tier 1 keeps.
 SAMPLES = 64
 
@@ -58,12 +62,12 @@ def fingerprint(
         sketch = _weights_sketch(module)
     return {
         "architecture": class_name(model),
-        "config": _digest({name: getattr(config, name, None) for name in _CONFIG_FIELDS}),
+        "config": _clear({name: getattr(config, name, None) for name in _CONFIG_FIELDS}),
         "dtype": "+".join(dtypes_of(model)),
         "parameters": str(sum(p.numel() for p in inner.parameters())),
         "adapters": adapters(model),
         "training_mode": "train" if training else "eval",
-        "head_path": path,
+        "head_path": plain_path(path),
         "head_weights": weights,
         "head_sketch": sketch,
         "read_out": read_out,
@@ -82,7 +86,7 @@ def text_fingerprint(tokenizer: Any, text: Mapping[str, Any]) -> dict[str, str]:
         "tokenizer": _bytes_digest(_tokenizer_state(tokenizer)),
         "special_tokens": _digest(tokenizer.special_tokens_map),
         "chat_template": _digest(tokenizer.chat_template),
-        "text": _digest(dict(text)),
+        "text": _clear(dict(text)),
     }
 
 
@@ -105,6 +109,12 @@ def check_fingerprint(saved: Mapping[str, str], found: Mapping[str, str], *, all
     Raises:
         MismatchError: naming tier and fields.
     """
+    missing = sorted(REQUIRED - saved.keys())
+    if missing:
+        raise MismatchError(
+            f"this guard does not say which reward model it was fitted on (fingerprint tier 0: no {missing}): use it on vectors "
+            "(check_embeddings), or fit a new guard with the model"
+        )
     differing = [name for name in saved if name not in _RECORDED_ONLY and not _agree(name, saved, found)]
     allowed = set(allow)
     if "dtype" in allowed and "dtype" in differing:
@@ -112,9 +122,7 @@ def check_fingerprint(saved: Mapping[str, str], found: Mapping[str, str], *, all
         allowed.add("head_weights")
     wrong = [name for name in differing if name not in allowed]
     if wrong:
-        shown = "; ".join(
-            f"{name}: guard has {_short(saved[name])}, model has {_short(found.get(name, '-'))}" for name in wrong
-        )
+        shown = "; ".join(_told(name, saved[name], found.get(name, "-")) for name in wrong)
         raise MismatchError(
             f"this guard was fitted on another reward model (fingerprint tier 0): {shown}. "
             f"Load the model and tokenizer that it was fitted on, or fit a new guard.{_hint(wrong)}"
@@ -131,6 +139,16 @@ def _agree(name: str, saved: Mapping[str, str], found: Mapping[str, str]) -> boo
     if name == "commit" and "None" in (saved[name], found.get(name)):
         return True
     return saved[name] == found.get(name)
+
+
+def _told(name: str, saved: str, found: str) -> str:
+    """A field with both values; of several settings in one field, those that differ."""
+    if name in _IN_CLEAR and found != "-":
+        one, other = json.loads(saved), json.loads(found)
+        parts = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+        shown = ", ".join(f"{key} {one.get(key)!r}, not {other.get(key)!r}" for key in parts)
+        return f"{name}: guard has {shown}"
+    return f"{name}: guard has {_short(saved)}, model has {_short(found)}"
 
 
 def _hint(wrong: list[str]) -> str:
@@ -177,8 +195,8 @@ def check_weights(
     """`["weights"]` if the weights differ and were allowed to, else nothing.
 
     Args:
-        dtypes: of the fitted model and of this one: where another dtype was allowed, values are compared after rounding to
-            the coarser of the two.
+        dtypes: of the fitted model and of this one: where another dtype was allowed, values may differ by the rounding of
+            the coarsest of all.
     Raises:
         MismatchError: naming tier and field, and how many parameters differ.
     """
@@ -188,11 +206,12 @@ def check_weights(
         )
     else:
         a, b = saved.values, found.values
-        coarse = _coarser(*dtypes)
-        if dtypes[0] != dtypes[1] and coarse is not None:
-            a, b = a.to(coarse), b.to(coarse)
         # Bits, not numbers: NaN weights are equal to themselves.
-        differing = int((~((a == b) | (a.isnan() & b.isnan()))).any(1).sum())
+        same = (a == b) | (a.isnan() & b.isnan())
+        if dtypes[0] != dtypes[1]:
+            # Both may be roundings of one checkpoint.
+            same |= (a - b).abs() <= _coarsest(*dtypes) * torch.maximum(a.abs(), b.abs())
+        differing = int((~same).any(1).sum())
         if not differing:
             return []
         told = f"{differing} of {len(a)} parameters differ"
@@ -200,21 +219,22 @@ def check_weights(
         return ["weights"]
     raise MismatchError(
         f"this guard was fitted on another reward model (fingerprint tier 1): weights: {told}. Fine-tuned, merged and quantised "
-        "models need a guard of their own. Load the weights that it was fitted on, or fit a new guard."
+        "models need a guard of their own. Load the weights that it was fitted on, fit a new guard, or pass allow=('weights', "
+        "'canaries') and ask guard.recalibrate(sample)."
     )
 
 
-def _coarser(one: str, other: str) -> torch.dtype | None:
-    """The floating dtype with fewer digits; None where a model has several dtypes."""
-    dtypes = [getattr(torch, name, None) for name in (one, other)]
-    floats = [d for d in dtypes if isinstance(d, torch.dtype) and d.is_floating_point]
-    return max(floats, key=lambda d: torch.finfo(d).eps) if len(floats) == 2 else None
+def _coarsest(*dtypes: str) -> float:
+    """Largest spacing (eps) of the floating dtypes named, `float32+bfloat16` naming two."""
+    found = [getattr(torch, name, None) for names in dtypes for name in names.split("+")]
+    return max((torch.finfo(d).eps for d in found if isinstance(d, torch.dtype) and d.is_floating_point), default=0.0)
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters under their plain names, each loaded while it is looked at; tied ones under each name."""
+    """Parameters and saved buffers under their plain names, each loaded while it is looked at; tied ones under each name."""
     for prefix, module in model.named_modules():
-        own = [name for name, _ in module.named_parameters(recurse=False)]
+        buffers = [n for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set]
+        own = [name for name, _ in module.named_parameters(recurse=False)] + buffers
         if not own:
             continue
         with in_memory(module, recurse=False):
@@ -238,8 +258,12 @@ def _short(value: str) -> str:
     return value if len(value) < 40 else f"{value[:12]}..."
 
 
+def _clear(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
 def _digest(value: Any) -> str:
-    return _bytes_digest(json.dumps(value, sort_keys=True, default=str).encode())
+    return _bytes_digest(_clear(value).encode())
 
 
 def _bytes_digest(data: bytes) -> str:

@@ -40,6 +40,7 @@ from rm_ood.spans import Spans
 from rm_ood.state import ChannelScores, FittedState
 from rm_ood.traffic import TrafficCheck
 from rm_ood.turns import TurnScore, score_turns
+from rm_ood.wrappers import adapters
 
 
 class OODGuard:
@@ -234,7 +235,7 @@ class OODGuard:
             NotFittedError: the guard is not fitted or not calibrated.
             InputError: names the field, what came, and the remedy; nothing is scored.
         """
-        state = self._fitted()
+        state = self._on_this_model()
         call = read_call(prompt, response, self.config, tools=tools, template_kwargs=chat_template_kwargs)
         decisions = self._check_items(state, call, groups, progress)
         return decisions[0] if call.is_single else decisions
@@ -341,7 +342,7 @@ class OODGuard:
         Raises:
             InputError: the spans cannot be told, or the guard takes a prompt-only pass.
         """
-        state, column = self._fitted(), self._model_column()
+        state, column = self._on_this_model(), self._model_column()
         spans, notes = self._read_inputs(inputs, prompt_end, prompt_mask, response_mask)
         with eval_mode(column.model, switch=self.config.eval_mode == "switch"):
             outputs, captured = column.capture.forward(inputs, spans)
@@ -371,14 +372,12 @@ class OODGuard:
         Raises:
             CaptureError: after the block, if what was called did not pass the hooks.
         """
-        state, column = self._fitted(), self._model_column()
+        state, column = self._on_this_model(), self._model_column()
         spans, notes = self._read_inputs(inputs, prompt_end, prompt_mask, response_mask)
         with eval_mode(column.model, switch=False), column.capture.listen(inputs, spans) as request:
 
             def decide(rewards: Tensor | None) -> Decisions:
-                unchecked = ("unchecked_read_out",) if rewards is None else ()
-                captured = column.capture.observed(request, rewards)
-                return self._decide(state, captured, spans, [(*note, *unchecked) for note in notes], groups)
+                return self._decide(state, column.capture.observed(request, rewards), spans, notes, groups)
 
             yield Observation(decide)
 
@@ -412,9 +411,8 @@ class OODGuard:
         """Padded model inputs of items, with `prompt_end`, `prompt_mask` and `response_mask`: what `guard(**inputs)` takes."""
         column = self._model_column()
         text = column.text(self._fitted().config.text_format)
-        batch = text.pad(
-            [text.encode(p, r, f"items[{i}]") for i, (p, r) in enumerate(zip(prompts, responses, strict=True))]
-        )
+        encoded = [text.encode(p, r, f"items[{i}]") for i, (p, r) in enumerate(zip(prompts, responses, strict=True))]
+        batch = text.pad(encoded, beside=column.capture.reader.pad_columns)
         return {**batch.inputs, **vars(batch.spans)}
 
     # -- life
@@ -551,6 +549,14 @@ class OODGuard:
                 "the guard is not fitted: call fit(dataset), or load one with OODGuard.from_pretrained"
             )
         return self._state
+
+    def _on_this_model(self) -> FittedState:
+        """The fitted state, knowing whether the adapters that are active now are those of the fit."""
+        state = self._fitted()
+        fitted = state.identity.fields.get("adapters")
+        if fitted in (None, adapters(self.model)) or "adapters" in state.overrides:
+            return state
+        return replace(state, overrides=(*state.overrides, "adapters"))
 
     def _model_column(self) -> Embedder:
         if self._embedder is None:

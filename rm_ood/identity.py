@@ -6,6 +6,7 @@ configuration tells: another attention kernel, wrong position ids, a hook on ano
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from rm_ood.canaries import CANARIES
 from rm_ood.config import GuardConfig
 from rm_ood.embed import Embedder
-from rm_ood.errors import InputError, MismatchError
+from rm_ood.errors import CalibrationWarning, CaptureError, InputError, MismatchError
 from rm_ood.fingerprint import WeightSamples, check_fingerprint, check_weights, fingerprint
 
 # Relative difference of a vector between batch layouts and devices, by the dtype of the model (1 % seen in bfloat16).
@@ -45,21 +46,39 @@ class Canaries:
 
     @classmethod
     def of(cls, embedder: Embedder, text_format: str) -> Canaries | None:
-        """Ask the model; None where its maximum length leaves no room for a canary.
+        """Ask the model; None, with a warning, where it cannot be asked.
 
         Raises:
             MismatchError: training mode.
+            CaptureError: the self-check failed.
         """
         text = embedder.text(text_format)
         try:
             encoded = [text.encode(prompt, response, "canary") for prompt, response in CANARIES]
-        except InputError:
+        except InputError as error:
+            _unasked(str(error))
             return None
         order, parts = zip(*embedder.batches(encoded, text), strict=True)
+        failed = {reason for part in parts for reason in part.failed if reason is not None}
+        if "read_out_mismatch" in failed:
+            raise CaptureError(
+                "read-out self-check failed on the canaries: the head's output at the read-out position is not the reward"
+            )
+        if failed:
+            _unasked(f"the model's answers are {', '.join(failed)}")
+            return None
         back = np.argsort(np.concatenate(order))
         names = parts[0].vectors
         vectors = {n: torch.cat([part.vectors[n] for part in parts]).float().cpu()[back].contiguous() for n in names}
         return cls(vectors, np.concatenate([part.rewards for part in parts])[back])
+
+
+def _unasked(why: str) -> None:
+    warnings.warn(
+        f"the guard is bound to its model without canaries (fingerprint tier 2): {why}",
+        CalibrationWarning,
+        stacklevel=5,
+    )
 
 
 @dataclass(frozen=True)
@@ -113,6 +132,11 @@ class Identity:
         Raises:
             MismatchError: naming tier and field.
         """
+        unknown = sorted(set(allow) - self.fields.keys() - {"weights", "canaries"})
+        if isinstance(allow, str) or unknown:
+            raise InputError(
+                f"allow={allow!r}: expected a list of fields: 'weights', 'canaries', or of {sorted(self.fields)}"
+            )
         found = Identity.of(embedder, config, "config")
         changed = check_fingerprint(self.fields, found.fields, allow=allow)
         dtypes = (self.fields["dtype"], found.fields["dtype"])
@@ -136,7 +160,8 @@ class Identity:
         raise MismatchError(
             f"this reward model says other things than the one that the guard was fitted on (fingerprint tier 2): canaries: "
             f"{told}. Its configuration and weights may be the same, but what it computes is not: another attention kernel, "
-            "adapter, position ids or hooked layer. Load it as it was, or recalibrate on trusted data (guard.recalibrate)."
+            "autocast, adapter, position ids or hooked layer. Run it as it was, or pass allow=('canaries',) and ask "
+            "guard.recalibrate(sample)."
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from rm_ood.decision import Decisions
+from rm_ood.errors import InputError
 
 
 class Observation:
@@ -47,5 +48,13 @@ def with_verdicts(outputs: Any, decisions: Decisions) -> Any:
         outputs = _Tuple(outputs)
     elif type(outputs) is dict:
         outputs = _Dict(outputs)
-    object.__setattr__(outputs, "ood", decisions)
+    elif isinstance(outputs, tuple) and hasattr(outputs, "_fields"):
+        outputs = type(type(outputs).__name__, (type(outputs),), {})(*outputs)
+    try:
+        object.__setattr__(outputs, "ood", decisions)
+    except AttributeError as error:
+        raise InputError(
+            f"the model's output, a {type(outputs).__name__}, takes no attribute to carry the verdicts: call the model inside "
+            "guard.observe(**inputs) instead"
+        ) from error
     return outputs

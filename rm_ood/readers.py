@@ -69,7 +69,9 @@ def reader_of(model: Any) -> RewardReader:
             "to guard. Use a reward model that scores one response."
         )
     found = next((_READERS[name] for name in names if name in _READERS), None)
-    if found is None and isinstance(prefix := getattr(getattr(inner, "config", None), "value_head_prefix", None), str):
+    prefix = getattr(getattr(inner, "config", None), "value_head_prefix", None)
+    is_plain = any(name.endswith("ForSequenceClassification") for name in names)
+    if found is None and isinstance(prefix, str) and not is_plain:
         return RewardReader(head=prefix, reward="output", read_out="last_token", agrees=_normalised)
     return found or RewardReader()
 

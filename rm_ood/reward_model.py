@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rm_ood.errors import InputError, MismatchError
 from rm_ood.readers import READ_OUTS, before_first, output_named, reader_of
-from rm_ood.wrappers import called_path, plain_path, unwrap
+from rm_ood.wrappers import called_path, is_training, unwrap
 
 _SWITCHING = threading.RLock()
 
@@ -97,8 +97,8 @@ def pad_id(model: Any) -> int | None:
 def find_head(model: nn.Module, head: str | None = None) -> tuple[str, nn.Module]:
     """Dotted path and module of the reward head: the last Linear that maps to the reward.
 
-    The module is the one that a forward calls: inside an adapter, the adapter's own layer. The path leaves out what wrappers
-    (compilation, adapters, parallelism) add.
+    The module is the one that a forward calls: inside an adapter, the adapter's own layer. The path is below the model inside
+    its wrappers (compilation, adapters, parallelism).
 
     Args:
         head: dotted path, where the rule (the reader of the model's class; else the last Linear with
@@ -110,7 +110,7 @@ def find_head(model: nn.Module, head: str | None = None) -> tuple[str, nn.Module
     path = head or reader_of(model).head or _head_by_rule(inner)
     try:
         called = called_path(inner, path)
-        return plain_path(called), inner.get_submodule(called)
+        return called, inner.get_submodule(called)
     except AttributeError as error:
         raise InputError(f"head={path!r}: no such module. Candidates: {_linears(inner)}") from error
 
@@ -227,12 +227,19 @@ def read_reward(outputs: Any, reward: str, positions: Tensor) -> Tensor:
     return value[:, column]
 
 
+def is_per_token(outputs: Any, reward: str) -> bool:
+    """Whether the named output has a value for every token, (B, T, k)."""
+    return output_named(outputs, reward.partition(":")[0]).ndim == 3
+
+
 def reward_column(reward: str) -> int:
     """Column that `reward` names."""
     return int(reward.partition(":")[2] or 0)
 
 
-def read_out_positions(model: Any, inputs: Mapping[str, Any], rule: str) -> Tensor:
+def read_out_positions(
+    model: Any, inputs: Mapping[str, Any], rule: str | Callable[[Any, Mapping[str, Any]], Tensor]
+) -> Tensor:
     """Column of the token whose vector the head's (B, T, H) input is read at, (B,) int.
 
     `"auto"` is the rule of the model's own class, `"non_pad"` that of transformers' sequence classifiers: the rightmost token
@@ -245,7 +252,7 @@ def read_out_positions(model: Any, inputs: Mapping[str, Any], rule: str) -> Tens
     """
     ids: Tensor = inputs["input_ids"]
     own = reader_of(model).read_out if rule == "auto" else rule
-    if callable(own):
+    if not isinstance(own, str):
         return own(model, inputs)
     if own not in READ_OUTS:
         raise InputError(f"read_out={rule!r}: expected 'auto' or one of {READ_OUTS}")
@@ -265,11 +272,12 @@ def read_out_positions(model: Any, inputs: Mapping[str, Any], rule: str) -> Tens
     return torch.where(ids != pad, columns, 0).argmax(-1)
 
 
-def check_left_padding(model: Any, inputs: Mapping[str, Any], pooled: bool) -> None:
+def check_left_padding(model: Any, inputs: Mapping[str, Any], pooled: bool, own_rule: Any) -> None:
     """Refuse a left-padded batch whose padding moves the model's own reward.
 
     Args:
         pooled: the head read one vector per item, so the model chose the position itself.
+        own_rule: the read-out rule of its class: pooled vectors of a class that says nothing are an encoder's.
     Raises:
         InputError: absolute positions without `position_ids`, a vector read at position 0, or shifted decoder inputs.
     """
@@ -279,7 +287,7 @@ def check_left_padding(model: Any, inputs: Mapping[str, Any], pooled: bool) -> N
     config, name = text_config(model), type(unwrap(model)).__name__
     if getattr(unwrap(model).config, "is_encoder_decoder", False):
         why = "its decoder reads the inputs shifted by one, so padding on the left stands before the text there too"
-    elif pooled and getattr(config, "classifier_pooling", None) != "mean":
+    elif pooled and own_rule == "non_pad" and getattr(config, "classifier_pooling", None) != "mean":
         why = "its vector is read at position 0, which is padding then"
     elif config.model_type in _ABSOLUTE_POSITIONS and inputs.get("position_ids") is None:
         why = "its positions are absolute and count the padding; or pass position_ids that start at each row's first token"
@@ -328,7 +336,7 @@ def eval_mode(model: nn.Module, *, switch: bool) -> Iterator[None]:
                 for module in training:
                     module.training = True
         return
-    if any(module.training for module in inner.modules()):
+    if is_training(inner):
         raise MismatchError(
             "the reward model is in training mode, so dropout would change its vectors. Call model.eval() first, or pass "
             "eval_mode='switch' to have the guard do it and put the mode back."

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rm_ood.errors import TokenisationWarning
@@ -74,11 +75,18 @@ class EndsCheck:
         """Reasons for the rows of padded ids, (B, T): `tokenised_unlike_fit`, `doubled_bos`."""
         pad, eos = self._tokenizer.pad_token_id, self._tokenizer.eos_token_id
         own = input_ids != pad if attention_mask is None else attention_mask.bool()
-        rows = [ids[mask].tolist() for ids, mask in zip(input_ids.cpu(), own.cpu(), strict=True)]
+        # First, second and last own token of each row, in one small copy: the batch may be large, and elsewhere.
+        columns = torch.arange(own.shape[1], device=own.device)
+        first = own.int().argmax(1)
+        second = (own & (columns > first[:, None])).int().argmax(1)
+        last = (columns * own).argmax(1)
+        at = torch.stack([first, second, last], 1)
+        ends = torch.cat([input_ids.gather(1, at), own.sum(1, keepdim=True)], 1).tolist()
         # Where EOS pads too, an end token without a mask looks like padding.
         is_known = attention_mask is not None or pad != eos
-        notes = [self._note(ids[0], ids[-1] if is_known else None) if ids else None for ids in rows]
-        return self._reasons(notes, [is_doubled(ids, self._first) for ids in rows], stacklevel=6)
+        notes = [self._note(one, end if is_known else None) if n else None for one, _, end, n in ends]
+        doubled = [is_doubled([one, two][:n], self._first) for one, two, _, n in ends]
+        return self._reasons(notes, doubled, stacklevel=6)
 
     def _reasons(self, notes: list[str | None], doubled: list[bool], *, stacklevel: int) -> list[tuple[str, ...]]:
         said = [note for note in notes if note is not None]

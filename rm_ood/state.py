@@ -21,7 +21,7 @@ from rm_ood.decision import AxisDecisions, ChannelDecisions, Decisions
 from rm_ood.detectors.mahalanobis import MahalanobisDetector
 from rm_ood.embed import Embedded
 from rm_ood.errors import CalibrationError, FormatError, InputError, MismatchError, NotFittedError
-from rm_ood.fingerprint import SAMPLES, WeightSamples
+from rm_ood.fingerprint import REQUIRED, SAMPLES, WeightSamples
 from rm_ood.identity import Canaries, Identity
 from rm_ood.preferences import CHOSEN, REJECTED
 
@@ -260,7 +260,7 @@ class FittedState:
             tensors["heldout.scores"] = torch.from_numpy(self.heldout.copy())
         if self.identity.weights is not None:
             tensors["identity.weights"] = self.identity.weights.values
-        if self.identity.canaries is not None and self.identity.canaries.vectors.keys() >= self.detectors.keys():
+        if self.identity.canaries is not None:
             tensors["identity.rewards"] = torch.from_numpy(self.identity.canaries.rewards.copy())
             for i, name in enumerate(self.detectors):
                 tensors[f"identity.canaries.{i}"] = self.identity.canaries.vectors[name].contiguous()
@@ -298,7 +298,7 @@ class FittedState:
                 )
                 for i, name in enumerate(names)
             }
-            fields, record = dict(config["fingerprint"]), dict(config["record"])
+            fields, record = _fields(config["fingerprint"]), dict(config["record"])
             weight_names = config["weight_names"]
         except FormatError:
             raise
@@ -332,10 +332,22 @@ def _prefixed(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
+def _fields(value: Any) -> dict[str, str]:
+    """The fingerprint: texts by name, whole or none at all (vectors of unknown origin)."""
+    fields = dict(value)
+    if not all(isinstance(k, str) and isinstance(v, str) for k, v in fields.items()):
+        raise FormatError("saved guard: the fingerprint holds something else than texts")
+    if fields and not fields.keys() >= REQUIRED:
+        raise FormatError(f"saved guard: the fingerprint lacks {sorted(REQUIRED - fields.keys())}")
+    return fields
+
+
 def _identity(
     tensors: Mapping[str, Tensor], fields: dict[str, str], weight_names: Any, channels: list[str]
 ) -> Identity:
     weights = canaries = None
+    if ("identity.weights" in tensors) != isinstance(weight_names, str):
+        raise FormatError("saved guard: weight_names and identity.weights belong together, and one is missing")
     if "identity.weights" in tensors:
         weights = WeightSamples(str(weight_names), tensors["identity.weights"])
     if "identity.rewards" in tensors:

@@ -26,7 +26,7 @@ class TurnScore:
         score: squared Mahalanobis distance of `final` to the nearer class; larger = more OOD; NaN where the turn was cut
             away or its end cannot be told.
         ood_score, p_value, is_ood: the score standardised, ranked among the calibration responses and held against alpha;
-            None for turns that are no assistant's, which were never calibrated.
+            None for turns that are no assistant's, which were never calibrated, and for turns without a score.
         class_log_odds: positive = chosen-like; None for a one-class guard.
     """
 
@@ -74,7 +74,7 @@ def score_turns(state: FittedState, column: Embedder, encoded: Encoded) -> list[
     odds = class_log_odds(distances) if distances.shape[1] > 1 else None
     turns = []
     for i, role in enumerate(encoded.turn_roles):
-        p = float(ranking.p[i]) if role == "assistant" else None
+        p = float(ranking.p[i]) if role == "assistant" and known[i] else None
         turns.append(
             TurnScore(
                 turn=i,

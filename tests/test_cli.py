@@ -397,6 +397,20 @@ def test_doctor_records_its_findings_for_the_card(place: Path, tmp_path: Path, c
     assert json.loads(capsys.readouterr().out)["doctor"] is None
 
 
+def test_doctor_keeps_nothing_of_another_model(place: Path, tmp_path: Path, capsys: Any) -> None:
+    guard = tmp_path / "guard"
+    shutil.copytree(place / "guard", guard)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        options = ["--dtype", "bfloat16", "--allow-dtype-change", "--record"]
+        assert main(["doctor", "--guard", str(guard), "--model", str(place / "model"), "--no-progress", *options]) == 1
+        assert "--record: these findings are of another model" in capsys.readouterr().err
+        assert (
+            main(["doctor", "--guard", str(guard), "--model", str(place / "model"), "--no-progress", *options[:3]]) == 0
+        )
+    assert "config: differs in dtype, head_weights, as was allowed" in capsys.readouterr().out
+
+
 def test_doctor_exits_3_when_a_canary_fails(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -223,7 +223,7 @@ def test_the_text_settings_reach_the_encoder(tiny_decoder: tuple[Any, Any]) -> N
     embedder = make(*tiny_decoder, on_too_long="error", split_special_tokens=True, append_eos=True, max_length=9)
     assert embedder.text("plain").contract() == {
         "format": "plain", "max_length": 9, "on_too_long": "error", "split_special_tokens": True, "append_eos": True,
-        "special_tokens": True,
+        "special_tokens": True, "suffix": [],
     }  # fmt: skip
     assert embedder.device == torch.device("cpu")
 

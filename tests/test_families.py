@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from conftest import preference_rows
 from families import FAMILIES, Family, tiny
 from test_capture import PAIRS, left, run
 from torch import Tensor
 
+from rm_ood import OODGuard, OODGuardWarning
 from rm_ood.capture import Capture
 from rm_ood.config import GuardConfig
 from rm_ood.embed import Embedder
@@ -173,3 +177,18 @@ def test_pad_equal_to_eos_reads_the_token_before_the_final_eos(family: Family, t
     handle.remove()
     before = torch.tensor([len(item.input_ids) - 2 for item in four])
     assert torch.equal(captured.vectors["final"], seen[0][torch.arange(len(four)), before])
+
+
+def test_encoded_batches_of_a_guard_are_those_of_check(decoder_tokenizer: Any, tokenizers: dict[str, Any]) -> None:
+    family = next(f for f in FAMILIES if f.name == "T5Gemma")
+    guard = OODGuard(
+        tiny(family.name), tokenizers["seq2seq"], alpha=0.2, append_eos=True, text_format="plain", channels="final"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OODGuardWarning)
+        guard.fit(preference_rows(140), calibration=0.6, progress=False)
+    prompts, responses = zip(*PAIRS, strict=True)
+    with torch.inference_mode():
+        made = guard(**guard.encode(prompts, responses)).ood
+    np.testing.assert_allclose(made.rewards, guard.check(prompts, responses).rewards, rtol=1e-4)
+    guard.detach()

@@ -468,7 +468,7 @@ def test_a_wrong_read_out_position_stops_the_fit(tiny_decoder: Any, rows: Any) -
 
 def test_a_wrong_read_out_position_flags_at_serve_time(guard: OODGuard) -> None:
     # The model's rule moves (its pad id is patched, as trainers do) under a guard whose rule was right at fit.
-    guard._embedder.capture.read_out = "first"
+    guard._embedder.capture._rule = "first"
     decision = guard.check("a question", "an answer")
     assert decision.reasons == ("read_out_mismatch",)
     assert decision.is_ood
@@ -789,3 +789,18 @@ def test_smollm2_gives_both_verdicts_and_bit_identical_rewards(smollm2: Any) -> 
     scores = decisions.axis("prompt").channel("prompt/mean@0.67").scores
     assert scores[1] == pytest.approx(scores[0], rel=1e-4)
     guard.detach()
+
+
+def test_a_guard_loaded_with_fewer_channels_is_calibrated_and_saved_with_those(
+    guard: OODGuard, tiny_decoder: Any, tmp_path: Any
+) -> None:
+    guard.save_pretrained(tmp_path / "guard")
+    guard.detach()
+    final = OODGuard.from_pretrained(tmp_path / "guard", *tiny_decoder, channels="final")
+    final.calibrate(preference_rows(200, seed=4), progress=False)
+    assert final.state.channel_names == ("final", "reward")
+    assert final.recalibrate(preference_rows(200, seed=4), progress=False).status == "pass"
+    final.save_pretrained(tmp_path / "final")
+    again = OODGuard.from_pretrained(tmp_path / "final", *tiny_decoder)
+    assert again.config.joined == ("final",)
+    assert again.check("a question", "an answer").p_value == final.check("a question", "an answer").p_value

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from test_ways import fitted, lora, verdicts
 from torch import Tensor, nn
 
 from rm_ood import CalibrationWarning, InputError, MismatchError, OODGuard
+from rm_ood.canaries import CANARIES
 from rm_ood.channels import Channel
 from rm_ood.embed import Embedder
 from rm_ood.fingerprint import WeightSamples, check_weights
-from rm_ood.identity import Canaries
-from rm_ood.recalibration import geometry
+from rm_ood.identity import Canaries, Identity
+from rm_ood.recalibration import DRIFT, UNEXPLAINED, _turned, geometry
 from rm_ood.text import Batch, TextEncoder
 
 pytestmark = [
@@ -118,13 +120,13 @@ def test_another_model_is_refused_by_tier_and_field(name: str, saved: tuple[Path
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_another_maximum_length_is_refused(saved: tuple[Path, Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_maximum_length_is_refused(saved: tuple[Path, Any, Any]) -> None:
     folder, model, tokenizer = saved
     guard = fitted(model, tokenizer, max_length=None)
     guard.save_pretrained(folder, overwrite=True)
     # Without a setting of its own the guard takes the model's limit, which another configuration may change.
     model.config.max_position_embeddings = 256
-    with pytest.raises(MismatchError, match=r"fingerprint tier 0\): .*text: guard has"):
+    with pytest.raises(MismatchError, match=r"fingerprint tier 0\): .*text: guard has max_length 512, not 256"):
         OODGuard.from_pretrained(folder, model, tokenizer)
 
 
@@ -182,10 +184,7 @@ def test_another_computation_on_the_same_weights_is_refused(saved: tuple[Path, A
 def test_the_same_model_in_another_layout_is_accepted(change: str, saved: tuple[Path, Any, Any]) -> None:
     folder, model, tokenizer = saved
     options: dict[str, Any] = {}
-    if change == "batch size":
-        config = json.loads((folder / "ood_guard_config.json").read_text())
-        assert "batch_size" in json.dumps(config)
-    elif change == "padding side":
+    if change == "padding side":
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.padding_side = "left" if tokenizer.padding_side == "right" else "right"
     elif change == "copy":
@@ -373,9 +372,129 @@ def test_other_traffic_on_the_same_model_takes_new_thresholds(saved: tuple[Path,
     assert guard.check([r["prompt"] for r in longer], [r["response"] for r in longer]).is_ood.mean() < 0.3
 
 
-def test_geometry_tells_a_factor_from_a_turn() -> None:
-    old = Canaries({"final": torch.randn(8, 16, generator=torch.Generator().manual_seed(0))}, np.zeros(8))
-    scale, left = geometry(old, Canaries({"final": 3 * old.vectors["final"]}, np.zeros(8)))
+def test_geometry_tells_a_factor_from_a_turn(saved: tuple[Path, Any, Any]) -> None:
+    state = OODGuard.from_pretrained(*saved).state
+    known = state.identity.canaries
+    assert known is not None
+    thrice = Canaries({name: 3 * v for name, v in known.vectors.items()}, known.rewards)
+    scale, left, drift = geometry(state, thrice)
     assert scale["final"] == pytest.approx(3)
     assert left["final"] == pytest.approx(0, abs=1e-6)
-    assert geometry(None, old) == ({}, {})
+    assert drift["final"] == pytest.approx(1, rel=1e-3)
+    assert geometry(state, None) == ({}, {}, {})
+
+
+def test_a_turn_that_is_small_beside_a_large_mean_is_seen(saved: tuple[Path, Any, Any]) -> None:
+    guard = OODGuard.from_pretrained(*saved)
+    state = guard.state
+    known = state.identity.canaries
+    assert known is not None
+    torch.manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(32, 32)).Q
+    far = 40 * known.vectors["final"].norm(dim=1).mean() * torch.ones(32) / 32**0.5
+    old = {**known.vectors, "final": known.vectors["final"] + far}
+    new = {**known.vectors, "final": known.vectors["final"] @ turn.T + far}
+    moved = replace(state, identity=replace(state.identity, canaries=replace(known, vectors=old)))
+    # The detector stands at the same far place.
+    detector = moved.detectors["final"]
+    tensors = detector.state_tensors()
+    shifted = {**tensors, "center": tensors["center"] + far, "means": tensors["means"] + far.double()}
+    moved = replace(moved, detectors={**moved.detectors, "final": type(detector).from_state(shifted)})
+    scale, left, drift = geometry(moved, replace(known, vectors=new))
+    assert left["final"] < UNEXPLAINED
+    assert drift["final"] > DRIFT
+    assert _turned(scale, left, drift) == ["final"]
+
+
+# -- what a review found
+
+
+@pytest.mark.parametrize("how", ["calibrate", "recalibrate"])
+def test_new_thresholds_bind_the_guard_to_the_model_they_hold_for(how: str, saved: tuple[Path, Any, Any]) -> None:
+    folder, model, tokenizer = saved
+    other = moved(copy.deepcopy(model), 3 * torch.eye(32))
+    # Nothing was compared at load, so nothing was allowed either.
+    guard = OODGuard.from_pretrained(folder, other, tokenizer, verify="config", allow=("parameters",))
+    guard._swap(replace(guard.state, overrides=()))
+    getattr(guard, how)(sample(), progress=False)
+    guard.save_pretrained(folder, overwrite=True)
+    OODGuard.from_pretrained(folder, other, tokenizer).detach()
+    with pytest.raises(MismatchError, match="parameters"):
+        OODGuard.from_pretrained(folder, model, tokenizer)
+
+
+def test_calibrating_on_turned_vectors_warns(saved: tuple[Path, Any, Any]) -> None:
+    torch.manual_seed(0)
+    guard = load_on(saved, moved(copy.deepcopy(saved[1]), torch.linalg.qr(torch.randn(32, 32)).Q))
+    with pytest.warns(CalibrationWarning, match=r"vectors of \['final'\] are not those that the guard was fitted on"):
+        guard.calibrate(sample(), progress=False)
+
+
+@pytest.mark.parametrize("dtypes", [("float16", "bfloat16"), ("float32", "bfloat16")])
+def test_two_roundings_of_one_checkpoint_are_the_same_weights(dtypes: tuple[str, str], tiny_decoder: Any) -> None:
+    model, _ = tiny_decoder
+    one, other = (WeightSamples.of(copy.deepcopy(model).to(getattr(torch, name))) for name in dtypes)
+    assert check_weights(one, other, dtypes) == []
+    with pytest.raises(MismatchError, match="parameters differ"):
+        check_weights(one, other, ("float32", "float32"))
+    with torch.no_grad():
+        model.score.weight.mul_(1.1)
+    with pytest.raises(MismatchError, match="weights: 1 of"):
+        check_weights(one, WeightSamples.of(model), (dtypes[0], "float32"))
+
+
+def test_persistent_buffers_are_sampled(tiny_decoder: Any) -> None:
+    model, _ = tiny_decoder
+    model.register_buffer("running_mean", torch.zeros(3))
+    before = WeightSamples.of(model)
+    model.running_mean.add_(1)
+    with pytest.raises(MismatchError, match="weights: 1 of"):
+        check_weights(before, WeightSamples.of(model), ("float32", "float32"))
+
+
+@pytest.mark.filterwarnings("default::rm_ood.CalibrationWarning")
+def test_a_model_whose_canaries_are_not_finite_is_bound_without_them(
+    tiny_decoder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rm_ood.identity.CANARIES", (*CANARIES[:7], ("boom", "boom")))
+    model, tokenizer = tiny_decoder
+    boom = tokenizer("boomboom").input_ids[-1]
+
+    def overflow(module: Any, args: Any, output: Tensor) -> Tensor:
+        return torch.where((args[0] == boom)[:, :, None], torch.inf, output)
+
+    handle = model.model.embed_tokens.register_forward_hook(overflow)
+    with pytest.warns(CalibrationWarning, match="without canaries .*the model's answers are non_finite"):
+        fitted(model, tokenizer).save_pretrained(tmp_path / "guard")
+    handle.remove()
+    assert OODGuard.from_pretrained(tmp_path / "guard", model, tokenizer).state.identity.canaries is None
+
+
+def test_a_fingerprint_that_says_nothing_is_refused(saved: tuple[Path, Any, Any]) -> None:
+    folder, model, tokenizer = saved
+    guard = OODGuard.from_pretrained(folder)
+    guard._swap(replace(guard.state, identity=Identity({})))
+    guard.save_pretrained(folder, overwrite=True)
+    with pytest.raises(MismatchError, match="does not say which reward model it was fitted on"):
+        OODGuard.from_pretrained(folder, model, tokenizer)
+
+
+def test_a_setting_that_differs_is_named(saved: tuple[Path, Any, Any]) -> None:
+    folder, model, tokenizer = saved
+    model.config.rms_norm_eps = 1e-3
+    with pytest.raises(MismatchError, match=r"config: guard has rms_norm_eps 1e-06, not 0\.001"):
+        OODGuard.from_pretrained(folder, model, tokenizer)
+
+
+@pytest.mark.parametrize("allow", ["weights", ("weight",)])
+def test_what_cannot_be_allowed_is_told(allow: Any, saved: tuple[Path, Any, Any]) -> None:
+    with pytest.raises(InputError, match=r"allow=.*expected a list of fields: 'weights', 'canaries'"):
+        OODGuard.from_pretrained(*saved, allow=allow)
+
+
+def test_an_adapter_that_is_switched_later_is_told(saved: tuple[Path, Any, Any]) -> None:
+    _, model, tokenizer = saved
+    guard = fitted(model, tokenizer)
+    assert not any(verdicts(guard).reasons)
+    lora(model)
+    assert all("model_mismatch:adapters" in reasons for reasons in verdicts(guard).reasons)

@@ -11,6 +11,7 @@ import published
 import pytest
 import torch
 from conftest import preference_rows
+from test_capture import left
 from torch import Tensor, nn
 
 from rm_ood import CaptureError, InputError, OODGuard, RewardReader, register_reader
@@ -126,6 +127,15 @@ def test_a_wrong_reading_is_seen_by_the_self_check(row: Row, tokenizer: Any) -> 
     wrong = _other_head(model_of(row), row)
     _, captured = run(wrong, given)
     assert captured.mismatch.all()
+
+
+TOKENS = [row for row in ROWS if row.name not in ("OpenAssistant-pythia", "ArmoRM", "QRM", "LDL-Reward", "Nemotron-HF")]
+
+
+@pytest.mark.parametrize("row", TOKENS, ids=lambda row: f"2.3-{row.name}")
+def test_a_wrong_position_is_seen_by_the_self_check(row: Row, tokenizer: Any) -> None:
+    capture = Capture(model_of(row), (), **{**row.options, "read_out": "first"})
+    assert run(capture, batch(tokenizer, row))[1].mismatch.all()
 
 
 def _other_head(model: nn.Module, row: Row) -> Capture:
@@ -261,3 +271,78 @@ def test_a_head_that_is_not_called_is_an_error(tokenizer: Any) -> None:
     model.unused = nn.Linear(published.WIDTH, 1)
     with pytest.raises(CaptureError, match=r"no activation captured for \['final'\].*'unused'"):
         Capture(model, (), head="unused", reward="score").forward(batch(tokenizer, row).inputs, Spans(None, None, None))
+
+
+def test_a_value_for_every_token_needs_a_named_token_and_is_told_unchecked(tokenizer: Any) -> None:
+    row = next(r for r in ROWS if r.name == "Nemotron-HF")
+    given = batch(tokenizer, row)
+    with pytest.raises(InputError, match=r"a value for every token.*read_out='last_token'"):
+        run(Capture(model_of(row), (), head="lm_head", reward="logits:0"), given)
+    assert run(Capture(model_of(row), (), **row.options), given)[1].unchecked
+    others = [r for r in ROWS if r is not row]
+    assert not any(run(Capture(model_of(r), (), **r.options), batch(tokenizer, r))[1].unchecked for r in others)
+
+
+def test_a_plain_classifier_with_openrlhfs_setting_stays_one(tiny_decoder: Any) -> None:
+    model, _ = tiny_decoder
+    model.config.value_head_prefix = "score"
+    assert reader_of(model) == RewardReader()
+
+
+def test_a_reader_names_its_own_column(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Five(published.LlamaRewardModel):
+        def build(self, config: Any) -> None:
+            self.regression_head = nn.Linear(published.WIDTH, 5)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+            value = self.regression_head(self.hidden(input_ids, attention_mask))
+            return {"logits": value[torch.arange(len(value)), published.last_attended(attention_mask)]}
+
+    monkeypatch.setattr("rm_ood.readers._READERS", dict(_READERS))
+    register_reader("Five", RewardReader(head="regression_head", reward="logits:3", read_out="last_token"))
+    capture = Capture(Five(published.config(PAD)).eval(), ())
+    output, captured = run(capture, batch(tokenizer, ROWS[0]))
+    assert torch.equal(captured.rewards, output["logits"][:, 3])
+    assert not captured.mismatch.any()
+
+
+@pytest.mark.parametrize("name", ["OpenAssistant-pythia", "ArmoRM", "LDL-Reward"])
+def test_decoders_that_pool_by_themselves_take_left_padding(name: str, tokenizer: Any) -> None:
+    row = next(r for r in ROWS if r.name == name)
+    capture, given = Capture(model_of(row), ()), batch(tokenizer, row)
+    reference = run(capture, given)[1]
+    padded = run(capture, left(given))[1]
+    torch.testing.assert_close(padded.rewards, reference.rewards, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(padded.vectors["final"], reference.vectors["final"], rtol=1e-3, atol=1e-3)
+
+
+def test_a_head_below_a_module_of_that_name_is_found(tiny_decoder: Any) -> None:
+    class Around(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+            self.config = module.config
+
+        def forward(self, **inputs: Any) -> Any:
+            return self.module(**inputs)
+
+    model, own = tiny_decoder
+    text = TextEncoder(own, "plain")
+    given = text.pad([text.encode(*pair) for pair in PAIRS])
+    capture = Capture(Around(model).eval(), ("response/mean@0.5",))
+    assert capture.head_path == "module.score"
+    assert capture.hook_points()["final"] == "score"
+    assert not run(capture, given)[1].mismatch.any()
+
+
+def test_outputs_that_take_no_attribute(tokenizer: Any) -> None:
+    from collections import namedtuple
+
+    from rm_ood.outputs import with_verdicts
+
+    pair = namedtuple("pair", "logits loss")
+    carried = with_verdicts(pair(1, 2), "verdicts")  # type: ignore[arg-type]
+    assert (carried.logits, carried.loss, carried.ood) == (1, 2, "verdicts")
+    assert isinstance(carried, pair)
+    with pytest.raises(InputError, match=r"takes no attribute to carry the verdicts.*guard\.observe"):
+        with_verdicts(7, "verdicts")  # type: ignore[arg-type]

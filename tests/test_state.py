@@ -19,6 +19,7 @@ from rm_ood import (
     MismatchError,
 )
 from rm_ood.calibration import split_parts
+from rm_ood.fingerprint import REQUIRED
 from rm_ood.identity import Identity
 from rm_ood.state import FittedState
 
@@ -50,7 +51,7 @@ def state() -> FittedState:
         table=table,
         heldout=scores,
         fit_keys=np.array([1, 2, 2**64 - 1], dtype=np.uint64),
-        identity=Identity({"dtype": "float32"}),
+        identity=Identity(dict.fromkeys(REQUIRED, "x") | {"dtype": "float32"}),
         record={"fit_items": 90},
     )
 
@@ -163,3 +164,22 @@ def test_row28_malformed_tensors_are_refused(state: FittedState, name: str, tens
         tensors[name] = tensor
     with pytest.raises(FormatError, match=message):
         FittedState.from_saved(tensors, config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fingerprint": {"dtype": "float32"}}, "the fingerprint lacks .*'architecture'"),
+        ({"fingerprint": {"dtype": 7}}, "something else than texts"),
+        ({"weight_names": "abc"}, "weight_names and identity.weights belong together"),
+    ],
+)
+def test_an_identity_that_was_cut_is_refused(state: FittedState, change: dict[str, Any], message: str) -> None:
+    tensors, config = state.to_saved()
+    with pytest.raises(FormatError, match=message):
+        FittedState.from_saved(tensors, {**config, **change})
+
+
+def test_vectors_of_unknown_origin_have_no_identity(state: FittedState) -> None:
+    tensors, config = state.to_saved()
+    assert FittedState.from_saved(tensors, {**config, "fingerprint": {}}).identity.fields == {}

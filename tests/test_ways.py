@@ -174,11 +174,27 @@ def test_lora_with_a_saved_head_and_its_adapter_switched_off(way: str, tiny_deco
     assert guard._model_column().capture.head_path == "score"
     on = verdicts(guard)
     assert not np.allclose(on.rewards, eager.rewards, rtol=0.01)
+    assert not any(on.reasons)
     with wrapped.disable_adapter():
         off = verdicts(guard)
+    assert all("model_mismatch:adapters" in reasons for reasons in off.reasons)
     np.testing.assert_allclose(off.rewards, eager.rewards, **CLOSE)
     assert not any("read_out_mismatch" in reasons for reasons in off.reasons)
     assert_same(verdicts(guard), on)
+
+
+@row("peft-of-transformers")
+def test_adapters_of_transformers_own_support(way: str, tiny_decoder: Any, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    model, tokenizer = tiny_decoder
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="mine")
+    model.eval()
+    guard = fitted(model, tokenizer)
+    assert guard.state.identity.fields["adapters"] == "mine"
+    assert not any(verdicts(guard).reasons)
+    model.disable_adapters()
+    assert all("model_mismatch:adapters" in reasons for reasons in verdicts(guard).reasons)
 
 
 @pytest.mark.parametrize("task", [None, "SEQ_CLS"])
@@ -261,6 +277,7 @@ def test_offloaded_weights(
     import accelerate
 
     model, tokenizer = tiny_decoder
+    bare = copy.deepcopy(model)
     guard = OODGuard(model, tokenizer, **OPTIONS) if hooked == "before" else None
     if how == "cpu_offload":
         accelerate.cpu_offload(model, execution_device="cpu")
@@ -276,6 +293,8 @@ def test_offloaded_weights(
     assert_same(verdicts(guard), eager)
     guard.save_pretrained(tmp_path / "guard")
     OODGuard.from_pretrained(tmp_path / "guard", model, tokenizer).detach()
+    # The same weights at home.
+    OODGuard.from_pretrained(tmp_path / "guard", bare, tokenizer).detach()
 
 
 @row("accelerate-prepare_model-bf16")
@@ -436,6 +455,20 @@ def test_eight_threads_through_one_guard(way: str, tiny_decoder: Any, eager: Dec
     with ThreadPoolExecutor(8) as pool:
         for decisions in pool.map(lambda _: verdicts(guard), range(24)):
             assert_same(decisions, eager)
+
+
+@row("head-replaced-under-load")
+def test_a_head_that_is_replaced_under_eight_threads(way: str, tiny_decoder: Any) -> None:
+    model, tokenizer = tiny_decoder
+    guard = fitted(model, tokenizer)
+    before = verdicts(guard)
+    model.score = copy.deepcopy(model.score)
+    with ThreadPoolExecutor(8) as pool:
+        for decisions in pool.map(lambda _: verdicts(guard), range(16)):
+            assert_same(decisions, before)
+    guard.detach()
+    live = [h for m in model.modules() for h in m._forward_hooks.values() if getattr(h, "live", False)]
+    assert live == []
 
 
 # -- parallel

@@ -447,3 +447,23 @@ def test_classes_must_match_the_state():
 def test_to_moves_every_tensor():
     detector = MahalanobisDetector().fit(*data()).to("meta")
     assert all(tensor.is_meta for tensor in detector.state_tensors().values())
+
+
+# -- scaled vectors
+
+
+@pytest.mark.parametrize("factor", [3.0, 0.01])
+def test_a_scaled_detector_gives_scaled_vectors_the_same_distances(factor: float) -> None:
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 8, generator=rng) + 5
+    detector = MahalanobisDetector().fit(x, torch.arange(300) % 2)
+    scaled = detector.scaled(factor)
+    torch.testing.assert_close(scaled.sq_distances(factor * x), detector.sq_distances(x), rtol=1e-4, atol=1e-4)
+    assert scaled.shrinkage_ == detector.shrinkage_
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_factor_that_scales_nothing_is_refused(factor: float) -> None:
+    detector = MahalanobisDetector().fit(torch.randn(100, 3, generator=torch.Generator().manual_seed(0)))
+    with pytest.raises(InputError, match=r"factor=.*expected a finite number above 0"):
+        detector.scaled(factor)
