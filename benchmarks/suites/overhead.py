@@ -138,6 +138,7 @@ def _inputs(guard: OODGuard) -> tuple[dict[str, torch.Tensor], dict[str, torch.T
     """A batch of equal lengths: chat-templated items of `TOKENS` tokens."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, 20000, (BATCH, TOKENS), generator=generator)
+    ids[:, 0] = guard.tokenizer.bos_token_id
     half = torch.arange(TOKENS) < TOKENS // 2
     spans = {
         "prompt_end": torch.full((BATCH,), TOKENS // 2 - 1),
