@@ -1,7 +1,7 @@
-"""The hooks: which vectors a forward pass leaves behind, thread by thread, and the check that they are the right ones.
+"""Which vectors a forward pass leaves behind, and the check that they are the right ones.
 
 A forward hook on the reward head sees the very tensor that the reward is computed from, and the head's own output.
-Intermediate layers are hooked the same way and reduced at once to span means; no (B, T, H) tensor is kept.
+Intermediate layers are hooked the same way and reduced at once to span means.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from rm_ood.channels import FINAL, REWARD, Channel
 from rm_ood.errors import CaptureError, InputError
+from rm_ood.hooks import Hook, Request, Slot
 from rm_ood.readers import RewardReader, reader_of
 from rm_ood.reward_model import (
     check_left_padding,
@@ -51,25 +51,6 @@ class Captured:
     mismatch: Tensor
     turns: Tensor | None = None
     unchecked: bool = False
-
-
-@dataclass
-class Request:
-    """One forward's spans going in and pooled vectors coming out; lives in its own thread only."""
-
-    positions: Tensor
-    spans: Spans
-    columns: Tensor | None = None
-    vectors: dict[str, Tensor] = field(default_factory=dict)
-    head_output: Tensor | None = None
-    turns: Tensor | None = None
-    pooled: bool = False
-
-
-class _Slot(threading.local):
-    """The request of the thread that is in a forward; None otherwise, so that foreign forwards cost nothing."""
-
-    request: Request | None = None
 
 
 class Capture:
@@ -116,9 +97,9 @@ class Capture:
         n_blocks = len(find_blocks(model, layers)) if deep else 0
         for name, channel in deep.items():
             self._at_block.setdefault(channel.block(n_blocks), {})[name] = channel
-        self._slot = _Slot()
+        self._slot = Slot()
         self._hooked: dict[str, nn.Module] = {}
-        self._placed: list[_Hook] = []
+        self._placed: list[Hook] = []
         self._handles: list[RemovableHandle] = []
         self._moving = threading.Lock()
         # A guard that is gone leaves no hooks behind.
@@ -135,7 +116,7 @@ class Capture:
         """Hook the modules that stand in the model now, then take the old hooks away: a forward under way misses none."""
         handles, placed = list(self._handles), list(self._placed)
         hooked = {}
-        new: list[tuple[RemovableHandle, _Hook]] = []
+        new: list[tuple[RemovableHandle, Hook]] = []
         for path, module, hook in self._hooks():
             hooked[path] = module
             new.append((module.register_forward_hook(hook), hook))
@@ -144,18 +125,18 @@ class Capture:
         self._placed[:] = [hook for _, hook in new]
         _remove(handles, placed)
 
-    def _hooks(self) -> Iterator[tuple[str, nn.Module, _Hook]]:
+    def _hooks(self) -> Iterator[tuple[str, nn.Module, Hook]]:
         inner = unwrap(self.model)
         head = called_path(inner, self.head_path)
-        yield head, inner.get_submodule(head), _Hook(self._slot, self._at_head, self.reader.head_shift, is_head=True)
+        yield head, inner.get_submodule(head), Hook(self._slot, self._at_head, self.reader.head_shift, is_head=True)
         if self._at_gate:
             gate = called_path(inner, str(self.reader.prompt_head))
-            yield gate, inner.get_submodule(gate), _Hook(self._slot, self._at_gate, 0, is_gate=True)
+            yield gate, inner.get_submodule(gate), Hook(self._slot, self._at_gate, 0, is_gate=True)
         if self._at_block:
             blocks = find_blocks(self.model, self._layers)
             stack = next(name for name, module in inner.named_modules() if module is blocks)
             for index, channels in self._at_block.items():
-                yield f"{stack}.{index}", blocks[index], _Hook(self._slot, channels, 0)
+                yield f"{stack}.{index}", blocks[index], Hook(self._slot, channels, 0)
 
     @property
     def rule(self) -> str:
@@ -306,101 +287,9 @@ def _check_labels(head: nn.Module, path: str, reward: str) -> None:
         )
 
 
-def _remove(handles: list[RemovableHandle], hooks: list[_Hook]) -> None:
+def _remove(handles: list[RemovableHandle], hooks: list[Hook]) -> None:
     while handles:
         handles.pop().remove()
     while hooks:
         # A copy of the hook may stand on a copied module (adapters copy the head).
         hooks.pop().live = False
-
-
-class _Hook:
-    """A forward hook that belongs to one guard.
-
-    A copy of the model (`copy.deepcopy`, adapters that copy the head) keeps the guard's own hook; a pickled model leaves it
-    behind.
-    """
-
-    def __init__(
-        self, slot: _Slot, channels: Mapping[str, Channel], shift: int, *, is_head: bool = False, is_gate: bool = False
-    ) -> None:
-        self.slot = slot
-        self.channels = channels
-        self.shift = shift
-        self.is_head = is_head
-        self.is_gate = is_gate
-        self.live = True
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        request = self.slot.request
-        if request is None or not self.live:
-            return
-        if self.is_head:
-            _read_head(request, self.channels, self.shift, args[0].detach(), output.detach())
-        elif self.is_gate:
-            for name in self.channels:
-                request.vectors[name] = args[0].detach().float()
-        else:
-            hidden = (output[0] if isinstance(output, (tuple, list)) else output).detach()
-            for name, channel in self.channels.items():
-                request.vectors[name] = _pool(hidden, request.positions, request.spans, channel)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return self
-
-    def __reduce__(self) -> tuple[Any, tuple[()]]:
-        return _inert, ()
-
-
-def _inert() -> Any:
-    return _nothing
-
-
-def _nothing(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """What is left of a guard's hook in a pickled model."""
-
-
-def _read_head(request: Request, channels: Mapping[str, Channel], shift: int, hidden: Tensor, scores: Tensor) -> None:
-    """Channels of the tensor that enters the head, (B, H) or (B, T, H), and the head's own output."""
-    if hidden.ndim == 2:
-        others = [name for name in channels if name != FINAL]
-        if others or request.columns is not None:
-            raise InputError(
-                f"{f'channels {others}' if others else 'turn scores'}: this head reads one pooled vector per item, so the final "
-                "layer has no tokens to pool. Name a block instead, for example 'response/mean@1.0'."
-            )
-        request.vectors[FINAL], request.head_output, request.pooled = hidden, scores, True
-        return
-    rows = torch.arange(hidden.shape[0], device=hidden.device)
-    at = (request.positions + shift).clamp(max=hidden.shape[1] - 1).to(hidden.device)
-    request.head_output = scores[rows, at]
-    if request.columns is not None:
-        columns = (request.columns + shift).clamp(0, hidden.shape[1] - 1).to(hidden.device)
-        request.turns = hidden[rows[:, None], columns]
-    spans = request.spans.shifted(shift) if shift else request.spans
-    for name, channel in channels.items():
-        # `final` keeps the model's dtype: it is what the head read.
-        request.vectors[name] = hidden[rows, at] if name == FINAL else _pool(hidden, at, spans, channel)
-
-
-def _pool(hidden: Tensor, positions: Tensor, spans: Spans, channel: Channel) -> Tensor:
-    """One float32 vector per row of (B, T, H): at a token, or the mean over a span."""
-    rows = torch.arange(hidden.shape[0], device=hidden.device)
-    read_out = hidden[rows, positions.to(hidden.device)].float()
-    if channel.pooling == "readout":
-        return read_out
-    if channel.pooling == "prompt_end":
-        if spans.prompt_end is None:
-            raise InputError(f"channel {channel} needs prompt_end, (B,): the last column before the response")
-        return hidden[rows, spans.prompt_end.to(hidden.device)].float()
-    span = spans.prompt_mask if channel.axis == "prompt" else spans.response_mask
-    if span is None:
-        raise InputError(
-            f"channel {channel} needs the spans: pass prompt_end, (B,), the last column before the response"
-        )
-    mask = span.to(hidden.device)
-    count = mask.sum(1, keepdim=True)
-    # A select, not a product: 0 * inf in a padded column would poison the mean.
-    # An empty span takes the read-out vector of the same layer; the item's reasons say so.
-    total = torch.where(mask[:, :, None], hidden, 0).sum(1, dtype=torch.float32)
-    return torch.where(count > 0, total / count.clamp(min=1), read_out)
