@@ -7,7 +7,7 @@ few lines, ours or the user's (`register_reader`), and the self-check of every b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -161,13 +161,7 @@ _GATED = RewardReader(
     agrees=repeats("rewards"),
     prompt_head="gating.layers.0",
 )
-_QUANTILES = RewardReader(
-    head="regression_layer",
-    reward="score",
-    read_out="before_pad",
-    agrees=repeats("reward_quantiles"),
-    prompt_head="gating.layers.0",
-)
+_QUANTILES = replace(_GATED, agrees=repeats("reward_quantiles"))
 _READERS: dict[str, RewardReader] = {
     # transformers: the decoder reads the inputs shifted to the right, and the longest row of a batch would be read a token
     # early without a pad column beside it.
