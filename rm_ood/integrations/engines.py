@@ -7,6 +7,7 @@ judges by its channel `final`. README.md beside this file: how to start them, an
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Self, overload
 
@@ -37,7 +38,7 @@ _ITEM_BYTES = 2**10
 _NUMBER_BYTES = 32
 
 
-class EngineScorer:
+class EngineScorer(ABC):
     """What the clients of both engines share; use `SGLangScorer` or `VLLMScorer`.
 
     The engines pool the very last token they get; transformers pools the rightmost token whose id is not the pad id. Where
@@ -154,9 +155,9 @@ class EngineScorer:
         # Nothing but pad ids: transformers reads position 0.
         return ids[:end]
 
+    @abstractmethod
     def _ask(self, ids: list[list[int]], state: FittedState) -> tuple[ChannelScores, Floats, NDArray[np.bool_]]:
         """Raw scores, rewards (n,), and whether each reward is not that of its vector, (n,), of one request."""
-        raise NotImplementedError
 
     def _post(self, path: str, body: dict[str, Any], ids: list[list[int]], numbers: int) -> dict[str, Any]:
         """The reply to a request, which is to hold at most `numbers` numbers per item."""
