@@ -48,7 +48,7 @@ def _published() -> list[str]:
         + " | tested live on a stand-in of the published structure |"
         for row in ROWS
     ]
-    return [*rows, "| PairRM, SteamSHP, SliC-pair, generative judges | no vector of one response | refused by name |"]
+    return [*rows, "| PairRM, SteamSHP and other rankers of pairs | no vector of one response: refused by name | tested live |"]
 
 
 def _ways() -> list[str]:
