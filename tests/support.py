@@ -48,7 +48,10 @@ def _published() -> list[str]:
         + " | tested live on a stand-in of the published structure |"
         for row in ROWS
     ]
-    return [*rows, "| PairRM, SteamSHP and other rankers of pairs | no vector of one response: refused by name | tested live |"]
+    return [
+        *rows,
+        "| PairRM, SteamSHP and other rankers of pairs | no vector of one response: refused by name | tested live |",
+    ]
 
 
 def _ways() -> list[str]:
