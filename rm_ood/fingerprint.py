@@ -101,6 +101,20 @@ def dtypes_of(model: nn.Module) -> list[str]:
     return sorted({str(p.dtype).removeprefix("torch.") for p in unwrap(model).parameters()})
 
 
+def require_fingerprint(saved: Mapping[str, str]) -> None:
+    """Refuse a fingerprint that could match any model.
+
+    Raises:
+        MismatchError: fields are missing; names them.
+    """
+    missing = sorted(REQUIRED - saved.keys())
+    if missing:
+        raise MismatchError(
+            f"this guard does not say which reward model it was fitted on (fingerprint tier 0: no {missing}): use it on vectors "
+            "(check_embeddings), or fit a new guard with the model"
+        )
+
+
 def check_fingerprint(saved: Mapping[str, str], found: Mapping[str, str], *, allow: Collection[str] = ()) -> list[str]:
     """Fields that differ and were allowed to; every other difference raises.
 
@@ -109,12 +123,6 @@ def check_fingerprint(saved: Mapping[str, str], found: Mapping[str, str], *, all
     Raises:
         MismatchError: naming tier and fields.
     """
-    missing = sorted(REQUIRED - saved.keys())
-    if missing:
-        raise MismatchError(
-            f"this guard does not say which reward model it was fitted on (fingerprint tier 0: no {missing}): use it on vectors "
-            "(check_embeddings), or fit a new guard with the model"
-        )
     differing = [name for name in saved if name not in _RECORDED_ONLY and not _agree(name, saved, found)]
     allowed = set(allow)
     if "dtype" in allowed and "dtype" in differing:

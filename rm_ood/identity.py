@@ -19,7 +19,7 @@ from rm_ood.canaries import CANARIES
 from rm_ood.config import GuardConfig
 from rm_ood.embed import Embedder
 from rm_ood.errors import CalibrationWarning, CaptureError, InputError, MismatchError
-from rm_ood.fingerprint import WeightSamples, check_fingerprint, check_weights, fingerprint
+from rm_ood.fingerprint import WeightSamples, check_fingerprint, check_weights, fingerprint, require_fingerprint
 
 # Relative difference of a vector between batch layouts and devices, by the dtype of the model (1 % seen in bfloat16).
 _TOLERANCE = {"float64": 1e-4, "float32": 1e-4}
@@ -125,13 +125,15 @@ class Identity:
         Args:
             tier: the last tier to compare: `"config"`, `"weights"` or `"canaries"`.
             score: the guard's own distances, to compare those of the canaries as well.
-            allow: fields that may differ: names of tier 0, `"weights"`, `"canaries"`. With another dtype allowed, weights
-                are compared after rounding, and canaries within the tolerance of the coarser dtype.
+            allow: fields that may differ: names of tier 0, `"weights"`, `"canaries"`. With another dtype allowed, weights may
+                differ by its rounding, and canaries by 25 % (see `compare`).
         Returns:
             The fields that differ and were allowed to.
         Raises:
             MismatchError: naming tier and field.
+            InputError: `allow` names a field that there is not.
         """
+        require_fingerprint(self.fields)
         unknown = sorted(set(allow) - self.fields.keys() - {"weights", "canaries"})
         if isinstance(allow, str) or unknown:
             raise InputError(

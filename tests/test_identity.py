@@ -475,8 +475,9 @@ def test_a_fingerprint_that_says_nothing_is_refused(saved: tuple[Path, Any, Any]
     guard = OODGuard.from_pretrained(folder)
     guard._swap(replace(guard.state, identity=Identity({})))
     guard.save_pretrained(folder, overwrite=True)
-    with pytest.raises(MismatchError, match="does not say which reward model it was fitted on"):
-        OODGuard.from_pretrained(folder, model, tokenizer)
+    for allowed in (False, True):
+        with pytest.raises(MismatchError, match="does not say which reward model it was fitted on"):
+            OODGuard.from_pretrained(folder, model, tokenizer, allow_dtype_change=allowed)
 
 
 def test_a_setting_that_differs_is_named(saved: tuple[Path, Any, Any]) -> None:
