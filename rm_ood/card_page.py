@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterable, Sequence
 from typing import Any
 
-
-class _Markup(str):
-    """Text that is HTML already; everything else is escaped."""
-
-    __slots__ = ()
+from rm_ood.markup import Markup, Text, bullets, escaped, fact_table, table, whole_page
 
 
 def page(values: dict[str, Any]) -> str:
@@ -29,32 +23,13 @@ def page(values: dict[str, Any]) -> str:
         ("Blind spots", _doctor(values["doctor"])),
         ("Fingerprint of the reward model", _fingerprint(values["fingerprint"])),
     ]
-    body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections if content)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Guard card: {_escaped(name)}</title><style>{_STYLE}</style></head><body><h1>Guard card</h1>"
-        f'<p class="lead">{_escaped(_summary(name, values))}</p>{body}</body></html>\n'
-    )
+    lead = f'<p class="lead">{escaped(_summary(name, values))}</p>'
+    return whole_page(f"Guard card: {name}", "Guard card", lead, sections, _STYLE)
 
 
 _STYLE = (
-    ":root{color-scheme:light dark;--ink:#1d2430;--soft:#5b6472;--line:#d9dde3;--band:#f4f6f8;--paper:#fff;--mark:#1f6fb2;"
-    "--warn:#b3261e;--good:#1b7837}"
-    "@media(prefers-color-scheme:dark){:root{--ink:#e4e7ec;--soft:#9aa4b2;--line:#353c47;--band:#1c222b;--paper:#12161c;"
-    "--mark:#6cb2ee;--warn:#ff8a80;--good:#7fcf94}}"
-    "body{font:15px/1.55 system-ui,sans-serif;max-width:58em;margin:2em auto;padding:0 1.2em;color:var(--ink);"
-    "background:var(--paper)}h1{font-size:1.7em;margin-bottom:.3em}h2{font-size:1.15em;margin:2em 0 .5em;"
-    "border-bottom:1px solid var(--line);padding-bottom:.2em}.lead{font-size:1.08em}p,li{max-width:48em}"
-    ".wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:.6em 0}"
-    "caption{text-align:left;color:var(--soft);padding-bottom:.3em}"
-    "th,td{padding:.25em .8em .25em 0;text-align:right;border-bottom:1px solid var(--line);vertical-align:top}"
-    "th:first-child,th.t,td.t{text-align:left}thead th{color:var(--soft);font-weight:600}tbody th{font-weight:500}"
-    ".facts th,.facts td{text-align:left}.facts th{white-space:nowrap}.facts td{overflow-wrap:anywhere}.soft{color:var(--soft)}"
-    ".yes{color:var(--good)}.no{color:var(--warn)}svg{vertical-align:middle}text{fill:var(--ink);font-size:11px}"
-    "text.soft{fill:var(--soft)}.bar{fill:var(--mark)}.edge{stroke:var(--ink)}.alpha{stroke:var(--warn);stroke-dasharray:3 2}"
-    ".box{fill:var(--mark);fill-opacity:.35}code{font-size:.87em}"
-    "@media print{body{max-width:none;margin:0;font-size:11pt}section{break-inside:avoid}}"
+    ".bar{fill:var(--mark)}.edge{stroke:var(--ink)}.alpha{stroke:var(--warn);stroke-dasharray:3 2}"
+    ".box{fill:var(--mark);fill-opacity:.35}"
 )
 
 
@@ -100,7 +75,7 @@ def _data(values: dict[str, Any]) -> str:
                 f"the reward {odds['reward_correlation']:+.2f}",
             )
         )
-    return _facts(facts) + _list(fit["notes"])
+    return fact_table(facts) + bullets(fit["notes"])
 
 
 def _detectors(values: dict[str, Any]) -> str:
@@ -108,7 +83,7 @@ def _detectors(values: dict[str, Any]) -> str:
     rows = [
         [
             name,
-            _text(d["estimator"] + ("" if d["in_verdict"] else " (reported, not in the verdict)")),
+            Text(d["estimator"] + ("" if d["in_verdict"] else " (reported, not in the verdict)")),
             d["width"],
             d["samples"],
             f"{d['samples_per_feature']:g}",
@@ -120,10 +95,10 @@ def _detectors(values: dict[str, Any]) -> str:
         for name, d in values["detectors"].items()
     ]
     head = (
-        "channel", _text("estimator"), "width D", "samples n", "n / D", "shrinkage", "floor", "effective rank",
+        "channel", Text("estimator"), "width D", "samples n", "n / D", "shrinkage", "floor", "effective rank",
         "correlation with reward",
     )  # fmt: skip
-    return _table(head, rows, "Score: squared distance to the nearest class; larger is more out of distribution.")
+    return table(head, rows, "Score: squared distance to the nearest class; larger is more out of distribution.")
 
 
 def _calibration(cal: dict[str, Any] | None) -> str:
@@ -131,11 +106,11 @@ def _calibration(cal: dict[str, Any] | None) -> str:
         return "<p>Not calibrated.</p>"
     cells = [*cal["by_length"], *cal["by_group"]]
     top = max([cal["alpha"], *(cell["high"] or 0.0 for cell in cells)])
-    head = ("prompts", "flagged", "rate", "95 % interval", _text(""))
+    head = ("prompts", "flagged", "rate", "95 % interval", Text(""))
     lengths = [
         [f"{b['tokens']} tokens", b["n"], b["flagged"], *_rate(b), _bar(b, cal["alpha"], top)] for b in cal["by_length"]
     ]
-    text = _table(
+    text = table(
         ("response length", *head),
         lengths,
         f"False alarms: each calibration prompt against the others. Dashed: alpha = {100 * cal['alpha']:g} %.",
@@ -147,7 +122,7 @@ def _calibration(cal: dict[str, Any] | None) -> str:
         mean, low, high = (100 * x for x in g["expected_false_alarm_rate"])
         expected = f"{mean:.2f} % ({low:.2f} to {high:.2f} %)"
         groups.append([g["group"], g["n"], g["k"], expected, g["flagged"], *_rate(g), _bar(g, cal["alpha"], top)])
-    return text + _table(
+    return text + table(
         ("group", "ranked among n", "k", "expected (90 % interval)", *head[1:]),
         groups,
         "By group; groups too small for the promise are ranked together.",
@@ -162,7 +137,7 @@ def _lengths(found: dict[str, Any] | None) -> str:
     return (
         f"<p>Rank correlation with the span's length in tokens, over {found['n']} calibration prompts. Within "
         f"{found['chance']:.2f} of 0 is what chance alone gives. The raw scores may depend on length; the verdict rests on the "
-        "standardised ones.</p>" + _table(("score", "raw", "standardised"), rows, "")
+        "standardised ones.</p>" + table(("score", "raw", "standardised"), rows, "")
     )
 
 
@@ -191,14 +166,14 @@ def _detectable(pools: list[dict[str, Any]] | None) -> str:
         f"{first['small_shift']:g} sd found after",
     ]
     strips = "".join(
-        f"<p>{_escaped(pool['group']) + ': ' if several else ''}{_strip(pool)}</p>" for pool in pools if pool["unit"]
+        f"<p>{escaped(pool['group']) + ': ' if several else ''}{_strip(pool)}</p>" for pool in pools if pool["unit"]
     )
     return (
         "<p>Smallest shift of the joined score that is detected, in standard deviations of that score over the calibration "
         "prompts. Item: one item is flagged with that probability. Batch: a rank-sum test against the calibration scores at "
         f"level {first['batch_level']:g} finds a shift of all its items with probability {first['batch_power']:g}; "
         "&ldquo;never&rdquo;: the calibration set is too small for any number of prompts.</p>"
-        + _table(head, rows, "")
+        + table(head, rows, "")
         + strips
     )
 
@@ -210,13 +185,13 @@ def _doctor(found: dict[str, Any] | None) -> str:
     rows = [_planted("nothing", "-", clean["n"], clean["flagged"], None, None)]
     rows += [_planted(s["name"], s["side"], s["n"], s["flagged"], s["auroc"], s["caught"]) for s in found["shifts"]]
     head = (
-        "planted", _text("side"), "items", "flagged", "95 % interval", "prompt axis", "response axis", "AUROC", "caught",
+        "planted", Text("side"), "items", "flagged", "95 % interval", "prompt axis", "response axis", "AUROC", "caught",
     )  # fmt: skip
     return (
-        f"<p>Caught: {_escaped('; '.join(found['caught']) or 'none')}.</p>"
-        f"<p><strong>Blind to: {_escaped('; '.join(found['blind']) or 'none')}.</strong></p>"
-        + _list(found["notes"])
-        + _table(head, rows, f"{clean['n']} {found['items']} items at alpha {found['alpha']:g}; {found['rule']}.")
+        f"<p>Caught: {escaped('; '.join(found['caught']) or 'none')}.</p>"
+        f"<p><strong>Blind to: {escaped('; '.join(found['blind']) or 'none')}.</strong></p>"
+        + bullets(found["notes"])
+        + table(head, rows, f"{clean['n']} {found['items']} items at alpha {found['alpha']:g}; {found['rule']}.")
     )
 
 
@@ -228,11 +203,11 @@ def _planted(
     word = (
         ""
         if caught is None
-        else _Markup(f'<span class="{"yes" if caught else "no"}">{"yes" if caught else "no"}</span>')
+        else Markup(f'<span class="{"yes" if caught else "no"}">{"yes" if caught else "no"}</span>')
     )
     return [
         name,
-        _text(side),
+        Text(side),
         n,
         _percent(share["share"]),
         f"{100 * share['low']:.0f} to {100 * share['high']:.0f} %",
@@ -247,7 +222,7 @@ def _fingerprint(fields: dict[str, str]) -> str:
         return "<p>None: fitted on vectors of unknown origin.</p>"
     # A local folder has no commit, and its field says so in Python's word.
     shown = {name: "not known" if value == "None" else value for name, value in fields.items()}
-    return _facts((name, _Markup(f"<code>{_escaped(value)}</code>")) for name, value in shown.items())
+    return fact_table((name, Markup(f"<code>{escaped(value)}</code>")) for name, value in shown.items())
 
 
 def _bar(cell: dict[str, Any], alpha: float, top: float) -> str:
@@ -255,7 +230,7 @@ def _bar(cell: dict[str, Any], alpha: float, top: float) -> str:
     if cell["rate"] is None:
         return ""
     x = [round(140 * value / top, 1) for value in (cell["rate"], cell["low"], cell["high"], alpha)]
-    return _Markup(
+    return Markup(
         f'<svg width="142" height="14" role="img" aria-label="{_percent(cell["rate"])}">'
         f'<rect class="bar" y="3" width="{x[0]}" height="8"/><path class="edge" d="M{x[1]} 7H{x[2]}" fill="none"/>'
         f'<path class="alpha" d="M{x[3]} 0V14" fill="none"/></svg>'
@@ -273,7 +248,7 @@ def _strip(pool: dict[str, Any]) -> str:
 
     q05, q25, q50, q75, q95 = (at(q) for q in pool["quantiles"])
     limit = at(pool["threshold"])
-    return _Markup(
+    return Markup(
         '<svg viewBox="0 0 520 52" width="520" role="img" aria-label="quantiles of the calibration scores">'
         f'<path class="edge" d="M{q05} 16H{q95}M{q50} 8V24" fill="none"/>'
         f'<rect class="box" x="{q25}" y="8" width="{round(q75 - q25, 1)}" height="16"/>'
@@ -281,46 +256,6 @@ def _strip(pool: dict[str, Any]) -> str:
         f'<text x="{limit}" y="44" text-anchor="end">threshold {pool["threshold"]:.2f}</text>'
         f'<text class="soft" x="{q05}" y="44">5, 25, 50, 75, 95 % of n = {pool["n"]} calibration scores</text></svg>'
     )
-
-
-def _table(head: Sequence[Any], rows: Iterable[Sequence[Any]], caption: str) -> str:
-    """Header cells on top and in the first column; `_text` cells stand left, all others right."""
-    titles = "".join(f'<th scope="col"{_left(cell)}>{_escaped(cell)}</th>' for cell in head)
-    body = "".join(
-        f'<tr><th scope="row">{_escaped(row[0])}</th>'
-        + "".join(f"<td{_left(cell)}>{_escaped(cell)}</td>" for cell in row[1:])
-        + "</tr>"
-        for row in rows
-    )
-    title = f"<caption>{_escaped(caption)}</caption>" if caption else ""
-    return f'<div class="wide"><table>{title}<thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _facts(facts: Iterable[tuple[str, Any]]) -> str:
-    rows = "".join(f'<tr><th scope="row">{_escaped(name)}</th><td>{_escaped(fact)}</td></tr>' for name, fact in facts)
-    return f'<table class="facts"><tbody>{rows}</tbody></table>'
-
-
-def _list(notes: Sequence[str]) -> str:
-    return f"<ul>{''.join(f'<li>{_escaped(note)}</li>' for note in notes)}</ul>" if notes else ""
-
-
-class _Text(str):
-    """A cell of words."""
-
-    __slots__ = ()
-
-
-def _text(value: str) -> _Text:
-    return _Text(value)
-
-
-def _left(cell: Any) -> str:
-    return ' class="t"' if isinstance(cell, _Text) else ""
-
-
-def _escaped(value: Any) -> str:
-    return value if isinstance(value, _Markup) else html.escape(str(value))
 
 
 def _rate(cell: dict[str, Any]) -> list[str]:

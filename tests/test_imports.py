@@ -21,7 +21,7 @@ LINES = (
     "vectors ops.reference ops.scatter ops.distance ops moments covariance",
     "detectors.base detectors.mahalanobis detectors.sklearn detectors",
     "length conformal calibration power traffic",
-    "config hooks capture embed identity fitting decision state fit card_values card_page card",
+    "config hooks capture embed identity fitting decision state fit card_values markup card_page card",
     "calls outputs inputs turns recalibration guard",
     "integrations.transport integrations.read_out integrations.vllm_plugin integrations.engines integrations",
     "study.metrics study.shifts study.planted study.plots study",
