@@ -32,6 +32,7 @@ from rm_ood.demo_page import page, table
 from rm_ood.errors import CalibrationWarning, InputError
 from rm_ood.guard import OODGuard
 from rm_ood.preferences import hash_fraction, prompt_key
+from rm_ood.study.conversations import Conversation, conversations, random_replies
 from rm_ood.study.metrics import (
     auroc,
     ece,
@@ -40,7 +41,7 @@ from rm_ood.study.metrics import (
     fpr95_ood_positive,
     pair_accuracy,
 )
-from rm_ood.study.shifts import Conversation, conversations, random_replies, word_perturbation
+from rm_ood.study.noise import word_perturbation
 
 ALPHA = 0.05
 MAX_LENGTH = 64

@@ -24,7 +24,8 @@ LINES = (
     "config hooks capture embed identity fitting decision state fit card_values markup card_page card",
     "calls outputs inputs turns recalibration guard",
     "integrations.transport integrations.read_out integrations.vllm_plugin integrations.engines integrations",
-    "study.metrics study.shifts study.planted study.plots study",
+    "study.metrics study.pairs study.scripts study.noise study.registry study.builtin study.shifts",
+    "study.conversations study.planted study.plots study",
     "doctor batch demo_page demo",
 )
 ORDER = " ".join(LINES).split()

@@ -26,7 +26,7 @@ from rm_ood.conformal import p_values
 from rm_ood.preferences import hash_fraction, prompt_key
 from rm_ood.rows import iter_rows
 from rm_ood.study.metrics import auroc
-from rm_ood.study.shifts import word_perturbation
+from rm_ood.study.noise import word_perturbation
 
 ROOT = Path(__file__).resolve().parents[2]
 CHANNELS = (

@@ -1,8 +1,9 @@
 """Shift studies: how accuracy, calibration and detection of a reward model change off its own ground.
 
-`shifts` makes the data, `metrics` the numbers, `plots` the drawings.
+`pairs` reads the rows, `shifts` changes them, `metrics` makes the numbers, `plots` the drawings.
 """
 
+from rm_ood.study.conversations import Conversation, conversations, random_replies
 from rm_ood.study.metrics import (
     auroc,
     confidence,
@@ -13,11 +14,24 @@ from rm_ood.study.metrics import (
     pair_accuracy,
     tie_count,
 )
-from rm_ood.study.shifts import Conversation, conversations, random_replies, word_perturbation
+from rm_ood.study.pairs import Pair, read_pairs
+from rm_ood.study.shifts import (
+    Condition,
+    ShiftContext,
+    conditions,
+    paper_word_perturbation,
+    registered_shifts,
+    shift,
+    word_perturbation,
+)
 
 __all__ = [
+    "Condition",
     "Conversation",
+    "Pair",
+    "ShiftContext",
     "auroc",
+    "conditions",
     "confidence",
     "conversations",
     "ece",
@@ -25,7 +39,11 @@ __all__ = [
     "fpr95_id_positive",
     "fpr95_ood_positive",
     "pair_accuracy",
+    "paper_word_perturbation",
     "random_replies",
+    "read_pairs",
+    "registered_shifts",
+    "shift",
     "tie_count",
     "word_perturbation",
 ]

@@ -1,151 +1,193 @@
-"""Shifted data: the paper's word perturbation, and real conversations in many languages.
+"""Shifted versions of clean rows, from short specifications.
 
-The conversations come from the PyPI package `chatterbot-corpus`; its languages are not translations of each other line
-by line, so a shifted side is paired with a random other side, and `random_replies` makes the same-language control that
-such pairs have to be read beside.
+`word noise`, `word noise:response`, `word noise:response:0.5` name a registered shift, on one side or all, at one severity
+or at those of a study. `FILE.py:function` takes the function of a file, `aligned=FILE` the same rows in another language.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import random
-import re
-from collections.abc import Sequence
-from functools import cache
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from rm_ood.errors import InputError
 from rm_ood.preferences import stable_hash
+from rm_ood.study import builtin  # noqa: F401  (registers the shifts)
+from rm_ood.study.noise import paper_word_perturbation, word_perturbation
+from rm_ood.study.pairs import Pair
+from rm_ood.study.registry import (
+    SIDES,
+    Reward,
+    Shift,
+    ShiftContext,
+    prompt_texts,
+    registered_shifts,
+    response_texts,
+    shift,
+)
 
-# Code of a language -> its folder in chatterbot-corpus.
-LANGUAGES = {
-    "de": "german", "en": "english", "es": "spanish", "fr": "french", "hi": "hindi", "id": "indonesian",
-    "it": "italian", "ja": "japanese", "ko": "korean", "nl": "dutch", "pt": "portuguese", "ru": "russian",
-    "tr": "turkish", "uk": "ukrainian", "zh": "chinese",
-}  # fmt: skip
-_PACKAGE = "chatterbot_corpus"
-# Of the words that are hit, .33 are inserted before, up to here; .34 are deleted, up to there; the rest replaced.
-_INSERT, _DELETE = 0.33, 0.67
+__all__ = [
+    "SIDES",
+    "Condition",
+    "Shift",
+    "ShiftContext",
+    "conditions",
+    "paper_word_perturbation",
+    "registered_shifts",
+    "shift",
+    "vocabulary",
+    "word_perturbation",
+]
 
 
-class Conversation(NamedTuple):
-    """One turn of talk: what was said, and the reply it got."""
+@dataclass(frozen=True)
+class Condition:
+    """One shifted version of the clean rows.
 
-    prompt: str
-    response: str
+    Attributes:
+        name: the family, such as `"word noise"` or `"es"`; the severity is apart.
+        side: `"prompt"`, `"response"` or `"both"`: what differs from the clean rows.
+        severity: the shift's own measure, larger = further; None where it has none.
+        rows: the shifted rows; ids, clusters and subsets are the clean rows'.
+        paired: whether chosen over rejected still means anything.
+    """
+
+    name: str
+    side: str
+    severity: float | None
+    rows: list[Pair]
+    paired: bool = True
 
 
-def word_perturbation(text: str, p: float, vocabulary: Sequence[str], seed: int = 0) -> str:
-    """Word noise: each word, with probability `p`, gets a random word before it (.33), is deleted (.34) or replaced (.33).
+# Settings of the call -> the conditions of one specification.
+_Source = Callable[[], Iterator[Condition]]
 
-    The paper's shift without the slips of its code: each original word is visited once, an inserted word is not visited,
-    and white space survives where no word changes.
+
+def conditions(
+    rows: Sequence[Pair],
+    specs: Sequence[str],
+    *,
+    seed: int = 0,
+    words: Sequence[str] | None = None,
+    reward: Reward | None = None,
+) -> Iterator[Condition]:
+    """The shifted versions of `rows`, in the order of `specs`, each made when it is asked for.
 
     Args:
-        text: any text; words are runs of characters that are not white space.
-        p: probability that a word is hit, a fraction in [0, 1].
-        vocabulary: words to draw from, uniformly.
-        seed: decides everything, together with the text: the same text gets the same noise wherever it stands, and the
-            words hit at a small `p` are hit in the same way at a larger one.
-
-    Returns:
-        The perturbed text, empty only if `text` holds no word: where every word was deleted, one random word is left.
+        rows: the clean rows.
+        specs: `NAME[:SIDE][:SEVERITY]` of a registered shift, or `FILE.py:FUNCTION[:SIDE][:SEVERITY]`. Left out, a side or
+            severity means all that the shift has.
+        seed: of every shift; the same seed and text give the same change.
+        words: vocabulary for noise; None takes the words of the rows.
+        reward: prompts and responses in, (n,) rewards out, for the shifts that ask the reward model.
 
     Raises:
-        InputError: `p` outside [0, 1], or an empty vocabulary.
+        InputError: at once, a specification that names nothing, or a shift that needs a reward and has none; later, what a
+            shift itself refuses.
     """
-    if not 0 <= p <= 1:
-        raise InputError(f"p={p}: expected a fraction in [0, 1]")
-    if not vocabulary:
-        raise InputError("vocabulary: got no words. Pass some of the text's language.")
-    rng = random.Random(stable_hash(text, seed))
-    kept: list[str] = []
-    drawn = ""
-    for token in re.findall(r"\s*\S+", text):
-        # Three draws a word whether or not it is hit, so that severities of one text are nested.
-        hit, action, drawn = rng.random() < p, rng.random(), vocabulary[rng.randrange(len(vocabulary))]
-        word = token.lstrip()
-        space = token[: len(token) - len(word)]
-        if not hit:
-            kept.append(token)
-        elif action < _INSERT:
-            kept.append(f"{space}{drawn} {word}")
-        elif action >= _DELETE:
-            kept.append(space + drawn)
-    noisy = "".join(kept)
-    return text if noisy == text.rstrip() else noisy.strip() or drawn
+    if not rows:
+        raise InputError("rows: none to shift")
+    if isinstance(specs, str):
+        raise InputError("specs: expected a list of specifications, got one string")
+    drawn = vocabulary(rows) if words is None else words
+    context = ShiftContext(SIDES[0], None, seed, drawn, rows, reward)
+    sources = [_source(spec, context) for spec in specs]
+    return (condition for source in sources for condition in source())
 
 
-def conversations(language: str) -> list[Conversation]:
-    """Real conversations of one language: each one's opening and the first reply.
-
-    White space is collapsed; empty sides, replies that repeat the prompt and duplicates are left out, and so is, in
-    other languages, whatever also stands in the English corpus (left untranslated, or a bare name: no shift either way).
-
-    Args:
-        language: a code of `LANGUAGES`, such as `"es"`.
-
-    Returns:
-        The conversations, in the order of the package's files.
-
-    Raises:
-        InputError: an unknown language, or the package `chatterbot-corpus` is not installed.
-    """
-    if language not in LANGUAGES:
-        raise InputError(f"language={language!r}: expected one of {sorted(LANGUAGES)}")
-    found = list(_read(LANGUAGES[language]))
-    if language == "en":
-        return found
-    english = {text.casefold() for conversation in _read(LANGUAGES["en"]) for text in conversation}
-    return [c for c in found if c.prompt.casefold() not in english and c.response.casefold() not in english]
+def vocabulary(rows: Sequence[Pair]) -> list[str]:
+    """The distinct words of the rows that are letters only, lower case, in a fixed order."""
+    texts = (text for row in rows for text in (*prompt_texts(row.prompt), *map_responses(row)))
+    return sorted({word.lower() for text in texts for word in text.split() if word.isalpha()})
 
 
-def random_replies(rows: Sequence[Conversation], rng: random.Random) -> list[str]:
-    """For each conversation the reply of another one: a rejected response, or the control of a shifted pairing.
-
-    The reply never is one that the same prompt got anywhere in `rows`.
-
-    Raises:
-        InputError: the rows hold no reply that some prompt did not get.
-    """
-    own: dict[str, set[str]] = {}
-    for row in rows:
-        own.setdefault(row.prompt.casefold(), set()).add(row.response.casefold())
-    replies = []
-    for row in rows:
-        others = [other.response for other in rows if other.response.casefold() not in own[row.prompt.casefold()]]
-        if not others:
-            raise InputError(f"conversations: {len(rows)} rows hold no reply from another conversation")
-        replies.append(rng.choice(others))
-    return replies
+def map_responses(row: Pair) -> list[str]:
+    """The texts of a row's responses."""
+    return [text for response in row.responses for text in response_texts(response)]
 
 
-@cache
-def _read(folder: str) -> tuple[Conversation, ...]:
-    found: dict[tuple[str, str], Conversation] = {}
-    for path in sorted((_data_directory() / folder).glob("*.yml")):
-        for turns in _load(path).get("conversations") or []:
-            if not isinstance(turns, list) or len(turns) < 2:
-                continue
-            prompt, response = (" ".join(str(turn).split()) for turn in turns[:2])
-            key = (prompt.casefold(), response.casefold())
-            if all(key) and key[0] != key[1]:
-                found.setdefault(key, Conversation(prompt, response))
-    return tuple(found.values())
+def _source(spec: str, context: ShiftContext) -> _Source:
+    return _registered(spec, context)
 
 
-def _data_directory() -> Path:
-    spec = importlib.util.find_spec(_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise InputError("the conversations need the package chatterbot-corpus: pip install 'rm_ood[demo]'")
-    return Path(spec.submodule_search_locations[0]) / "data"
+def _registered(spec: str, context: ShiftContext) -> _Source:
+    found, rest = _find(spec)
+    side, severity = _side_and_severity(spec, rest)
+    if found.needs_reward and context.reward is None:
+        raise InputError(f"shift {found.name!r} asks the reward model: pass reward=")
+    cells = [
+        (s, p)
+        for s in (found.sides if side is None else (side,))
+        for p in ((found.severities or (None,)) if severity is None else (severity,))
+    ]
+    for cell in cells:
+        found.check(*cell)
+
+    def source() -> Iterator[Condition]:
+        for s, p in cells:
+            shifted = found(context.rows, ShiftContext(s, p, context.seed, context.words, context.rows, context.reward))
+            yield Condition(found.name, s, p, shifted, found.paired)
+
+    return source
 
 
-def _load(path: Path) -> dict[str, Any]:
-    import yaml
+def _find(spec: str) -> tuple[Shift, list[str]]:
+    """The shift that a specification names, and what comes after its name."""
+    path, mark, rest = spec.partition(".py:")
+    if mark:
+        function, *more = rest.split(":")
+        return _from_file(Path(path + ".py"), function), more
+    name, *more = spec.split(":")
+    known = registered_shifts()
+    if name.strip() not in known:
+        raise InputError(
+            f"shift {name!r}: no such shift. There are: {', '.join(sorted(known))}; or FILE.py:FUNCTION for one of yours, "
+            "aligned=FILE for the same rows in another language, translate=MODEL"
+        )
+    return known[name.strip()], more
 
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    with path.open(encoding="utf-8") as file:
-        content: dict[str, Any] = yaml.load(file, Loader=loader)
-    return content
+
+def _from_file(path: Path, function: str) -> Shift:
+    if not path.is_file():
+        raise InputError(f"shift {path}:{function}: no file at {path}")
+    # One module a file, so that asking for two of its shifts runs it once.
+    name = f"rm_ood_shift_{path.stem}_{stable_hash(str(path.resolve())):x}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        if spec is None or spec.loader is None:
+            raise InputError(f"shift {path}:{function}: not a Python file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    found = getattr(sys.modules[name], function, None)
+    if not callable(found):
+        names = sorted(
+            n for n, v in vars(sys.modules[name]).items() if callable(v) and getattr(v, "__module__", "") == name
+        )
+        raise InputError(f"shift {path}:{function}: no such function. The file has: {', '.join(names) or 'none'}")
+    registered = next((s for s in registered_shifts().values() if s.function is found), None)
+    return registered or Shift(function, found)
+
+
+def _side_and_severity(spec: str, rest: list[str]) -> tuple[str | None, float | None]:
+    side: str | None = None
+    severity: float | None = None
+    for part in filter(None, map(str.strip, rest)):
+        if part in SIDES and side is None:
+            side = part
+        elif severity is None:
+            try:
+                severity = float(part)
+            except ValueError as error:
+                raise InputError(
+                    f"shift {spec!r}: {part!r} is neither a side ({', '.join(SIDES)}) nor a severity"
+                ) from error
+        else:
+            raise InputError(f"shift {spec!r}: expected NAME[:SIDE][:SEVERITY]")
+    return side, severity

@@ -1,181 +1,65 @@
-"""Word noise by its stated rates; conversations that are real, clean and of one language."""
+"""Specifications to conditions."""
 
 from __future__ import annotations
 
-import random
-from collections import Counter
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from conftest import preference_rows
 
 from rm_ood.errors import InputError
-from rm_ood.study import shifts
-from rm_ood.study.shifts import LANGUAGES, Conversation, conversations, random_replies, word_perturbation
+from rm_ood.study import Condition, conditions, read_pairs, registered_shifts
 
-WORDS = ["xa", "xb", "xc"]
-texts = st.text(alphabet="ab \n", max_size=40)
+ROWS = read_pairs(preference_rows(30))
 
 
-def words_of(text):
-    return text.split()
+@pytest.mark.parametrize("name", [n for n, s in registered_shifts().items() if not s.needs_reward])
+def test_every_shift_gives_its_sides_and_severities(name: str) -> None:
+    shift = registered_shifts()[name]
+    found = list(conditions(ROWS, [name]))
+    cells = [(c.side, c.severity) for c in found]
+    assert cells == [(side, p) for side in shift.sides for p in shift.severities or (None,)]
+    assert all(c.name == name and c.paired == shift.paired for c in found)
+    for condition in found:
+        for old, new in zip(ROWS, condition.rows, strict=True):
+            assert (old.id, old.cluster, old.subset) == (new.id, new.cluster, new.subset)
+            if condition.side == "response":
+                assert old.prompt == new.prompt
+            if condition.side == "prompt":
+                assert old.responses == new.responses
 
 
-@given(texts, st.integers(-5, 5))
-def test_no_noise_is_the_text_itself(text, seed):
-    assert word_perturbation(text, 0.0, WORDS, seed) == text
+def test_a_specification_narrows_side_and_severity() -> None:
+    def cells(*specs: str) -> list[tuple[str, float | None]]:
+        return [(c.side, c.severity) for c in conditions(ROWS, specs)]
+
+    assert cells("word noise:response") == [("response", p) for p in (0.1, 0.3, 0.5, 0.9)]
+    assert cells("word noise:response:0.7") == [("response", 0.7)]
+    assert cells("word noise:0.7") == [("prompt", 0.7), ("response", 0.7), ("both", 0.7)]
+    assert cells("mismatched:prompt", "truncation:both:.5") == [("prompt", None), ("both", 0.5)]
 
 
-@given(texts, st.floats(0, 1), st.integers(-5, 5))
-def test_noise_is_the_same_for_one_seed_and_never_empties_a_text(text, p, seed):
-    noisy = word_perturbation(text, p, WORDS, seed)
-    assert noisy == word_perturbation(text, p, WORDS, seed)
-    assert bool(words_of(noisy)) == bool(words_of(text))
+def test_what_does_not_exist_is_named_before_anything_is_made() -> None:
+    with pytest.raises(InputError, match=r"shift 'wrd noise': no such shift\. There are: .*word noise"):
+        conditions(ROWS, ["word noise", "wrd noise"])
+    with pytest.raises(InputError, match="'answer' is neither a side"):
+        conditions(ROWS, ["word noise:answer"])
+    with pytest.raises(InputError, match="side 'both': it changes prompt, response"):
+        conditions(ROWS, ["mismatched:both"])
+    with pytest.raises(InputError, match=r"severity 1\.5: expected 0 to 1"):
+        conditions(ROWS, ["word noise:response:1.5"])
+    with pytest.raises(InputError, match="got one string"):
+        conditions(ROWS, "word noise")
+    with pytest.raises(InputError, match="none to shift"):
+        conditions([], ["word noise"])
 
 
-def test_a_text_whose_every_word_was_deleted_keeps_one_random_word():
-    noisy = {word_perturbation(" one ", 1.0, WORDS, seed) for seed in range(50)}
-    assert noisy == {*WORDS, *(f"{word} one" for word in WORDS)}
+def test_severity_zero_is_the_clean_rows() -> None:
+    for name, shift in registered_shifts().items():
+        if shift.severities and not shift.needs_reward:
+            assert all(c.rows == ROWS for c in conditions(ROWS, [f"{name}:0"])), name
 
 
-@given(texts, st.floats(0, 1), st.integers(-5, 5))
-def test_what_is_left_of_a_text_keeps_its_order(text, p, seed):
-    left = [word for word in words_of(word_perturbation(text, p, WORDS, seed)) if not word.startswith("x")]
-    original = iter(words_of(text))
-    assert all(word in original for word in left)
-
-
-def test_actions_come_at_their_rates():
-    # Every word is hit: it is left behind a new word, gone, or another word in its place.
-    text = " ".join(f"w{i}" for i in range(20_000))
-    noisy = words_of(word_perturbation(text, 1.0, WORDS, seed=3))
-    inserted = sum(word.startswith("w") for word in noisy)
-    drawn = Counter(word for word in noisy if word.startswith("x"))
-    replaced = sum(drawn.values()) - inserted
-    deleted = 20_000 - inserted - replaced
-    for count, rate in ((inserted, 0.33), (deleted, 0.34), (replaced, 0.33)):
-        # five standard deviations of a binomial count
-        assert abs(count - 20_000 * rate) < 5 * (20_000 * rate * (1 - rate)) ** 0.5
-    assert set(drawn) == set(WORDS)
-    assert min(drawn.values()) > 0.3 * sum(drawn.values())
-
-
-def test_a_share_p_of_the_words_is_hit():
-    text = " ".join(f"w{i}" for i in range(20_000))
-    noisy = word_perturbation(text, 0.3, WORDS, seed=1)
-    untouched = sum(
-        a.startswith("w") and not b.startswith("x") for a, b in zip(words_of(noisy)[1:], words_of(noisy), strict=False)
-    )
-    assert untouched < 20_000 * 0.75
-    kept = sum(word.startswith("w") for word in words_of(noisy))
-    # deleted and replaced words are gone: .3 * .67 of all
-    assert abs(kept - 20_000 * (1 - 0.3 * 0.67)) < 5 * (20_000 * 0.2 * 0.8) ** 0.5
-
-
-def test_severities_are_nested():
-    text = " ".join(f"w{i}" for i in range(300))
-    kept = [set(words_of(word_perturbation(text, p, WORDS, seed=2))) - set(WORDS) for p in (0.1, 0.5, 0.9)]
-    assert kept[0] > kept[1] > kept[2]
-
-
-def test_texts_and_seeds_get_noise_of_their_own():
-    text = " ".join(["same"] * 50)
-    assert word_perturbation(text, 0.5, WORDS, 0) != word_perturbation(text, 0.5, WORDS, 1)
-    # A common beginning does not get common noise.
-    longer = word_perturbation(text + " end", 0.5, WORDS, 0)
-    assert not longer.startswith(word_perturbation(text, 0.5, WORDS, 0)[:60])
-
-
-def test_white_space_between_untouched_words_survives():
-    text = "first line\n\nsecond   line\tend"
-    noisy = next(
-        n for n in (word_perturbation(text, 0.2, WORDS, seed) for seed in range(100)) if n != text and "\n\n" in n
-    )
-    assert words_of(noisy) != words_of(text)
-
-
-def test_options_of_noise_are_checked():
-    for p in (-0.1, 1.1, float("nan")):
-        with pytest.raises(InputError, match="a fraction in"):
-            word_perturbation("a b", p, WORDS)
-    with pytest.raises(InputError, match="vocabulary: got no words"):
-        word_perturbation("a b", 0.5, [])
-
-
-@pytest.mark.parametrize("language", ["en", "es", "it", "pt", "fr", "de", "tr", "uk", "zh"])
-def test_conversations_are_clean_and_distinct(language):
-    rows = conversations(language)
-    assert len(rows) >= 60
-    assert all(text and text == " ".join(text.split()) for row in rows for text in row)
-    keys = [(row.prompt.casefold(), row.response.casefold()) for row in rows]
-    assert len(set(keys)) == len(keys)
-    assert all(prompt != response for prompt, response in keys)
-    assert rows == conversations(language)
-
-
-def test_english_is_large_enough_for_the_demo_and_the_caller_may_change_the_list():
-    rows = conversations("en")
-    assert len({row.prompt.casefold() for row in rows}) > 700
-    rows.clear()
-    assert conversations("en")
-
-
-@pytest.mark.parametrize("language", ["es", "it", "fr", "zh"])
-def test_other_languages_hold_nothing_of_the_english_corpus(language):
-    english = {text.casefold() for row in conversations("en") for text in row}
-    assert not any(text.casefold() in english for row in conversations(language) for text in row)
-
-
-def test_scripts_are_what_the_code_says():
-    def share(language, low, high):
-        text = "".join(row.response for row in conversations(language) if not row.response.isascii())
-        letters = [c for c in text if c.isalpha()]
-        return sum(low <= c <= high for c in letters) / len(letters)
-
-    assert share("zh", "\u4e00", "\u9fff") > 0.95
-    assert share("uk", "\u0400", "\u04ff") > 0.95
-
-
-def test_every_language_is_there():
-    assert all(conversations(language) for language in LANGUAGES)
-
-
-def test_an_unknown_language_names_the_known_ones():
-    with pytest.raises(InputError, match=r"language='xx': expected one of \['de', 'en'"):
-        conversations("xx")
-
-
-def test_a_missing_package_is_named(monkeypatch):
-    shifts._read.cache_clear()
-    monkeypatch.setattr(shifts, "_PACKAGE", "chatterbot_corpus_that_is_not_there")
-    with pytest.raises(InputError, match="pip install 'rm_ood\\[demo\\]'"):
-        conversations("en")
-
-
-def test_yaml_that_is_no_conversation_is_left_out(tmp_path, monkeypatch):
-    folder = tmp_path / "english"
-    folder.mkdir()
-    (folder / "a.yml").write_text(
-        "conversations:\n- - one\n  - two\n- - ONE\n  - Two\n- - same\n  - Same\n"
-        "- - alone\n- text\n- - ''\n  - x\n- - 3\n  - 4.5\n",
-        encoding="utf-8",
-    )
-    (folder / "b.yml").write_text("categories: [empty]\nconversations:\n", encoding="utf-8")
-    shifts._read.cache_clear()
-    monkeypatch.setattr(shifts, "_data_directory", lambda: tmp_path)
-    found = conversations("en")
-    shifts._read.cache_clear()
-    assert found == [Conversation("one", "two"), Conversation("3", "4.5")]
-
-
-def test_a_random_reply_is_never_one_that_the_prompt_got():
-    rows = [Conversation("Hi", "a"), Conversation("hi", "B"), Conversation("bye", "b"), Conversation("bye", "c")]
-    for seed in range(30):
-        replies = random_replies(rows, random.Random(seed))
-        assert replies[0] == replies[1] == "c"
-        assert replies[2] == replies[3] == "a"
-
-
-def test_random_replies_need_another_conversation():
-    with pytest.raises(InputError, match="2 rows hold no reply from another conversation"):
-        random_replies([Conversation("a", "x"), Conversation("b", "X")], random.Random(0))
+def test_conditions_are_made_when_they_are_asked_for() -> None:
+    made = conditions(ROWS, ["word noise"])
+    first = next(made)
+    assert isinstance(first, Condition)
+    assert first.rows != ROWS
