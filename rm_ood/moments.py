@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rm_ood.errors import CalibrationError, InputError, MismatchError, NonFiniteError
+from rm_ood.errors import CalibrationError, InputError, MismatchError
 from rm_ood.ops import class_scatter
-from rm_ood.vectors import as_tensor, as_vectors
+from rm_ood.vectors import as_tensor, as_vectors, check_finite
 
 # Rows held back until the product with them is worth the (d, d) sum in memory.
 _FLUSH_ROWS = 2048
@@ -133,6 +133,15 @@ class ClassMoments:
         self._flush()
         return copy.deepcopy(self)
 
+    def pooled(self) -> ClassMoments:
+        """The moments of the same rows as one class; independent of this."""
+        self._flush()
+        pooled = ClassMoments(self.n_features, device=self.device)
+        pooled._counts, pooled._sums = self._counts.sum()[None], self._sums.sum(0, keepdim=True)
+        pooled._pivot, pooled._scatter = self._pivot.clone(), self._scatter.clone()
+        pooled._n_at_pivot = self._n_at_pivot
+        return pooled
+
     @property
     def n_samples(self) -> int:
         """Rows added so far."""
@@ -185,13 +194,7 @@ class ClassMoments:
         y = y.to(torch.int64)
         if len(y) and not 0 <= int(y.min()) <= int(y.max()) < self.n_classes:
             raise InputError(f"y: classes {int(y.min())} to {int(y.max())} are outside 0 to {self.n_classes - 1}")
-        bad = (~x.isfinite().all(1)).nonzero().flatten()
-        if len(bad):
-            shown = ", ".join(map(str, bad[:10].tolist())) + (", ..." if len(bad) > 10 else "")
-            raise NonFiniteError(
-                f"x: {len(bad)} of {len(x)} rows hold NaN or infinity (rows {shown}). "
-                "float16 activations overflow at 65504: run the model in bfloat16 or float32."
-            )
+        check_finite(x)
         return x, y
 
     def _flush(self) -> None:

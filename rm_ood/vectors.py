@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rm_ood.errors import InputError, MismatchError
+from rm_ood.errors import InputError, MismatchError, NonFiniteError
 
 
 def as_vectors(x: Any, *, n_features: int | None = None, name: str = "x") -> Tensor:
@@ -35,6 +35,29 @@ def as_vectors(x: Any, *, n_features: int | None = None, name: str = "x") -> Ten
     if n_features is not None and tensor.shape[1] != n_features:
         raise MismatchError(f"{name}: expected {n_features} features, got {tensor.shape[1]}")
     return tensor if tensor.is_floating_point() else tensor.to(torch.float64)
+
+
+def check_finite(x: Tensor, *, name: str = "x") -> None:
+    """Refuse vectors (n, d) with NaN or infinity.
+
+    Raises:
+        NonFiniteError: the message has the first row indices and the count.
+    """
+    bad = (~x.isfinite().all(1)).nonzero().flatten()
+    if len(bad):
+        shown = ", ".join(map(str, bad[:10].tolist())) + (", ..." if len(bad) > 10 else "")
+        raise NonFiniteError(
+            f"{name}: {len(bad)} of {len(x)} rows hold NaN or infinity (rows {shown}). "
+            "float16 activations overflow at 65504: run the model in bfloat16 or float32."
+        )
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """The rows of x (n, d) at Euclidean length 1, float64; NaN where there is no direction: zeros, or not finite."""
+    # By the largest entry first: the squares stay in range.
+    scaled = x.to(torch.float64) / x.to(torch.float64).abs().amax(1, keepdim=True)
+    unit: Tensor = scaled / torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    return unit
 
 
 def as_labels(y: Any, n: int) -> tuple[np.ndarray[Any, Any], Tensor]:

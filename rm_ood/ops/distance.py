@@ -50,7 +50,7 @@ def _forward(x: Tensor, whitening: Tensor, center: Tensor, class_offsets: Tensor
     n, k = x.shape[0], class_offsets.shape[0]
     sq = whitening.new_zeros(n, k)
     chunk = max(1, min(_CHUNK, _PAIRS // k))
-    with torch.no_grad(), _without_autocast(x.device.type):
+    with torch.no_grad(), without_autocast(x.device.type):
         for start in range(0, n, chunk):
             # Centred in the wider of the two dtypes: a float64 row far from 0 keeps its digits.
             centred = (x[start : start + chunk] - center).to(whitening.dtype)
@@ -61,7 +61,7 @@ def _forward(x: Tensor, whitening: Tensor, center: Tensor, class_offsets: Tensor
     return sq, lowest.values, lowest.indices
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """Inside a training loop's autocast the product would run in bfloat16, an error of several per cent."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
