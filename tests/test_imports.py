@@ -19,7 +19,9 @@ LINES = (
     "strict_json atomic artifact hub",
     "rows dialogue preferences spans template text skew wrappers readers reward_model fingerprint",
     "vectors ops.reference ops.scatter ops.distance ops moments covariance",
-    "detectors.base detectors.mahalanobis detectors.sklearn detectors",
+    "detectors.base detectors.learned detectors.mahalanobis detectors.gaussian detectors.sklearn detectors.relative",
+    "detectors.conditional detectors.baselines detectors.subspace detectors.rewards detectors.projected",
+    "detectors.registry detectors",
     "length conformal calibration power traffic",
     "config hooks capture embed identity fitting decision state fit card_values markup card_page card",
     "calls outputs inputs turns recalibration guard",
@@ -32,7 +34,7 @@ ORDER = " ".join(LINES).split()
 # The package's own names come from all of the above; the command line is their reader.
 LAST = ("", "cli")
 # Tensors only: they work on vectors that came from anywhere.
-STATISTICS = " ".join(LINES[3:6]).split()
+STATISTICS = " ".join(LINES[3:8]).split()
 MODEL_COLUMN = {
     "dialogue",
     "preferences",

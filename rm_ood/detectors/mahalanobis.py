@@ -154,8 +154,7 @@ class MahalanobisDetector:
         Raises:
             InputError: a factor that is not finite and positive.
         """
-        if not (math.isfinite(factor) and factor > 0):
-            raise InputError(f"factor={factor}: expected a finite number above 0")
+        check_factor(factor)
         state = self.state_tensors()
         moved = {
             "whitening": state["whitening"] / factor,
@@ -219,6 +218,12 @@ class MahalanobisDetector:
         self.shrinkage_, self.effective_rank_ = shrinkage, covariance.effective_rank(scatter)
         self.n_samples_, self.n_features_in_ = n, d
         return self
+
+
+def check_factor(factor: float) -> None:
+    """Raises InputError for a factor that is not finite and positive."""
+    if not (math.isfinite(factor) and factor > 0):
+        raise InputError(f"factor={factor}: expected a finite number above 0")
 
 
 def _offsets(means: Tensor, center: Tensor, whitening: Tensor) -> Tensor:
