@@ -1,0 +1,375 @@
+"""What the document of a study says: its sentences and its tables, before they become a page or Markdown.
+
+The document is that of `Study.to_dict`; of the fields beyond those of `rm-ood demo`'s report.json, any may be missing or
+None, and what rests on them is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Doc = Mapping[str, Any]
+# A fall in accuracy that is called one, and shares of flagged items that are called much and little.
+FALL, MUCH, LITTLE = 0.05, 0.5, 0.1
+_MINIMUM_PART = 10
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number of a table: a fraction, or a percentage of one; an interval in the same unit."""
+
+    value: float | None
+    interval: Sequence[float] | None = None
+    percent: bool = False
+    signed: bool = False
+
+    def shown(self) -> tuple[str, str]:
+        """Text of the value, and of the interval ("" without one)."""
+        if self.value is None:
+            return "–", ""
+        span = "" if self.interval is None else " to ".join(self._text(end) for end in self.interval)
+        return self._text(self.value) + (" %" if self.percent else ""), span
+
+    def _text(self, value: float) -> str:
+        if self.percent:
+            return f"{100 * value:.1f}"
+        # Plus 0 turns a rounded -0.000 into +0.000.
+        return f"{round(value, 3) + 0:{'+' if self.signed else ''}.3f}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Words are str, counts int, measured numbers `Cell`; `words` counts the columns of words from the left."""
+
+    caption: str
+    head: tuple[str, ...]
+    rows: list[list[Any]]
+    groups: tuple[tuple[str, int], ...] = ()
+    words: int = 2
+
+
+def at(value: Any, *path: str) -> Any:
+    """What lies at a path of keys; None where any of it is missing."""
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def name_of(row: Doc) -> str:
+    """`word noise 0.3`"""
+    return str(row["name"]) if at(row, "severity") is None else f"{row['name']} {row['severity']:g}"
+
+
+def label(row: Doc) -> str:
+    """`word noise 0.3, response`"""
+    return f"{name_of(row)}, {row['side']}"
+
+
+def sides(doc: Doc) -> list[str]:
+    """Sides that were shifted: prompt, response, both, then any other."""
+    found = list(dict.fromkeys(str(row["side"]) for row in doc["shifts"]))
+    known = ("prompt", "response", "both")
+    return [side for side in known if side in found] + [side for side in found if side not in known]
+
+
+def fall(doc: Doc, row: Doc) -> float | None:
+    """By how much accuracy is below that of the clean pairs."""
+    clean, shifted = at(doc, "id", "accuracy"), at(row, "accuracy")
+    return None if clean is None or shifted is None else clean - shifted
+
+
+def telling(doc: Doc, rows: Sequence[Doc], limit: int) -> list[Doc]:
+    """At most `limit` rows: the sides take turns, each with its largest fall in accuracy (or AUROC) first.
+
+    They come back in the document's order.
+    """
+    if len(rows) <= limit:
+        return list(rows)
+
+    def weight(row: Doc) -> tuple[float, float]:
+        lost, seen = fall(doc, row), at(row, "auroc", "combined", "default")
+        return (-1.0 if lost is None else lost, -1.0 if seen is None else seen)
+
+    ranked = [sorted((r for r in rows if r["side"] == side), key=weight, reverse=True) for side in sides(doc)]
+    turns = [row for place in range(len(rows)) for queue in ranked for row in queue[place : place + 1]]
+    kept = {id(row) for row in turns[:limit]}
+    return [row for row in rows if id(row) in kept]
+
+
+def summary(doc: Doc) -> list[str]:
+    """Sentences in plain words: the first says how far the reward model can be trusted and whether the flag tells."""
+    clean = doc["id"]
+    rows = [row for row in doc["shifts"] if fall(doc, row) is not None]
+    worse = sorted((row for row in rows if (fall(doc, row) or 0) > FALL), key=lambda row: row["accuracy"])
+    start = f"On clean pairs the reward model is right in {_percent(clean['accuracy'])} of {clean['n']}"
+    if not rows:
+        first = f"{start}; under no shift of this study does the preference keep a meaning, so accuracy ends here."
+    elif not worse:
+        first = f"{start}, and no more than {100 * FALL:g} points worse under any of {len(rows)} shifted conditions."
+    else:
+        first = (
+            f"{start}; under {len(worse)} of {len(rows)} shifted conditions it loses more than {100 * FALL:g} points, down to "
+            f"{_percent(worse[0]['accuracy'])} ({label(worse[0])})."
+        )
+    return [first, *_flag_tells(doc, worse), *_certainty(doc, rows), *_false_alarms(doc), *_parted(doc)]
+
+
+def _flag_tells(doc: Doc, worse: Sequence[Doc]) -> list[str]:
+    rates = [(row, at(row, "flag_rate", "combined")) for row in (worse or doc["shifts"])]
+    known = [(row, rate) for row, rate in rates if rate is not None]
+    if not known:
+        return []
+    caught = sum(rate >= MUCH for _, rate in known)
+    missed = sorted((pair for pair in known if pair[1] < LITTLE), key=lambda pair: pair[1])
+    which = "these" if worse else "the shifted conditions"
+    text = f"The flag marks at least half of the items in {caught} of {which} ({len(known)})"
+    if not missed:
+        return [f"{text}, and at least a tenth in all of them."]
+    names = "; ".join(label(row) for row, _ in missed[:3]) + ("; ..." if len(missed) > 3 else "")
+    return [f"{text}, and fewer than a tenth in {len(missed)}: there it gives no warning ({names})."]
+
+
+def _certainty(doc: Doc, rows: Sequence[Doc]) -> list[str]:
+    clean = at(doc, "id", "ece")
+    known = [row for row in rows if at(row, "ece") is not None]
+    if clean is None:
+        return []
+    text = f"Its confidence is off by {100 * clean:.1f} points on clean pairs (ECE)"
+    if not known:
+        return [f"{text}."]
+    worst = max(known, key=lambda row: float(row["ece"]))
+    return [f"{text} and by up to {100 * worst['ece']:.1f} under shift ({label(worst)})."]
+
+
+def _false_alarms(doc: Doc) -> list[str]:
+    measured = at(doc, "id", "false_alarm_rate")
+    if measured is None:
+        return []
+    sure = at(doc, "confidence")
+    promise = f"the promise is at most {100 * doc['alpha']:g} %" + (
+        f", with {100 * sure:g} % confidence" if sure else ""
+    )
+    return [f"Of clean items {_percent(measured)} are flagged; {promise}."]
+
+
+def _parted(doc: Doc) -> list[str]:
+    """Accuracy on flagged against unflagged pairs, pooled over the shifted conditions."""
+    parts = {}
+    for part in ("flagged", "unflagged"):
+        found = [at(row, "selective", part) for row in doc["shifts"]]
+        known = [(x["n"], x["accuracy"]) for x in found if at(x, "accuracy") is not None and x["n"]]
+        total = sum(n for n, _ in known)
+        if total < _MINIMUM_PART:
+            return []
+        parts[part] = sum(n * accuracy for n, accuracy in known) / total
+    return [
+        f"Over all shifted pairs the reward model is right in {_percent(parts['unflagged'])} of those that are not flagged "
+        f"and in {_percent(parts['flagged'])} of those that are."
+    ]
+
+
+def overview(doc: Doc) -> Table:
+    """By shift and side: the reward model's accuracy and calibration beside what the guard sees and flags."""
+    rows, clean = doc["shifts"], doc["id"]
+    axes = _keys(rows, "auroc", lambda found: [axis for axis, by in found.items() if "default" in by])
+    flags = _keys(rows, "flag_rate", list)
+    head = ["shift", "side", "n", "accuracy", "ECE", *(_axis(a) for a in axes)]
+    head += [
+        "clean flagged when 95 % of the shifted are caught",
+        "shifted let through when 95 % of the clean are kept",
+        *(_axis(name) for name in flags),
+    ]
+    first = ["clean", "–", clean["n"], *_pair(clean), *[Cell(None)] * (len(axes) + 2)]
+    rates = {"combined": at(clean, "false_alarm_rate")} | dict(at(clean, "flag_rate") or {})
+    first += [Cell(rates.get(f), at(clean, "intervals", "flag_rate", f), percent=True) for f in flags]
+    body = [first]
+    for row in rows:
+        line = [name_of(row), str(row["side"]), row["n"], *_pair(row)]
+        line += [Cell(at(row, "auroc", a, "default"), at(row, "intervals", "auroc", a, "default")) for a in axes]
+        line += [Cell(at(row, "fpr95", kind, "combined", "default")) for kind in ("ood_positive", "id_positive")]
+        line += [Cell(at(row, "flag_rate", f), at(row, "intervals", "flag_rate", f), percent=True) for f in flags]
+        body.append(line)
+    groups = [
+        ("", 3),
+        ("reward model", 2),
+        ("AUROC against clean", len(axes)),
+        ("error rate at 95 % (FPR95), either", 2),
+    ]
+    groups.append((f"flagged at alpha {100 * doc['alpha']:g} %", len(flags)))
+    caption = (
+        "Small print: intervals, by bootstrap over prompts. AUROC .5 is blind. The two FPR95 columns are different "
+        "conventions of one name: the first is the share of clean items that are flagged at the threshold that catches "
+        "95 % of the shifted; the second is the share of shifted items let through at the threshold that keeps 95 % of the "
+        "clean. Either, prompt, response: the guard's joined score and its axes."
+    )
+    return Table(caption, tuple(head), body, tuple((n, span) for n, span in groups if span))
+
+
+def detectors(doc: Doc, what: str, caption: str, *path: str) -> Table | None:
+    """One number of every detector, by condition; `path` leads to {axis: {detector: number}}."""
+    rows = doc["shifts"]
+    names = list(
+        dict.fromkeys(
+            (axis, name)
+            for row in rows
+            for axis, by in (at(row, *path) or {}).items()
+            for name, value in by.items()
+            if value is not None
+        )
+    )
+    axes = list(dict.fromkeys(axis for axis, _ in names))
+    names.sort(key=lambda pair: axes.index(pair[0]))
+    if not names:
+        return None
+    body = [
+        [name_of(row), str(row["side"])]
+        + [Cell(at(row, *path, axis, name), at(row, "intervals", what, axis, name)) for axis, name in names]
+        for row in rows
+    ]
+    groups = [("", 2), *((_axis(axis), sum(a == axis for a, _ in names)) for axis in axes)]
+    return Table(caption, ("shift", "side", *(name for _, name in names)), body, tuple(groups))
+
+
+def selective(doc: Doc) -> Table | None:
+    """Accuracy and ECE of flagged against unflagged pairs."""
+    named = [("clean", "–", doc["id"]), *((name_of(row), str(row["side"]), row) for row in doc["shifts"])]
+    body = [
+        [name, side]
+        + [
+            cell
+            for part in ("unflagged", "flagged")
+            for cell in (
+                at(row, "selective", part, "n") or 0,
+                Cell(at(row, "selective", part, "accuracy")),
+                Cell(at(row, "selective", part, "ece")),
+            )
+        ]
+        for name, side, row in named
+        if at(row, "selective")
+    ]
+    head = ("shift", "side", *("pairs", "accuracy", "ECE") * 2)
+    caption = "The reward model on the pairs that are not flagged and on those that are."
+    return Table(caption, head, body, (("", 2), ("not flagged", 3), ("flagged", 3))) if body else None
+
+
+def attribution(doc: Doc) -> Table | None:
+    """Which flag fires on which side: mean over the conditions of a side, and their range."""
+    names = [name for name in _keys(doc["shifts"], "flag_rate", list) if name != "combined"]
+    body = []
+    for side in sides(doc):
+        rows = [row for row in doc["shifts"] if row["side"] == side]
+        line: list[Any] = [f"{side} shifted", len(rows)]
+        for name in names:
+            rates = [rate for row in rows if (rate := at(row, "flag_rate", name)) is not None]
+            line.append(Cell(sum(rates) / len(rates), (min(rates), max(rates)), percent=True) if rates else Cell(None))
+        body.append(line)
+    head = ("side", "conditions", *(f"{_axis(name)} flag" for name in names))
+    caption = "Share flagged by each axis alone: mean over the conditions of a side, and smallest to largest."
+    return Table(caption, head, body, words=1) if body and names else None
+
+
+def subsets(doc: Doc) -> Table | None:
+    """Accuracy, ECE and share flagged by subset of the rows."""
+    named = [("clean", "–", doc["id"]), *((name_of(row), str(row["side"]), row) for row in doc["shifts"])]
+    body = [
+        [
+            name,
+            side,
+            str(subset),
+            found["n"],
+            Cell(at(found, "accuracy")),
+            Cell(at(found, "ece")),
+            Cell(_flagged(at(found, "flag_rate")), percent=True),
+        ]
+        for name, side, row in named
+        for subset, found in (at(row, "subsets") or {}).items()
+    ]
+    head = ("shift", "side", "subset", "n", "accuracy", "ECE", "flagged")
+    return Table("By subset of the rows.", head, body, words=3) if body else None
+
+
+_METRICS = (
+    ("ties", "ties"), ("confidence", "confidence"), ("ece", "ECE"), ("ece_equal_mass", "equal mass"),
+    ("ece_debiased", "debiased"), ("mce", "MCE"), ("brier", "Brier"), ("nll", "NLL"),
+    ("temperature", "fitted here"), ("ece_at_id_temperature", "ECE at the clean one"),
+    ("length_reward_correlation", "reward and length"),
+)  # fmt: skip
+
+
+def calibration_numbers(doc: Doc) -> Table | None:
+    """Every number of the reward model's calibration, and what the shift did to the reward."""
+    named = [("clean", "–", doc["id"]), *((name_of(row), str(row["side"]), row) for row in doc["shifts"])]
+    body = []
+    for name, side, row in named:
+        found = at(row, "metrics")
+        if found is None and at(row, "reward_change") is None:
+            continue
+        numbers: list[Any] = [
+            found[key] if key == "ties" and isinstance(at(found, key), int) else Cell(at(found, key))
+            for key, _ in _METRICS
+        ]
+        numbers += [Cell(at(row, "reward_change", "mean"), signed=True)]
+        numbers += [Cell(at(row, "reward_change", "raised"), percent=True)]
+        body.append([name, side, *numbers])
+    if not body:
+        return None
+    head = ("shift", "side", *(title for _, title in _METRICS), "mean", "raised")
+    groups = (("", 4), ("calibration error", 4), ("loss", 2), ("temperature", 2), ("", 1), ("change of reward", 2))
+    caption = (
+        "ECE: expected calibration error in bins of equal width, of equal mass, and with its bias taken off; MCE: the "
+        "largest gap of a bin. Raised: share of rows whose chosen response got a higher reward than when clean."
+    )
+    return Table(caption, head, body, groups)
+
+
+def how_made(doc: Doc) -> list[tuple[str, str]]:
+    """Facts about the run."""
+    cal = at(doc, "calibration")
+    found: list[tuple[str, Any]] = [
+        ("Reward model", at(doc, "model")),
+        ("Channels in the verdict", ", ".join(at(doc, "channels") or [])),
+        ("Alpha", f"{100 * doc['alpha']:g} %"),
+        ("Calibration", _calibration(cal) if cal else None),
+        ("Seed", at(doc, "seed")),
+        ("Command", at(doc, "command")),
+        ("Time", None if at(doc, "seconds") is None else f"{doc['seconds']:,.0f} s"),
+        ("Versions", ", ".join(f"{name} {value}" for name, value in (at(doc, "versions") or {}).items())),
+    ]
+    return [(name, str(fact)) for name, fact in found if fact not in (None, "")]
+
+
+def _calibration(cal: Mapping[str, Any]) -> str:
+    text = f"n = {at(cal, 'n')} prompts" + (f", rank k = {cal['k']}" if at(cal, "k") else "")
+    expected = at(cal, "expected_false_alarm_rate")
+    if expected is not None:
+        mean, low, high = (100 * x for x in expected)
+        text += f"; expected false-alarm rate {mean:.2f} % (90 % interval {low:.2f} to {high:.2f} %)"
+    groups = len(at(cal, "by_group") or [])
+    return text + (f"; ranked in {groups} groups" if groups else "")
+
+
+def _pair(found: Doc) -> list[Cell]:
+    return [Cell(at(found, key), at(found, "intervals", key)) for key in ("accuracy", "ece")]
+
+
+def _keys(rows: Sequence[Doc], field: str, names: Any) -> list[str]:
+    """Names in a field of any row: combined, prompt, response, then others as they come."""
+    found = list(dict.fromkeys(name for row in rows if at(row, field) for name in names(row[field])))
+    known = ("combined", "prompt", "response")
+    return [name for name in known if name in found] + [name for name in found if name not in known]
+
+
+def _axis(name: str) -> str:
+    return {"combined": "either", "pair": "pair of rewards"}.get(name, name.replace("_", " "))
+
+
+def _flagged(rate: Any) -> float | None:
+    """A share, or that of the joined flag."""
+    found: float | None = at(rate, "combined") if isinstance(rate, Mapping) else rate
+    return found
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
