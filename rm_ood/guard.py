@@ -14,9 +14,7 @@ from typing import Any, Self, overload
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from rm_ood import artifact, hub
 from rm_ood.calls import Call, read_call, read_vectors
@@ -27,7 +25,7 @@ from rm_ood.config import GuardConfig
 from rm_ood.decision import Decision, Decisions
 from rm_ood.detectors.mahalanobis import MahalanobisDetector
 from rm_ood.dialogue import Dialogue, Response, Text
-from rm_ood.embed import Embedded, Embedder, embedded, merge, needed_channels
+from rm_ood.embed import Embedder, embedded, needed_channels
 from rm_ood.errors import CalibrationWarning, InputError, MismatchError, NotFittedError
 from rm_ood.fit import Fitter
 from rm_ood.identity import TIERS, Identity
@@ -35,9 +33,10 @@ from rm_ood.inputs import Notes, read_inputs
 from rm_ood.outputs import Observation, with_verdicts
 from rm_ood.recalibration import Recalibration, calibrated, recalibrated
 from rm_ood.reward_model import eval_mode
+from rm_ood.scoring import Scoring
 from rm_ood.skew import EndsCheck
 from rm_ood.spans import Spans
-from rm_ood.state import ChannelScores, FittedState
+from rm_ood.state import FittedState
 from rm_ood.traffic import TrafficCheck
 from rm_ood.turns import TurnScore, score_turns
 from rm_ood.wrappers import adapters
@@ -235,35 +234,19 @@ class OODGuard:
             NotFittedError: the guard is not fitted or not calibrated.
             InputError: names the field, what came, and the remedy; nothing is scored.
         """
-        state = self._on_this_model()
+        scoring = self.scoring()
         call = read_call(prompt, response, self.config, tools=tools, template_kwargs=chat_template_kwargs)
-        decisions = self._check_items(state, call, groups, progress)
+        decisions = self._check_items(scoring, call, groups, progress)
         return decisions[0] if call.is_single else decisions
 
-    def _check_items(self, state: FittedState, call: Call, groups: Sequence[str] | None, progress: bool) -> Decisions:
-        column = self._model_column()
+    def _check_items(self, scoring: Scoring, call: Call, groups: Sequence[str] | None, progress: bool) -> Decisions:
+        state = scoring.state
         # A guard that is not calibrated says so before the forwards, not after.
         state.profile(state.config.joined)
         if not call.items:
             return state.nothing()
-        text = column.text(state.config.text_format)
-        encoded = [text.encode(p, r, f"items[{i}]") for i, (p, r) in enumerate(call.items)]
-        ends = self._ends
-        if ends is not None:
-            notes = ends.encoded(encoded)
-            encoded = [replace(e, reasons=(*e.reasons, *note)) for e, note in zip(encoded, notes, strict=True)]
-        order: list[NDArray[np.int64]] = []
-        parts: list[Embedded] = []
-        scores: list[ChannelScores] = []
-        with tqdm(total=len(encoded), desc="check", unit="item", disable=not progress) as bar:
-            for index, part in column.batches(encoded, text):
-                order.append(index)
-                scores.append(state.score(part.vectors, part.rewards))
-                parts.append(replace(part, vectors={}))
-                bar.update(len(index))
-        where = np.concatenate(order)
-        scored = ChannelScores.concatenate(scores).take(np.argsort(where))
-        decisions = state.decide(scored, merge(parts, np.argsort(where)), groups=groups, prompt_index=call.prompt_index)
+        scored, part = scoring.score(scoring.encode(call.items), progress=progress)
+        decisions = state.decide(scored, part, groups=groups, prompt_index=call.prompt_index)
         self._watch(decisions)
         return decisions
 
@@ -414,6 +397,14 @@ class OODGuard:
         encoded = [text.encode(p, r, f"items[{i}]") for i, (p, r) in enumerate(zip(prompts, responses, strict=True))]
         batch = text.pad(encoded, beside=column.capture.reader.pad_columns)
         return {**batch.inputs, **vars(batch.spans)}
+
+    def scoring(self) -> Scoring:
+        """The step before verdicts, for whoever keeps raw scores: `guard.state.decide` judges them. They are no traffic.
+
+        Raises:
+            NotFittedError, MismatchError: the guard is not fitted, or has no reward model.
+        """
+        return Scoring(self._on_this_model(), self._model_column(), self._ends)
 
     # -- life
 

@@ -69,7 +69,7 @@ class EndsCheck:
     def encoded(self, items: Sequence[Encoded]) -> list[tuple[str, ...]]:
         """Reasons for n items: `tokenised_unlike_fit`, such as a text that lacks the EOS that the fit data had typed."""
         notes = [self._note(item.input_ids[0], item.input_ids[-1]) for item in items]
-        return self._reasons(notes, [False] * len(items), stacklevel=5)
+        return self._reasons(notes, [False] * len(items), stacklevel=6)
 
     def inputs(self, input_ids: Tensor, attention_mask: Tensor | None) -> list[tuple[str, ...]]:
         """Reasons for the rows of padded ids, (B, T): `tokenised_unlike_fit`, `doubled_bos`."""
