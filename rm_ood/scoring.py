@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from rm_ood.dialogue import Response, Text
 from rm_ood.embed import Embedded, Embedder, merge
 from rm_ood.skew import EndsCheck
 from rm_ood.state import ChannelScores, FittedState
-from rm_ood.text import Encoded
+from rm_ood.text import Encoded, TextEncoder
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,18 @@ class Scoring:
     column: Embedder
     ends: EndsCheck | None
 
+    @cached_property
+    def text(self) -> TextEncoder:
+        """The tokenisation that the guard was fitted with."""
+        return self.column.text(self.state.config.text_format)
+
     def encode(self, items: Sequence[tuple[Text, Response]]) -> list[Encoded]:
         """Token ids and spans of n items, with what their ends say of the tokenisation among their reasons.
 
         Raises:
             InputError: an item that cannot be encoded; names it as `items[i]`.
         """
-        text = self.column.text(self.state.config.text_format)
-        encoded = [text.encode(prompt, response, f"items[{i}]") for i, (prompt, response) in enumerate(items)]
+        encoded = [self.text.encode(prompt, response, f"items[{i}]") for i, (prompt, response) in enumerate(items)]
         if self.ends is None:
             return encoded
         notes = self.ends.encoded(encoded)
@@ -45,8 +50,7 @@ class Scoring:
 
     def batches(self, encoded: Sequence[Encoded]) -> Iterator[tuple[NDArray[np.int64], ChannelScores, Embedded]]:
         """(indices into `encoded`, raw scores, rewards and vectors) of length-sorted batches, one forward each."""
-        text = self.column.text(self.state.config.text_format)
-        for index, part in self.column.batches(encoded, text):
+        for index, part in self.column.batches(encoded, self.text):
             yield index, self.state.score(part.vectors, part.rewards), part
 
     def score(self, encoded: Sequence[Encoded], *, progress: bool = False) -> tuple[ChannelScores, Embedded]:

@@ -27,7 +27,7 @@ LINES = (
     "calls outputs inputs scoring turns recalibration guard",
     "integrations.transport integrations.read_out integrations.vllm_plugin integrations.engines integrations",
     "study.metrics study.pairs study.scripts study.noise study.registry study.builtin study.shifts",
-    "study.conversations study.planted study.svg study.plots study.findings study.report study",
+    "study.conversations study.planted study.svg study.plots study.findings study.report study.cache study.scorer study",
     "doctor batch demo_page demo",
 )
 ORDER = " ".join(LINES).split()
