@@ -170,7 +170,9 @@ class Scorer:
                     cached += self._batch({i: encoded[i] for i in batch}, records)
                     bar.update(len(batch))
                     rate = (self.n_forwarded - before) / max(time.monotonic() - started, 1e-9)
-                    bar.set_postfix_str(f"{rate:.1f} forwards/s, {100 * cached / max(1, bar.n):.0f} % cached", refresh=False)
+                    bar.set_postfix_str(
+                        f"{rate:.1f} forwards/s, {100 * cached / max(1, bar.n):.0f} % cached", refresh=False
+                    )
                 bar.update(len(window) - len(encoded))
         self.n_distinct += len(items)
         return [record for record in records if record is not None]
