@@ -33,14 +33,8 @@ from rm_ood.errors import CalibrationWarning, InputError
 from rm_ood.guard import OODGuard
 from rm_ood.preferences import hash_fraction, prompt_key
 from rm_ood.study.conversations import Conversation, conversations, random_replies
-from rm_ood.study.metrics import (
-    auroc,
-    ece,
-    energy_score,
-    fpr95_id_positive,
-    fpr95_ood_positive,
-    pair_accuracy,
-)
+from rm_ood.study.detection import auroc, fpr95_id_positive, fpr95_ood_positive
+from rm_ood.study.metrics import ece, energy_score, pair_accuracy
 from rm_ood.study.noise import word_perturbation
 
 ALPHA = 0.05

@@ -24,7 +24,7 @@ from rm_ood.dialogue import check_prompt, check_response
 from rm_ood.errors import CalibrationWarning, InputError
 from rm_ood.guard import OODGuard
 from rm_ood.power import share_interval
-from rm_ood.study.metrics import auroc
+from rm_ood.study.detection import auroc
 from rm_ood.study.planted import EMPTY_RESPONSE, OTHER_SCRIPT, Item, changed, changes
 
 MOST_ITEMS = 60

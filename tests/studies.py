@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from rm_ood.study.metrics import auroc, ece, energy_score, fpr95_id_positive, fpr95_ood_positive, pair_accuracy
+from rm_ood.study.detection import auroc, fpr95_id_positive, fpr95_ood_positive
+from rm_ood.study.metrics import ece, energy_score, pair_accuracy
 
 ALPHA, THRESHOLD = 0.05, 2.1
 LANGUAGES = ("es", "de", "fr", "ru", "hi", "zh")

@@ -26,7 +26,8 @@ LINES = (
     "config hooks capture embed identity fitting decision state fit card_values markup card_page card",
     "calls outputs inputs scoring turns recalibration guard",
     "integrations.transport integrations.read_out integrations.vllm_plugin integrations.engines integrations",
-    "study.metrics study.pairs study.scripts study.noise study.registry study.builtin study.shifts",
+    "study.rewards study.reliability study.metrics study.detection study.bootstrap",
+    "study.pairs study.scripts study.noise study.registry study.builtin study.shifts",
     "study.conversations study.planted study.svg study.plots study.findings study.report study.cache study.scorer study",
     "doctor batch demo_page demo",
 )

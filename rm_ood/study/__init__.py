@@ -1,17 +1,24 @@
 """Shift studies: how accuracy, calibration and detection of a reward model change off its own ground.
 
-`pairs` reads the rows, `shifts` changes them, `metrics` makes the numbers, `plots` the drawings.
+`pairs` reads the rows, `shifts` changes them; `metrics` has the numbers of reward pairs, `detection` those of OOD scores,
+`bootstrap` their intervals; `plots` the drawings.
 """
 
+from rm_ood.study.bootstrap import auroc_interval, clustered_interval
 from rm_ood.study.conversations import Conversation, conversations, random_replies
+from rm_ood.study.detection import aupr, auroc, flag_rate, fpr95_id_positive, fpr95_ood_positive, roc_curve
 from rm_ood.study.metrics import (
-    auroc,
     confidence,
     ece,
     energy_score,
-    fpr95_id_positive,
-    fpr95_ood_positive,
+    fit_temperature,
+    max_softmax_score,
+    mce,
     pair_accuracy,
+    pair_metrics,
+    reliability_curve,
+    risk_coverage,
+    selective_metrics,
     tie_count,
 )
 from rm_ood.study.pairs import Pair, read_pairs
@@ -30,19 +37,31 @@ __all__ = [
     "Conversation",
     "Pair",
     "ShiftContext",
+    "aupr",
     "auroc",
+    "auroc_interval",
+    "clustered_interval",
     "conditions",
     "confidence",
     "conversations",
     "ece",
     "energy_score",
+    "fit_temperature",
+    "flag_rate",
     "fpr95_id_positive",
     "fpr95_ood_positive",
+    "max_softmax_score",
+    "mce",
     "pair_accuracy",
+    "pair_metrics",
     "paper_word_perturbation",
     "random_replies",
     "read_pairs",
     "registered_shifts",
+    "reliability_curve",
+    "risk_coverage",
+    "roc_curve",
+    "selective_metrics",
     "shift",
     "tie_count",
     "word_perturbation",

@@ -1,205 +1,284 @@
-"""Numbers of a shift study: accuracy and calibration of reward pairs, and how well OOD scores tell shifted from clean.
+"""Numbers of reward pairs for a shift study: accuracy, calibration, proper scores, and what a flag buys.
 
-Rewards come as pairs (chosen, rejected), any unit; OOD scores are larger for more out-of-distribution. The defaults are
-the correct definitions; `ties="correct"`, `closed="left"`, `keep_certain=False` are those of the paper.
+Rewards come as (n,) chosen and (n,) rejected, any unit. `rewards` has what one pair says, `reliability` what bins say;
+both are at hand here as well. Scores that tell shifted from clean are in `detection`, intervals in `bootstrap`.
 
 Reference:
-    LeVine et al., "A baseline analysis of reward models' ability to accurately analyze foundation models under
-    distribution shift", arXiv 2311.14743, 2023, and its released code.
-    Liu et al., "Energy-based out-of-distribution detection", NeurIPS 2020.
+    Guo et al., "On calibration of modern neural networks", ICML 2017 (temperature).
+    Geifman and El-Yaniv, "Selective classification for deep neural networks", NeurIPS 2017 (risk and coverage).
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy import special, stats
+from numpy.typing import ArrayLike
+from scipy import optimize, special, stats
 
 from rm_ood.errors import InputError, NonFiniteError
+from rm_ood.study.reliability import ece, mce, reliability_curve
+from rm_ood.study.rewards import (
+    Floats,
+    confidence,
+    energy_score,
+    margins,
+    max_softmax_score,
+    pair_accuracy,
+    pair_credits,
+    pair_vectors,
+    tie_count,
+    vector,
+)
 
-Floats = NDArray[np.float64]
+__all__ = [
+    "brier_score",
+    "confidence",
+    "ece",
+    "energy_score",
+    "fit_temperature",
+    "histogram",
+    "length_reward_correlation",
+    "margins",
+    "max_softmax_score",
+    "mce",
+    "nll",
+    "pair_accuracy",
+    "pair_credits",
+    "pair_metrics",
+    "reliability_curve",
+    "risk_coverage",
+    "selective_metrics",
+    "tie_count",
+]
 
-_TIES = ("half", "correct")
-_CLOSED = ("right", "left")
+_CURVE_POINTS = 100
 
 
-def pair_accuracy(chosen: ArrayLike, rejected: ArrayLike, ties: str = "half") -> float:
-    """Share of pairs in which the chosen response has the larger reward.
-
-    Args:
-        chosen: (n,) rewards of the chosen responses.
-        rejected: (n,) rewards of the rejected responses.
-        ties: what equal rewards count: `"half"`, or `"correct"` (an argmax that returns index 0, as in the paper).
-
-    Returns:
-        A fraction in [0, 1].
+def brier_score(chosen: ArrayLike, rejected: ArrayLike, temperature: float = 1.0) -> float:
+    """Mean squared distance of the probability that the chosen response wins from 1: 0 is perfect, .25 a coin.
 
     Raises:
-        InputError: no pair, unequal lengths, or an unknown `ties`.
-        NonFiniteError: a reward that is NaN or infinite.
+        InputError, NonFiniteError: as `confidence`.
     """
-    return float(_correct(*_pairs(chosen, rejected), ties).mean())
+    return float(np.mean(special.expit(-_logits(chosen, rejected, temperature)) ** 2))
 
 
-def tie_count(chosen: ArrayLike, rejected: ArrayLike) -> int:
-    """Number of pairs with exactly equal rewards: state it beside any accuracy. Raises as `pair_accuracy`."""
-    c, r = _pairs(chosen, rejected)
-    return int((c == r).sum())
+def nll(chosen: ArrayLike, rejected: ArrayLike, temperature: float = 1.0) -> float:
+    """Mean of -log of the probability that the chosen response wins, in nats: 0 is perfect, log 2 a coin.
+
+    The loss that reward models are trained with. Raises as `confidence`.
+    """
+    return float(np.mean(np.logaddexp(0.0, -_logits(chosen, rejected, temperature))))
 
 
-def confidence(chosen: ArrayLike, rejected: ArrayLike) -> Floats:
-    """Bradley-Terry probability of the response with the larger reward, (n,) in [.5, 1].
+def fit_temperature(chosen: ArrayLike, rejected: ArrayLike) -> float:
+    """The temperature that minimises `nll`: above 1 for an over-confident reward model.
+
+    Returns:
+        Infinity where no finite temperature is best (margins that are not positive on average carry no order to trust),
+        0 where no pair is wrong (more confidence is always better).
 
     Raises:
         InputError, NonFiniteError: as `pair_accuracy`.
     """
-    c, r = _pairs(chosen, rejected)
-    # A difference past the largest float is infinite, and its confidence 1, as it should be.
-    with np.errstate(over="ignore"):
-        return np.asarray(special.expit(np.abs(c - r)), dtype=np.float64)
+    d = margins(chosen, rejected)
+    # The loss is convex in 1 / T, so its slope changes sign once; at 1 / T = 0 it is -mean(d) / 2.
+    scale = float(np.abs(d).max())
+    if scale == 0 or (unit := d / scale).mean() <= 0:
+        return math.inf
+    if unit.min() >= 0:
+        return 0.0
+
+    def slope(inverse: float) -> float:
+        return float(-np.mean(unit * special.expit(-inverse * unit)))
+
+    high = 1.0
+    while slope(high) < 0:
+        high *= 2
+    return scale / float(optimize.brentq(slope, 0.0, high, xtol=1e-13, rtol=1e-13))
 
 
-def ece(
+def histogram(values: ArrayLike, n_bins: int = 40, edges: ArrayLike | None = None) -> dict[str, list[Any]]:
+    """Counts in bins of equal width, JSON-able: of margins, or of OOD scores.
+
+    Args:
+        values: (n,); infinite ones count in the outermost bin.
+        n_bins: bins between the smallest and the largest finite value.
+        edges: (k + 1,) ascending edges instead, such as the clean rows' own; what lies outside counts in the outermost
+            bin, so that counts always sum to n.
+
+    Returns:
+        `edges` (k + 1) and `count` (k).
+
+    Raises:
+        InputError: no value, `n_bins` below 1, or edges that do not ascend.
+        NonFiniteError: NaN values.
+    """
+    v = vector(values, "values")
+    if np.isnan(v).any():
+        raise NonFiniteError(f"values: {int(np.isnan(v).sum())} of {len(v)} are NaN")
+    if n_bins < 1:
+        raise InputError(f"n_bins={n_bins}: expected at least 1")
+    if edges is None:
+        finite = v[np.isfinite(v)]
+        cuts = np.histogram_bin_edges(finite if finite.size else np.zeros(1), bins=n_bins)
+    else:
+        cuts = vector(edges, "edges")
+        if len(cuts) < 2 or not np.isfinite(cuts).all() or (np.diff(cuts) <= 0).any():
+            raise InputError("edges: expected at least two finite, ascending edges")
+    count, _ = np.histogram(np.clip(v, cuts[0], cuts[-1]), bins=cuts)
+    return {"edges": cuts.tolist(), "count": count.tolist()}
+
+
+def length_reward_correlation(
+    chosen: ArrayLike, rejected: ArrayLike, chosen_lengths: ArrayLike, rejected_lengths: ArrayLike
+) -> float:
+    """Rank correlation of the reward with the response's length, within pairs: how far the model just likes length.
+
+    Spearman's, of the differences of each pair in both orders: what the prompt does to length and reward cancels, and
+    it is the same whichever response is called chosen.
+
+    Args:
+        chosen, rejected: (n,) rewards.
+        chosen_lengths, rejected_lengths: (n,) lengths in any unit.
+
+    Returns:
+        A number in [-1, 1]; NaN where no pair differs in length, or none in reward.
+
+    Raises:
+        InputError, NonFiniteError: as `pair_accuracy`, for rewards and lengths.
+    """
+    reward, length = margins(chosen, rejected), margins(chosen_lengths, rejected_lengths)
+    if len(reward) != len(length):
+        raise InputError(f"lengths: expected one of every pair, got {len(length)} for {len(reward)} pairs")
+    if not reward.any() or not length.any():
+        return math.nan
+    return float(stats.spearmanr(np.r_[length, -length], np.r_[reward, -reward]).statistic)
+
+
+def risk_coverage(scores: ArrayLike, correct: ArrayLike) -> dict[str, list[float]]:
+    """Accuracy of the items kept, from the least out-of-distribution one to all of them.
+
+    Args:
+        scores: (n,) OOD scores, larger = more out-of-distribution; infinities allowed.
+        correct: (n,) credits in [0, 1], as of `pair_credits`.
+
+    Returns:
+        `coverage` (ascending, the last is 1) and `accuracy`, at most 100 points; items of equal score are kept together.
+
+    Raises:
+        InputError: no item, unequal lengths, or credits outside [0, 1].
+        NonFiniteError: NaN scores.
+    """
+    s, credit = vector(scores, "scores"), vector(correct, "correct")
+    if len(s) != len(credit):
+        raise InputError(f"risk_coverage: expected one score per item, got {len(s)} and {len(credit)}")
+    if np.isnan(s).any():
+        raise NonFiniteError(f"scores: {int(np.isnan(s).sum())} of {len(s)} are NaN")
+    if not ((credit >= 0) & (credit <= 1)).all():
+        raise InputError("correct: expected credits in [0, 1]")
+    order = np.argsort(s, kind="stable")
+    kept = np.flatnonzero(np.append(s[order][1:] != s[order][:-1], True)) + 1
+    accuracy = np.cumsum(credit[order])[kept - 1] / kept
+    # Evenly by coverage, where there are more scores than points.
+    wanted = np.searchsorted(kept, np.linspace(0, len(s), _CURVE_POINTS + 1)[1:], side="left")
+    points = np.arange(len(kept)) if len(kept) <= _CURVE_POINTS else np.unique(wanted)
+    return {"coverage": (kept[points] / len(s)).tolist(), "accuracy": accuracy[points].tolist()}
+
+
+def selective_metrics(chosen: ArrayLike, rejected: ArrayLike, flagged: ArrayLike) -> dict[str, dict[str, Any]]:
+    """Accuracy and ECE of the pairs that were flagged, and of those that were not.
+
+    Args:
+        chosen, rejected: (n,) rewards.
+        flagged: (n,) booleans, one verdict per pair.
+
+    Returns:
+        `flagged` and `unflagged`, each with `n`, `accuracy` and `ece` (None where there is no pair).
+
+    Raises:
+        InputError, NonFiniteError: as `pair_accuracy`; flags that are not one boolean per pair.
+    """
+    c, r = pair_vectors(chosen, rejected)
+    flags = np.asarray(flagged)
+    if flags.dtype != np.bool_ or flags.shape != c.shape:
+        raise InputError(f"flagged: expected {len(c)} booleans, got {flags.dtype} of shape {flags.shape}")
+
+    def of(rows: Any) -> dict[str, Any]:
+        n = int(rows.sum())
+        return {
+            "n": n,
+            "accuracy": pair_accuracy(c[rows], r[rows]) if n else None,
+            "ece": ece(c[rows], r[rows]) if n else None,
+        }
+
+    return {"flagged": of(flags), "unflagged": of(~flags)}
+
+
+def pair_metrics(
     chosen: ArrayLike,
     rejected: ArrayLike,
+    *,
+    temperature: float | None = None,
+    lengths: tuple[ArrayLike, ArrayLike] | None = None,
     n_bins: int = 10,
     ties: str = "half",
     closed: str = "right",
     keep_certain: bool = True,
-) -> float:
-    """Expected calibration error: the bins' |accuracy - confidence|, weighted by their share of the pairs.
+    min_count: int = 30,
+) -> dict[str, float | int | None]:
+    """Every number of a set of reward pairs, JSON-able.
 
     Args:
-        chosen: (n,) rewards of the chosen responses.
-        rejected: (n,) rewards of the rejected responses.
-        n_bins: bins of equal width on [0, 1]; confidence is at least .5, so half of them stay empty.
-        ties: as in `pair_accuracy`.
-        closed: which edge belongs to a bin, `"right"` for (low, high] or `"left"` for [low, high).
-        keep_certain: whether pairs of confidence exactly 1 count. The paper's [low, high) bins lose them, from the sum
-            and from the total alike; False reproduces that.
+        chosen, rejected: (n,) rewards.
+        temperature: fitted on in-distribution pairs, for `ece_at_id_temperature`; infinity gives confidence .5 everywhere.
+        lengths: (n,) lengths of the chosen and of the rejected responses, for `length_reward_correlation`.
+        n_bins, ties, closed, keep_certain, min_count: as of `ece` and `mce`.
 
     Returns:
-        A fraction in [0, 1]; NaN where `keep_certain=False` leaves no pair.
+        `n_pairs`, `accuracy`, `ties` (pairs), `confidence` (mean), `ece`, `ece_equal_mass`, `ece_debiased`, `mce`, `brier`,
+        `nll`, `temperature` (fitted on these pairs; None: infinite), `ece_at_id_temperature` and
+        `length_reward_correlation`; None where a number does not apply or does not exist.
 
     Raises:
-        InputError: no pair, unequal lengths, `n_bins` below 1, an unknown `ties` or `closed`.
-        NonFiniteError: a reward that is NaN or infinite.
+        InputError, NonFiniteError: as `ece`, `mce` and `length_reward_correlation`.
     """
-    if n_bins < 1:
-        raise InputError(f"n_bins={n_bins}: expected at least 1")
-    if closed not in _CLOSED:
-        raise InputError(f"closed={closed!r}: expected one of {_CLOSED}")
-    c, r = _pairs(chosen, rejected)
-    correct, conf = _correct(c, r, ties), confidence(c, r)
-    if not keep_certain:
-        correct, conf = correct[conf < 1], conf[conf < 1]
-        if conf.size == 0:
-            return math.nan
-    inner_edges = np.arange(1, n_bins) / n_bins
-    bins = np.digitize(conf, inner_edges, right=closed == "right")
-    # n_b / N * |accuracy_b - confidence_b| is |sum of (correct - confidence) in b| / N
-    gaps = np.bincount(bins, weights=correct - conf, minlength=n_bins)
-    return float(np.abs(gaps).sum() / len(conf))
+    c, r = pair_vectors(chosen, rejected)
+    binned = {"n_bins": n_bins, "ties": ties, "closed": closed, "keep_certain": keep_certain}
+    options: dict[str, Any] = binned
+    correlation = None if lengths is None else length_reward_correlation(c, r, *lengths)
+    return {
+        "n_pairs": len(c),
+        "accuracy": pair_accuracy(c, r, ties),
+        "ties": tie_count(c, r),
+        "confidence": float(confidence(c, r).mean()),
+        "ece": _number(ece(c, r, **options)),
+        "ece_equal_mass": _number(ece(c, r, **options, binning="equal_mass")),
+        "ece_debiased": _number(ece(c, r, **options, debiased=True)),
+        "mce": _number(mce(c, r, **options, min_count=min_count)),
+        "brier": brier_score(c, r),
+        "nll": _number(nll(c, r)),
+        "temperature": _number(fit_temperature(c, r)),
+        "ece_at_id_temperature": None if temperature is None else _at(c, r, temperature, options),
+        "length_reward_correlation": _number(correlation),
+    }
 
 
-def energy_score(chosen: ArrayLike, rejected: ArrayLike, T: float = 1.0) -> Floats:
-    """Energy of a pair, -T logsumexp([chosen, rejected] / T), (n,); larger = more out-of-distribution.
+def _at(chosen: Floats, rejected: Floats, temperature: float, options: dict[str, Any]) -> float | None:
+    # Temperature 0 is the limit of ever smaller ones: all pairs certain.
+    smallest = np.finfo(np.float64).tiny
+    return _number(ece(chosen, rejected, **options, temperature=max(temperature, smallest)))
 
-    The paper's detector: one score per pair, from the rewards alone, the same for both orders, close to minus the
-    larger reward.
 
-    Raises:
-        InputError: no pair, unequal lengths, or a temperature that is not positive.
-        NonFiniteError: a reward that is NaN or infinite.
-    """
-    if not (math.isfinite(T) and T > 0):
-        raise InputError(f"T={T}: expected a positive temperature")
-    c, r = _pairs(chosen, rejected)
-    # The larger reward plus a rest in [0, T log 2]; an infinite difference leaves the larger reward alone.
+def _number(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _logits(chosen: ArrayLike, rejected: ArrayLike, temperature: float) -> Floats:
+    if not temperature > 0:
+        raise InputError(f"temperature={temperature}: expected a positive temperature")
+    largest = np.finfo(np.float64).max
     with np.errstate(over="ignore"):
-        return np.asarray(-np.maximum(c, r) - T * np.log1p(np.exp(-np.abs(c - r) / T)), dtype=np.float64)
-
-
-def auroc(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
-    """Probability that a shifted item scores higher than a clean one, ties half: .5 is blind, below .5 inverted.
-
-    Args:
-        id_scores: (n,) scores of clean items; infinities allowed (an item that cannot be scored has +inf).
-        ood_scores: (m,) scores of shifted items, the positive class.
-
-    Returns:
-        A fraction in [0, 1].
-
-    Raises:
-        InputError: no score on one side.
-        NonFiniteError: NaN scores.
-    """
-    clean, shifted = _scores(id_scores, "id_scores"), _scores(ood_scores, "ood_scores")
-    n, m = len(clean), len(shifted)
-    ranks = stats.rankdata(np.concatenate([clean, shifted]))
-    return float((ranks[n:].sum() - m * (m + 1) / 2) / (n * m))
-
-
-def fpr95_id_positive(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
-    """Share of shifted items accepted at the threshold that keeps 95 % of the clean ones.
-
-    The convention of Liu et al. (ID is the positive class), and the one a guard works at. Raises as `auroc` does.
-    """
-    clean, shifted = _scores(id_scores, "id_scores"), _scores(ood_scores, "ood_scores")
-    threshold = np.sort(clean)[_rank(len(clean)) - 1]
-    return float((shifted <= threshold).mean())
-
-
-def fpr95_ood_positive(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
-    """Share of clean items flagged at the threshold that catches 95 % of the shifted ones.
-
-    The convention of the paper (OOD is the positive class). Raises as `auroc` does.
-    """
-    clean, shifted = _scores(id_scores, "id_scores"), _scores(ood_scores, "ood_scores")
-    threshold = np.sort(shifted)[len(shifted) - _rank(len(shifted))]
-    return float((clean >= threshold).mean())
-
-
-def _rank(n: int) -> int:
-    """Smallest count that is at least 95 % of n, in whole numbers: .95 is no binary fraction."""
-    return -(-95 * n // 100)
-
-
-def _correct(chosen: Floats, rejected: Floats, ties: str) -> Floats:
-    if ties not in _TIES:
-        raise InputError(f"ties={ties!r}: expected one of {_TIES}")
-    return np.where(chosen == rejected, 0.5 if ties == "half" else 1.0, chosen > rejected)
-
-
-def _pairs(chosen: ArrayLike, rejected: ArrayLike) -> tuple[Floats, Floats]:
-    c, r = _vector(chosen, "chosen"), _vector(rejected, "rejected")
-    if len(c) != len(r):
-        raise InputError(f"rewards: expected as many chosen as rejected, got {len(c)} and {len(r)}")
-    for name, values in (("chosen", c), ("rejected", r)):
-        bad = np.flatnonzero(~np.isfinite(values))
-        if bad.size:
-            raise NonFiniteError(
-                f"{name}: {bad.size} of {len(values)} rewards are NaN or infinite (rows {bad[:10].tolist()}). "
-                "Leave those pairs out, and say how many they were."
-            )
-    return c, r
-
-
-def _scores(values: ArrayLike, name: str) -> Floats:
-    scores = _vector(values, name)
-    bad = np.flatnonzero(np.isnan(scores))
-    if bad.size:
-        raise NonFiniteError(
-            f"{name}: {bad.size} of {len(scores)} are NaN (rows {bad[:10].tolist()}). "
-            "Score what cannot be scored +inf, so that it counts as flagged."
-        )
-    return scores
-
-
-def _vector(values: ArrayLike, name: str) -> Floats:
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 1 or array.size == 0:
-        raise InputError(f"{name}: expected a vector of at least one value, got shape {array.shape}")
-    return array
+        return np.asarray(np.clip(margins(chosen, rejected), -largest, largest) / temperature, dtype=np.float64)

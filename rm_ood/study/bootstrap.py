@@ -1,0 +1,197 @@
+"""Intervals by a bootstrap over prompts: whole prompts are drawn again, with all that came from them.
+
+Rows of one prompt are no independent draws (its two responses, its shifted versions), so an interval that draws rows is
+too narrow. Clean and shifted rows of one prompt are drawn together, which keeps what they share out of the interval.
+
+Percentile intervals: of a metric at the end of its range (an AUROC of 1) they have no width, and they ask for some tens
+of prompts.
+
+Reference:
+    Davison and Hinkley, "Bootstrap Methods and their Application", 1997, 3.8 (whole clusters are drawn) and 5.3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from rm_ood.errors import InputError
+from rm_ood.study.detection import score_vectors
+from rm_ood.study.rewards import Floats
+
+Clusters = Sequence[Hashable] | NDArray[Any]
+
+# Weights of so many resampled rows at a time: what the caches still like.
+_BLOCK = 1_000_000
+
+
+def clustered_interval(
+    statistic: Callable[..., float],
+    clusters: Clusters,
+    *arrays: ArrayLike,
+    n_resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Interval of a statistic of rows, such as `pair_accuracy`, `ece` or `flag_rate`.
+
+    Args:
+        statistic: takes the arrays, with rows of the prompts drawn (as often as each was drawn), and gives a number.
+        clusters: (n,) the prompt of each row, `Pair.cluster`; any hashable.
+        arrays: each with n rows.
+        n_resamples: draws of the prompts; the same `seed` and prompts give the same draws for every statistic.
+        level: of the interval, in (0, 1).
+
+    Returns:
+        Its two ends; NaN where all rows are of one prompt, or the statistic exists for no draw.
+
+    Raises:
+        InputError: no row, arrays of another length than `clusters`, a `level` outside (0, 1), `n_resamples` below 1.
+    """
+    rows = [np.asarray(array) for array in arrays]
+    if not rows or any(len(array) != len(clusters) for array in rows):
+        lengths = [len(array) for array in rows]
+        raise InputError(
+            f"clustered_interval: expected arrays of {len(clusters)} rows, one per cluster label, got {lengths}"
+        )
+    codes, n_prompts = _codes(clusters)
+    values = []
+    for drawn in _draws(n_prompts, n_resamples, seed, len(codes)):
+        for counts in drawn:
+            again = np.repeat(np.arange(len(codes)), counts[codes])
+            values.append(statistic(*(array[again] for array in rows)))
+    return percentile_interval(np.array(values), level) if n_prompts > 1 else (math.nan, math.nan)
+
+
+def auroc_interval(
+    id_scores: ArrayLike,
+    ood_scores: ArrayLike,
+    id_clusters: Clusters,
+    ood_clusters: Clusters,
+    *,
+    n_resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Interval of `auroc`; of a difference of two, or of `fpr95_*`: `percentile_interval` of `detection_resamples`.
+
+    Args:
+        id_scores: (n,) scores of clean items; infinities allowed.
+        ood_scores: (m,) scores of shifted items.
+        id_clusters: (n,) the prompt of each clean item.
+        ood_clusters: (m,) the prompt that each shifted item came from; one that a clean item has is drawn with it.
+        n_resamples, level, seed: as in `clustered_interval`.
+
+    Returns:
+        Its two ends; NaN where all items are of one prompt.
+
+    Raises:
+        InputError, NonFiniteError: as `auroc` and `clustered_interval`.
+    """
+    values = detection_resamples(id_scores, ood_scores, id_clusters, ood_clusters, n_resamples=n_resamples, seed=seed)
+    return percentile_interval(values["auroc"], level)
+
+
+def detection_resamples(
+    id_scores: ArrayLike,
+    ood_scores: ArrayLike,
+    id_clusters: Clusters,
+    ood_clusters: Clusters,
+    *,
+    n_resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Floats]:
+    """`auroc`, `fpr95_id_positive` and `fpr95_ood_positive` of every draw of the prompts.
+
+    Scores are sorted once; a draw only weighs them. Draws depend on `seed` and the prompts alone, so that values of two
+    detectors may be subtracted draw by draw.
+
+    Args:
+        id_scores, ood_scores, id_clusters, ood_clusters, n_resamples, seed: as in `auroc_interval`.
+
+    Returns:
+        The three names, each with (n_resamples,) values; NaN where a draw has no clean or no shifted item, and
+        everywhere where all items are of one prompt.
+
+    Raises:
+        InputError, NonFiniteError: as `auroc_interval`.
+    """
+    clean, shifted = score_vectors(id_scores, ood_scores)
+    for name, scores, labels in (("id", clean, id_clusters), ("ood", shifted, ood_clusters)):
+        if len(scores) != len(labels):
+            raise InputError(f"{name}_clusters: expected one per score, {len(scores)}, got {len(labels)}")
+    codes, n_prompts = _codes([*id_clusters, *ood_clusters])
+    pooled = np.concatenate([clean, shifted])
+    order = np.argsort(pooled, kind="stable")
+    is_clean = (order < len(clean)).astype(np.float64)
+    first_of_ties = np.flatnonzero(np.append(True, pooled[order][1:] != pooled[order][:-1]))
+    found: list[tuple[Floats, Floats, Floats]] = []
+    for drawn in _draws(n_prompts, n_resamples, seed, len(codes)):
+        weights = drawn[:, codes[order]].astype(np.float64)
+        on_score = np.add.reduceat(weights, first_of_ties, axis=1)
+        clean_on = np.add.reduceat(weights * is_clean, first_of_ties, axis=1)
+        found.append(_weighted_metrics(clean_on, on_score - clean_on))
+    metrics = [np.concatenate(values) for values in zip(*found, strict=True)]
+    if n_prompts == 1:
+        metrics = [np.full(n_resamples, math.nan)] * 3
+    return dict(zip(("auroc", "fpr95_id_positive", "fpr95_ood_positive"), metrics, strict=True))
+
+
+def percentile_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float]:
+    """The middle share `level` of resampled values, NaNs left out; NaN where nothing else is there.
+
+    Raises:
+        InputError: a `level` outside (0, 1).
+    """
+    if not 0 < level < 1:
+        raise InputError(f"level={level}: expected a fraction in (0, 1)")
+    numbers = np.asarray(values, dtype=np.float64)
+    numbers = numbers[~np.isnan(numbers)]
+    if numbers.size == 0:
+        return math.nan, math.nan
+    low, high = np.quantile(numbers, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _weighted_metrics(clean: Floats, shifted: Floats) -> tuple[Floats, Floats, Floats]:
+    """(draws, scores) weights by ascending score -> the three metrics, (draws,) each."""
+    n_clean, n_shifted = clean.sum(axis=1), shifted.sum(axis=1)
+    below, below_shifted = np.cumsum(clean, axis=1), np.cumsum(shifted, axis=1)
+    # Whole numbers throughout, so that 95 % is exact.
+    keeps = np.argmax(100 * below >= 95 * n_clean[:, None], axis=1)
+    accepted = np.take_along_axis(below_shifted, keeps[:, None], axis=1)[:, 0]
+    # Shifted weight strictly below a threshold may be 5 % at most; the last such threshold flags the fewest clean ones.
+    strictly = below_shifted - shifted
+    catches = clean.shape[1] - 1 - np.argmax((100 * strictly <= 5 * n_shifted[:, None])[:, ::-1], axis=1)
+    passed = np.take_along_axis(below - clean, catches[:, None], axis=1)[:, 0]
+    wins = np.einsum("ij,ij->i", below - clean / 2, shifted)
+    with np.errstate(invalid="ignore"):
+        there = np.where((n_clean > 0) & (n_shifted > 0), 1.0, math.nan)
+        return (
+            wins / (n_clean * n_shifted) * there,
+            accepted / n_shifted * there,
+            (n_clean - passed) / n_clean * there,
+        )
+
+
+def _codes(clusters: Clusters) -> tuple[NDArray[np.int64], int]:
+    """Labels as 0, 1, ... in order of first sight, and how many; 64-bit keys pass through no float."""
+    seen: dict[Hashable, int] = {}
+    codes = [seen.setdefault(label, len(seen)) for label in clusters]
+    return np.array(codes, dtype=np.int64), len(seen)
+
+
+def _draws(n_prompts: int, n_resamples: int, seed: int, n_rows: int) -> Iterator[NDArray[np.int64]]:
+    """Blocks of (draws, n_prompts) counts: how often each prompt was drawn."""
+    if n_resamples < 1:
+        raise InputError(f"n_resamples={n_resamples}: expected at least 1")
+    rng = np.random.default_rng(seed)
+    block = max(1, _BLOCK // n_rows)
+    for start in range(0, n_resamples, block):
+        size = min(block, n_resamples - start)
+        drawn = rng.integers(n_prompts, size=(size, n_prompts)) + n_prompts * np.arange(size)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=size * n_prompts).reshape(size, n_prompts)
