@@ -27,7 +27,8 @@ LINES = (
     "calls outputs inputs scoring turns recalibration guard",
     "integrations.transport integrations.read_out integrations.vllm_plugin integrations.engines integrations",
     "study.rewards study.reliability study.metrics study.detection study.bootstrap",
-    "study.pairs study.scripts study.noise study.registry study.builtin study.shifts",
+    "study.pairs study.scripts study.noise study.registry study.builtin study.rewarding",
+    "study.aligned study.translate study.shifts",
     "study.conversations study.planted study.svg study.plots study.findings study.report study.cache study.scorer study",
     "doctor batch demo_page demo",
 )

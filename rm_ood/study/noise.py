@@ -102,7 +102,7 @@ def paper_word_perturbation(text: str, p: float, vocabulary: Sequence[str], seed
 
 
 def character_noise(text: str, p: float, seed: int = 0) -> str:
-    """Each character that is not white space is, with probability `p`, swapped with the next, doubled up with another one
+    """Each character that is not white space is, with probability `p`, swapped with the next one, given another
     before it, deleted or replaced (a quarter each).
 
     New characters are drawn from the text's own, so its script stays.

@@ -1,7 +1,8 @@
 """Shifted versions of clean rows, from short specifications.
 
 `word noise`, `word noise:response`, `word noise:response:0.5` name a registered shift, on one side or all, at one severity
-or at those of a study. `FILE.py:function` takes the function of a file, `aligned=FILE` the same rows in another language.
+or at those of a study. `FILE.py:function` takes the function of a file, `aligned=FILE` the same rows in another language,
+`translate=MODEL` a Marian model that translates them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from pathlib import Path
 
 from rm_ood.errors import InputError
 from rm_ood.preferences import stable_hash
-from rm_ood.study import builtin  # noqa: F401  (registers the shifts)
+from rm_ood.study import builtin, rewarding  # noqa: F401  (they register their shifts)
+from rm_ood.study.aligned import aligned
 from rm_ood.study.noise import paper_word_perturbation, word_perturbation
 from rm_ood.study.pairs import Pair
 from rm_ood.study.registry import (
@@ -27,6 +29,7 @@ from rm_ood.study.registry import (
     response_texts,
     shift,
 )
+from rm_ood.study.translate import BACK, translated
 
 __all__ = [
     "SIDES",
@@ -77,8 +80,10 @@ def conditions(
 
     Args:
         rows: the clean rows.
-        specs: `NAME[:SIDE][:SEVERITY]` of a registered shift, or `FILE.py:FUNCTION[:SIDE][:SEVERITY]`. Left out, a side or
-            severity means all that the shift has.
+        specs: `NAME[:SIDE][:SEVERITY]` of a registered shift; `FILE.py:FUNCTION[:SIDE][:SEVERITY]` of your own;
+            `aligned=FILE[:LANG][:SIDE][:common]`, the rows of equal id in a file, `common` where it lacks some of them;
+            `translate=MODEL[,MODEL_BACK][:SIDE]`, by a Marian model's name or folder, `back` being a side of its own. Left
+            out, a side, severity or language means each that there is.
         seed: of every shift; the same seed and text give the same change.
         words: vocabulary for noise; None takes the words of the rows.
         reward: prompts and responses in, (n,) rewards out, for the shifts that ask the reward model.
@@ -109,7 +114,50 @@ def map_responses(row: Pair) -> list[str]:
 
 
 def _source(spec: str, context: ShiftContext) -> _Source:
+    kind, mark, rest = spec.partition("=")
+    if mark and kind.strip() == "aligned":
+        return _aligned(spec, rest, context)
+    if mark and kind.strip() == "translate":
+        return _translated(spec, rest, context)
     return _registered(spec, context)
+
+
+def _aligned(spec: str, rest: str, context: ShiftContext) -> _Source:
+    path, *options = _path_and_options(rest)
+    if not Path(path).is_file():
+        raise InputError(f"{spec}: no file at {path}. Expected aligned=FILE[:LANG][:SIDE][:common]")
+    side = next((option for option in options if option in SIDES), None)
+    languages = [option for option in options if option not in (*SIDES, "common")]
+    if len(languages) > 1:
+        raise InputError(f"{spec}: expected aligned=FILE[:LANG][:SIDE][:common], got several languages {languages}")
+    lang, common = languages[0] if languages else None, "common" in options
+    return lambda: (
+        Condition(name, s, None, shifted)
+        for name, s, shifted in aligned(context.rows, path, lang=lang, side=side, common=common)
+    )
+
+
+def _translated(spec: str, rest: str, context: ShiftContext) -> _Source:
+    models, *options = _path_and_options(rest)
+    model, _, back = models.partition(",")
+    wrong = [option for option in options if option not in (*SIDES, BACK)]
+    if wrong or len(options) > 1 or not model:
+        raise InputError(
+            f"{spec}: expected translate=MODEL[,MODEL_BACK][:SIDE], SIDE one of {', '.join((*SIDES, BACK))}"
+        )
+    return lambda: (
+        Condition(name, s, None, shifted)
+        for name, s, shifted in translated(context.rows, model, back=back or None, side=options[0] if options else None)
+    )
+
+
+def _path_and_options(text: str) -> list[str]:
+    """A path and what follows it after colons; a path may hold colons of its own."""
+    parts = text.split(":")
+    for end in range(len(parts), 0, -1):
+        if Path(":".join(parts[:end])).exists():
+            return [":".join(parts[:end]), *filter(None, parts[end:])]
+    return [parts[0], *filter(None, parts[1:])]
 
 
 def _registered(spec: str, context: ShiftContext) -> _Source:
