@@ -66,7 +66,7 @@ def length_inflation(text: str, context: ShiftContext) -> str:
 
 
 def _script(name: str) -> None:
-    @shift(f"script swap, {name}", severities=(0.3, 1.0))
+    @shift(f"script swap {name}", severities=(0.3, 1.0))
     def script_swap(text: str, context: ShiftContext) -> str:
         return swapped(text, name, context.strength, context.seed)
 

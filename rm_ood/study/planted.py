@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import random
 import string
-import unicodedata
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from rm_ood.canaries import CODE, EVERYDAY, SCRIPTS, Pair
 from rm_ood.dialogue import Dialogue, Message, Text, content_text
 from rm_ood.preferences import stable_hash
+from rm_ood.study.noise import repeated_word, shuffled
+from rm_ood.study.scripts import letters
 
 OTHER_SCRIPT, EMPTY_RESPONSE = "other script", "empty response"
 # Share of the items' letters from which a script belongs to them.
 _OWN_SCRIPT = 0.01
-# Written without spaces between words: there the characters are shuffled.
-_UNSPACED = frozenset({"CJK", "HIRAGANA", "KATAKANA", "THAI"})
 _NOISE = string.ascii_letters + string.digits + string.punctuation + " "
 
 Item = tuple[Text, str]
@@ -31,19 +29,19 @@ Change = Callable[[str, int, int, random.Random], str]
 
 def changes(items: Sequence[Item]) -> dict[str, Change]:
     """Name -> shift. A script that the items are written in is no shift for them: `OTHER_SCRIPT` may be missing."""
-    letters = _letters(" ".join(_text(prompt) + response for prompt, response in items))
-    total = max(1, letters.total())
+    found = letters(" ".join(_text(prompt) + response for prompt, response in items))
+    total = max(1, found.total())
     foreign = [
         pair
         for script, talk in {**SCRIPTS, "LATIN": EVERYDAY[:3]}.items()
-        if letters[script] < _OWN_SCRIPT * total
+        if found[script] < _OWN_SCRIPT * total
         for pair in talk
     ]
     return {
         **({OTHER_SCRIPT: _another(foreign)} if foreign else {}),
-        "shuffled words": _shuffled,
+        "shuffled words": lambda text, i, side, rng: shuffled(text, 1.0, rng.getrandbits(62)),
         "code": _another(CODE),
-        "one word repeated": _repeated,
+        "one word repeated": lambda text, i, side, rng: repeated_word(text, 1.0),
         "random characters": _noise,
         EMPTY_RESPONSE: lambda text, i, side, rng: "",
     }
@@ -71,29 +69,8 @@ def _another(pairs: Sequence[Pair]) -> Change:
     return lambda text, i, side, rng: pairs[i % len(pairs)][side]
 
 
-def _shuffled(text: str, i: int, side: int, rng: random.Random) -> str:
-    units, joint = _units(text)
-    return joint.join(rng.sample(units, len(units))) if len(units) > 1 else text
-
-
-def _repeated(text: str, i: int, side: int, rng: random.Random) -> str:
-    units, joint = _units(text)
-    return joint.join([max(units, key=len)] * max(8, len(units))) if units else text
-
-
 def _noise(text: str, i: int, side: int, rng: random.Random) -> str:
     return "".join(rng.choices(_NOISE, k=max(16, len(text)))).strip()
-
-
-def _units(text: str) -> tuple[list[str], str]:
-    """Words and the space between them; characters and nothing where the script knows no spaces."""
-    unspaced = sum(count for script, count in _letters(text).items() if script in _UNSPACED)
-    return ([c for c in text if not c.isspace()], "") if 2 * unspaced > _letters(text).total() else (text.split(), " ")
-
-
-def _letters(text: str) -> Counter[str]:
-    """Script, by the first word of the letters' Unicode names -> number of letters."""
-    return Counter(unicodedata.name(c, "?").split()[0] for c in text if c.isalpha())
 
 
 def _text(prompt: Text) -> str:

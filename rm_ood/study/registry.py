@@ -155,11 +155,16 @@ class Shift:
             raise InputError(f"shift {self.name!r}: severity {severity}: expected 0 to {self.highest:g}")
 
     def _text(self, context: ShiftContext) -> Callable[[str], str]:
+        known: dict[str, str] = {}
+
         def change(text: str) -> str:
-            new = self.function(text, context)  # type: ignore[arg-type]
-            if not isinstance(new, str):
-                raise InputError(f"shift {self.name!r}: expected a text back, got {type(new).__name__}")
-            return new
+            # A text that stands in several rows is changed once, and so alike, whatever the function draws from.
+            if text not in known:
+                new = self.function(text, context)  # type: ignore[arg-type]
+                if not isinstance(new, str):
+                    raise InputError(f"shift {self.name!r}: expected a text back, got {type(new).__name__}")
+                known[text] = new
+            return known[text]
 
         return change
 
