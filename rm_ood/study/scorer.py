@@ -14,8 +14,8 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from rm_ood.channels import REWARD, Channel
@@ -26,14 +26,14 @@ from rm_ood.errors import InputError, TokenisationWarning
 from rm_ood.fitting import WINDOW_BATCHES
 from rm_ood.guard import OODGuard
 from rm_ood.identity import Identity
-from rm_ood.state import ChannelScores
+from rm_ood.state import ChannelScores, FittedState
 from rm_ood.study.cache import Record, ScoreCache
 from rm_ood.text import Encoded
 
 Floats = NDArray[np.float64]
 Item = tuple[Text, Response]
-# Name -> (channel whose vectors it reads, fitted detector).
-Baselines = Mapping[str, tuple[str, Detector]]
+# Name -> (channel whose vectors it reads, or several side by side; fitted detector).
+Baselines = Mapping[str, tuple[str | tuple[str, ...], Detector]]
 # Reason code of a text that the guard refuses to read.
 UNREADABLE = "unreadable_input"
 
@@ -94,7 +94,7 @@ class Scorer:
         progress: bool = False,
     ) -> None:
         self.guard = guard
-        self.baselines = dict(baselines or {})
+        self.baselines = {name: (_channels(on), detector) for name, (on, detector) in (baselines or {}).items()}
         self.progress = progress
         self.n_distinct = self.n_forwarded = 0
         scoring = guard.scoring()
@@ -103,9 +103,11 @@ class Scorer:
         state = scoring.state
         state.profile(state.config.joined)
         known = [name for name in needed_channels(state.config) if name in state.detectors]
-        for name, (channel, _) in self.baselines.items():
-            if str(Channel.parse(channel)) not in known:
-                raise InputError(f"baseline {name!r}: the guard takes no vectors of {channel!r}; it takes {known}")
+        for name, (channels, _) in self.baselines.items():
+            if not set(channels) <= set(known):
+                raise InputError(
+                    f"baseline {name!r}: this guard takes vectors of {known}, not of {sorted(set(channels) - set(known))}"
+                )
         # In the order of `FittedState.score`.
         read = [name for name in state.detectors if name in known]
         self._channels = (*read, REWARD)
@@ -113,6 +115,11 @@ class Scorer:
         self._width = 4 + len(self._channels) + sum(self._classes.values()) + len(self.baselines)
         self._identity = _identity(guard, self.baselines)
         self._cache = ScoreCache(cache)
+
+    @property
+    def state(self) -> FittedState:
+        """What judges the scores."""
+        return self._scoring.state
 
     def __enter__(self) -> Self:
         return self
@@ -223,10 +230,9 @@ class Scorer:
         lengths = np.zeros((len(part.rewards), 2)) if part.lengths is None else part.lengths
         columns = [part.rewards[:, None], lengths, part.truncated[:, None], scored.scores]
         columns += [scored.classes[name] for name in self._classes]
-        columns += [
-            _scores_of(detector, part.vectors[str(Channel.parse(channel))])[:, None]
-            for channel, detector in self.baselines.values()
-        ]
+        for channels, detector in self.baselines.values():
+            vectors = torch.cat([part.vectors[name] for name in channels], dim=1)
+            columns.append(detector.score(vectors).double().cpu().numpy()[:, None])
         return np.concatenate(columns, axis=1).astype(np.float64)
 
     def _unpack(self, records: Sequence[Record]) -> Scores:
@@ -256,11 +262,11 @@ class Scorer:
         )
 
 
-def _scores_of(detector: Detector, vectors: Tensor) -> Floats:
-    return detector.score(vectors).double().cpu().numpy()
+def _channels(on: str | tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(str(Channel.parse(name)) for name in ((on,) if isinstance(on, str) else on))
 
 
-def _identity(guard: OODGuard, baselines: Baselines) -> bytes:
+def _identity(guard: OODGuard, baselines: Mapping[str, tuple[tuple[str, ...], Detector]]) -> bytes:
     """Digest of all that a text's raw scores depend on beside the text: reward model, detectors, baselines."""
     scoring = guard.scoring()
     state, column = scoring.state, scoring.column
