@@ -29,7 +29,8 @@ LINES = (
     "study.rewards study.reliability study.metrics study.detection study.bootstrap",
     "study.pairs study.scripts study.noise study.registry study.builtin study.rewarding",
     "study.aligned study.translate study.shifts",
-    "study.conversations study.planted study.svg study.plots study.findings study.report study.cache study.scorer study",
+    "study.conversations study.planted study.svg study.plots study.findings study.report",
+    "study.cache study.scorer study.judged study.numbers study.scored_rows study.study study",
     "doctor batch demo_page demo",
 )
 ORDER = " ".join(LINES).split()

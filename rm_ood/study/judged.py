@@ -107,7 +107,9 @@ class Judged:
         clusters = [self.rows[i].cluster for i in rows]
         # Bits of a hash of its own: that of the fit's split would make all calibration prompts fall on one side.
         coins = [stable_hash(f"study {cluster:016x}", self.seed) for cluster in clusters]
-        rejected = [self.chosen[i] + 1 + (coin >> 1) % len(self.rows[i].rejected) for i, coin in zip(rows, coins, strict=True)]
+        rejected = [
+            self.chosen[i] + 1 + (coin >> 1) % len(self.rows[i].rejected) for i, coin in zip(rows, coins, strict=True)
+        ]
         pairs = np.stack([self.chosen[rows], np.array(rejected, dtype=np.int64)], axis=1)
         items = pairs[np.arange(len(rows)), [coin & 1 for coin in coins]]
         return Draw(rows, items, pairs, clusters)

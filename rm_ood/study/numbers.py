@@ -66,9 +66,9 @@ class Settings:
 
 def id_numbers(clean: Judged, settings: Settings) -> Doc:
     """The document's `id`."""
-    found = {"n": len(clean.rows), **_pair_numbers(clean, settings), **_flag_numbers(clean, settings)}
-    found["false_alarm_rate"] = found["flag_rate"]["combined"]
-    return found
+    pairs, flags = _pair_numbers(clean, settings), _flag_numbers(clean, settings)
+    rate, intervals = flags["flag_rate"]["combined"], pairs["intervals"] | flags["intervals"]
+    return {"n": len(clean.rows), "false_alarm_rate": rate, **pairs, **flags, "intervals": intervals}
 
 
 def shift_numbers(clean: Judged, shifted: Judged, settings: Settings) -> Doc:
@@ -110,9 +110,7 @@ def _pair_numbers(judged: Judged, settings: Settings) -> Doc:
     credits = pair_credits(chosen, rejected)
     clusters = [judged.rows[i].cluster for i in judged.row_of[where[:, 0]]]
     lengths = judged.lengths[where]
-    metrics = pair_metrics(
-        chosen, rejected, temperature=settings.temperature, lengths=(lengths[:, 0], lengths[:, 1])
-    )
+    metrics = pair_metrics(chosen, rejected, temperature=settings.temperature, lengths=(lengths[:, 0], lengths[:, 1]))
     # A pair is as suspicious as the worse of its responses, and flagged if either is.
     suspicion = judged.combined[where].max(axis=1)
     flagged = judged.decisions.is_ood[where].any(axis=1)
@@ -122,7 +120,7 @@ def _pair_numbers(judged: Judged, settings: Settings) -> Doc:
         "ece": metrics["ece"],
         "metrics": metrics,
         "reliability": reliability_curve(chosen, rejected),
-        "risk_coverage": risk_coverage(suspicion, credits),
+        "risk_coverage": _rounded(risk_coverage(suspicion, credits)),
         "margins": histogram(margins(chosen, rejected), edges=settings.margin_edges),
         "selective": selective_metrics(chosen, rejected, flagged),
         "intervals": {
@@ -142,9 +140,7 @@ def _flag_numbers(judged: Judged, settings: Settings) -> Doc:
         "flag_rate": {name: float(flags[name].mean()) if name in flags else None for name in _FLAGS},
         "ood_scores": histogram(judged.combined[draw.items], edges=settings.score_edges),
         "reasons": dict(sorted(reasons.items())),
-        "intervals": {
-            "flag_rate": {name: _interval(settings, np.mean, draw.clusters, f) for name, f in flags.items()}
-        },
+        "intervals": {"flag_rate": {name: _interval(settings, np.mean, draw.clusters, f) for name, f in flags.items()}},
     }
 
 
@@ -156,7 +152,7 @@ def _detection(clean: Judged, shifted: Judged) -> Doc:
         ours = clean.detectors[axis, detector]
         for name, metric in metrics.items():
             found[name].setdefault(axis, {})[detector] = metric(ours, scores)
-        curves[f"{axis}/{detector}"] = roc_curve(ours, scores)
+        curves[f"{axis}/{detector}"] = _rounded(roc_curve(ours, scores))
     fpr95 = {name: found[name] for name in ("id_positive", "ood_positive")}
     return {"auroc": found["auroc"], "fpr95": fpr95, "roc": curves}
 
@@ -225,6 +221,11 @@ def _reward_change(clean: Judged, shifted: Judged) -> Doc | None:
     ]
     known = np.array([m for m in moved if math.isfinite(m)])
     return {"mean": float(known.mean()), "raised": float((known > 0).mean())} if known.size else None
+
+
+def _rounded(curve: dict[str, list[float]]) -> dict[str, list[float]]:
+    """A curve to be drawn: more digits would only make the document large."""
+    return {name: [round(value, 5) for value in values] for name, values in curve.items()}
 
 
 def _rewards(judged: Judged) -> tuple[Floats, Floats]:
