@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from sklearn.covariance import OAS, EmpiricalCovariance
 
 from rm_ood import covariance
@@ -43,6 +44,79 @@ def test_oas_limits():
     assert covariance.oas_shrinkage(torch.zeros(3, 3, dtype=torch.float64), 10) == 1.0
     assert covariance.oas_shrinkage(torch.eye(3, dtype=torch.float64), 10) == 1.0
     assert covariance.oas_shrinkage(torch.full((1, 1), 4.0, dtype=torch.float64), 10) == 0.0
+
+
+# Shrinkage by held-out likelihood.
+
+
+def halves(n, d, seed, k=1):
+    rng = np.random.default_rng(seed)
+    y = np.arange(n) % k
+    x = rng.normal(size=(n, d)) * 10 ** rng.uniform(-1, 1, d) + 3 * rng.normal(size=(k, d))[y]
+    return [(x[part], y[part]) for part in (slice(None, n // 2), slice(n // 2, None))]
+
+
+def within(x, y):
+    return scatter_of(np.concatenate([x[y == c] - x[y == c].mean(0) for c in np.unique(y)]))
+
+
+@pytest.mark.parametrize(("n", "d", "k"), [(40, 12, 1), (90, 5, 2), (16, 20, 1), (400, 3, 3)])
+def test_likelihood_shrinkage_is_the_best_of_a_brute_force_search(n, d, k):
+    (xa, ya), (xb, yb) = halves(n, d, seed=n, k=k)
+    grid = [1e-4, 1e-3, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8, 1.0]
+
+    def log_likelihood(fit, fit_y, held, held_y, a):
+        cov = covariance.shrunk_covariance(within(fit, fit_y), len(fit), k, a).numpy()
+        rows = np.concatenate([held[held_y == c] - held[held_y == c].mean(0) for c in range(k)])
+        # Centred on their own means, the rows have n - k degrees of freedom.
+        density = stats.multivariate_normal(cov=cov)
+        return density.logpdf(rows).sum() + k / 2 * (np.linalg.slogdet(cov)[1] + d * math.log(2 * math.pi))
+
+    by_hand = [log_likelihood(xa, ya, xb, yb, a) + log_likelihood(xb, yb, xa, ya, a) for a in grid]
+    got = covariance.likelihood_shrinkage(within(xa, ya), len(xa), within(xb, yb), len(xb), k, grid=grid)
+    assert got == grid[int(np.argmax(by_hand))]
+
+
+def chosen(x, y, scale=1.0):
+    (xa, ya), (xb, yb) = x, y
+    return covariance.likelihood_shrinkage(within(xa * scale, ya), len(xa), within(xb * scale, yb), len(xb))
+
+
+def test_likelihood_shrinkage_falls_with_more_rows_and_ignores_the_unit():
+    few, many = (chosen(*halves(n, 10, seed=1)) for n in (24, 20_000))
+    assert 1e-3 < few < 1
+    assert many < few / 10
+    for scale in (1e-140, 1e100):
+        assert chosen(*halves(24, 10, seed=1), scale=scale) == few
+    (xa, ya), (xb, yb) = halves(24, 10, seed=1)
+    assert chosen((xb, yb), (xa, ya)) == few
+
+
+def test_likelihood_shrinkage_of_a_sphere_is_large_and_of_a_hyperplane_positive():
+    rng = np.random.default_rng(0)
+    sphere = [(rng.normal(size=(50, 30)), np.zeros(50)) for _ in range(2)]
+    assert chosen(*sphere) > 0.5
+    flat = [(x - x.mean(1, keepdims=True), y) for x, y in halves(500, 6, seed=0)]
+    assert 0 < chosen(*flat) < 0.1
+
+
+def test_likelihood_shrinkage_is_the_least_on_ties():
+    one = torch.full((1, 1), 4.0, dtype=torch.float64)  # one feature: shrinkage changes nothing
+    assert covariance.likelihood_shrinkage(one, 5, one, 5) == pytest.approx(1e-6)
+    assert covariance.likelihood_shrinkage(one, 5, one, 5, grid=[0.5, 0.25]) == 0.25
+
+
+def test_likelihood_shrinkage_refuses_what_it_cannot_use():
+    eye = torch.eye(3, dtype=torch.float64)
+    with pytest.raises(CalibrationError, match="more samples than classes, got 2 samples in 2 classes"):
+        covariance.likelihood_shrinkage(eye, 9, eye, 2, 2)
+    with pytest.raises(CalibrationError, match="no variance"):
+        covariance.likelihood_shrinkage(eye * 0, 9, eye, 9)
+    with pytest.raises(CalibrationError, match="different widths, 3 and 2 features"):
+        covariance.likelihood_shrinkage(eye, 9, eye[:2, :2], 9)
+    for grid in ([], [0.0, 0.5], [1.5], [math.nan]):
+        with pytest.raises(InputError, match=r"grid=.*expected fractions in \(0, 1\]"):
+            covariance.likelihood_shrinkage(eye, 9, eye, 9, grid=grid)
 
 
 def test_effective_shrinkage_is_never_below_the_floor():
