@@ -133,6 +133,21 @@ def test_copy_is_equal_to_the_bit_and_independent():
     assert (moments.n_samples, twin.n_samples) == (30, 50)
 
 
+@settings(max_examples=20, derandomize=True, deadline=None)
+@given(st.integers(1, 4), st.integers(0, 60), st.integers(0, 2**16))
+def test_pooled_moments_are_those_of_one_class(k, n, seed):
+    x, y = data(n, 3, k, seed)
+    moments = ClassMoments(3, k).update(x, y)
+    pooled = moments.pooled()
+    alone = ClassMoments(3).update(x)
+    assert (pooled.n_classes, pooled.n_samples) == (1, n)
+    torch.testing.assert_close(pooled.means, alone.means, rtol=1e-12, atol=1e-12, equal_nan=True)
+    torch.testing.assert_close(pooled.within_scatter(), alone.within_scatter(), rtol=1e-9, atol=1e-9)
+    pooled.update(x + 5)
+    torch.testing.assert_close(pooled.within_scatter(), alone.update(x + 5).within_scatter(), rtol=1e-9, atol=1e-9)
+    assert moments.n_samples == n
+
+
 def test_arrays_integers_and_empty_batches_are_accepted():
     moments = ClassMoments(2, 2).update(np.array([[1, 2], [3, 4]]), np.array([1, 0]))
     moments.update(np.zeros((0, 2)), np.zeros(0, dtype=int))

@@ -3,8 +3,8 @@ import pytest
 import scipy.sparse
 import torch
 
-from rm_ood.errors import InputError, MismatchError
-from rm_ood.vectors import as_labels, as_tensor, as_vectors
+from rm_ood.errors import InputError, MismatchError, NonFiniteError
+from rm_ood.vectors import as_labels, as_tensor, as_vectors, check_finite, unit_rows
 
 ROWS = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
 
@@ -108,3 +108,28 @@ def test_labels_that_cannot_be_used_are_refused(labels, message):
 def test_as_tensor_keeps_any_number_of_dimensions():
     assert as_tensor(np.arange(3.0)).shape == (3,)
     assert as_tensor(np.float32(2.0)).shape == ()
+
+
+def test_rows_that_are_not_finite_are_named():
+    x = torch.zeros(40, 2)
+    check_finite(x)
+    check_finite(x[:0])
+    x[[3, 7], [0, 1]] = torch.tensor([torch.nan, -torch.inf])
+    with pytest.raises(NonFiniteError, match=r"weight: 2 of 40 rows hold NaN or infinity \(rows 3, 7\)"):
+        check_finite(x, name="weight")
+    x[10:, 0] = torch.inf
+    with pytest.raises(NonFiniteError, match=r"x: 32 of 40 rows hold .* \(rows 3, 7, 10, .* 17, \.\.\.\)"):
+        check_finite(x)
+
+
+@pytest.mark.parametrize("scale", [1e-310, 1e-160, 1.0, 1e160, 1e307])
+def test_unit_rows_keep_the_direction_at_any_length(scale):
+    x = torch.tensor([[3.0, -4.0], [0.0, 2.0]], dtype=torch.float64) * scale
+    torch.testing.assert_close(unit_rows(x), torch.tensor([[0.6, -0.8], [0.0, 1.0]], dtype=torch.float64))
+
+
+def test_what_has_no_direction_is_nan():
+    bad = torch.tensor([[0.0, 0.0], [1.0, torch.inf], [torch.nan, 1.0]])
+    assert unit_rows(bad).isnan().any(1).all()
+    assert unit_rows(torch.ones(1, 4).half()).dtype == torch.float64
+    assert unit_rows(torch.zeros(0, 3)).shape == (0, 3)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from rm_ood.detectors.learned import Forms, Learned, check_dtype, fail_closed
+from rm_ood.detectors.learned import Forms, Learned, check_dtype, check_scale, fail_closed
 from rm_ood.errors import CalibrationError, FormatError, InputError
 from rm_ood.ops.distance import without_autocast
 from rm_ood.vectors import as_vectors, check_finite, unit_rows
@@ -68,13 +68,18 @@ class KNearestNeighbours(Learned):
         check_finite(x)
         if len(x) < self.k:
             raise CalibrationError(f"k={self.k} needs at least {self.k} fit vectors, got {len(x)}")
-        # About the mean: the expansion of the squares below would cancel far from 0.
-        euclidean = self.metric == "euclidean"
-        center = x.double().mean(0) if euclidean else x.new_zeros(x.shape[1], dtype=torch.float64)
+        if self.metric == "cosine":
+            zeros = int((x == 0).all(1).sum())
+            if zeros:
+                raise CalibrationError(
+                    f"x: {zeros} of {len(x)} rows are all zeros and have no direction; leave them out"
+                )
+            center = x.new_zeros(x.shape[1], dtype=torch.float64)
+        else:
+            # About the mean: the expansion of the squares in `score` would cancel far from 0.
+            center = x.double().mean(0)
+            check_scale(float((x - center).square().sum(1).max()), self.dtype)
         bank = self._placed(x, center)
-        if not bool(bank.square().sum(1).isfinite().all()):
-            trouble = "the scale of the vectors does not fit" if euclidean else "a row of zeros has no direction in"
-            raise CalibrationError(f"x: {trouble} {self.dtype}; rescale the vectors, or leave the row out")
         self.bank_, self.center_ = bank, center
         self.n_features_in_ = x.shape[1]
         return self

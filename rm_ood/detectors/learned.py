@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from rm_ood.errors import FormatError, InputError, NotFittedError
+from rm_ood.errors import CalibrationError, FormatError, InputError, NotFittedError
 
 # Name -> sizes and dtype, None for the scoring dtype. "n d": a letter is one size in all tensors, d the width of x, and
 # none is 0 but those with a star.
@@ -72,6 +72,17 @@ def check_dtype(dtype: torch.dtype) -> None:
     """Raises InputError for a dtype of the state other than float32 and float64."""
     if dtype not in (torch.float32, torch.float64):
         raise InputError(f"dtype={dtype}: expected torch.float32 or torch.float64")
+
+
+def check_scale(square: float, dtype: torch.dtype) -> None:
+    """Refuse vectors whose typical squared length leaves the range of `dtype`: distances would all be infinite, or 0.
+
+    Raises:
+        CalibrationError: `square` within 2^20 of the range's ends; 0 passes.
+    """
+    range_ = torch.finfo(dtype)
+    if square and not range_.tiny * 2**20 <= square <= range_.max / 2**20:
+        raise CalibrationError(f"the scale of the vectors does not fit {dtype}; rescale them, or use float64")
 
 
 def check_tensors(tensors: dict[str, Tensor], expected: Forms) -> tuple[torch.dtype, dict[str, int]]:

@@ -86,6 +86,19 @@ class Projected:
         inner = {f"inner.{name}": tensor for name, tensor in self._fitted().state_tensors().items()}
         return {"direction": self.direction, "reflectors": self.reflectors_, **inner}
 
+    def to(self, device: torch.device | str) -> Self:
+        """Move the fitted state, and with it the scoring, to a device; returns itself.
+
+        Raises:
+            InputError: the inner detector cannot be moved.
+        """
+        inner = self._fitted()
+        if not hasattr(inner, "to"):
+            raise InputError(f"device={device}: {type(inner).__name__} has no to(device)")
+        inner.to(device)
+        self.direction, self.reflectors_ = self.direction.to(device), self.reflectors_.to(device)
+        return self
+
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], rebuild: Callable[[dict[str, Tensor]], Detector]) -> Self:
         """Rebuild a detector from `state_tensors()`; it scores bit-identically.

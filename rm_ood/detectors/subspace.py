@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from rm_ood.detectors.learned import Forms, Learned, check_dtype, fail_closed
+from rm_ood.detectors.learned import Forms, Learned, check_dtype, check_scale, fail_closed
 from rm_ood.errors import CalibrationError, FormatError, InputError, MismatchError
 from rm_ood.moments import ClassMoments
 from rm_ood.ops.distance import without_autocast
@@ -145,12 +145,15 @@ class ResidualSubspace(Learned):
             raise CalibrationError(f"{size} components of {d} features leave no residual; lower n_components")
         if n <= size:
             raise CalibrationError(f"{size} components need more than {size} samples, got {n}; lower n_components")
+        check_scale(float(values[-1]) / n, self.dtype)
+        head = {"head_weight": weight.to(self.dtype), "head_bias": bias.to(self.dtype)}
+        if not all(bool(tensor.isfinite().all()) for tensor in head.values()):
+            raise CalibrationError(f"weight: the scale of the head does not fit {self.dtype}; use float64")
         return {
             "residual": vectors[:, : d - size].T.to(self.dtype).contiguous(),
             "origin": origin,
-            "head_weight": weight.to(self.dtype),
-            "head_bias": bias.to(self.dtype),
             "scale": origin.new_ones(()),
+            **head,
         }
 
     def _scale(self, x: Tensor, state: dict[str, Tensor]) -> Tensor:
@@ -165,8 +168,6 @@ class ResidualSubspace(Learned):
         return scale
 
     def _take(self, state: dict[str, Tensor]) -> Self:
-        if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
-            raise CalibrationError(f"the scale of the head does not fit {self.dtype}; use float64")
         for name, tensor in state.items():
             setattr(self, f"{name}_", tensor)
         self.n_features_in_ = len(self.origin_)

@@ -146,9 +146,22 @@ def test_state_that_is_not_the_detectors_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_to_moves_every_tensor(name: str) -> None:
-    if name == "projected":
-        pytest.skip("follows its inner detector")
-    assert all(tensor.is_meta for tensor in fitted(name).to("meta").state_tensors().values())
+    made = fitted(name)
+    assert made.to("cpu") is made
+    assert all(tensor.is_meta for tensor in made.to("meta").state_tensors().values())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", NAMES)
+def test_fits_and_scores_on_a_gpu_are_the_cpus(name: str) -> None:
+    x, y, probe = rows(300, width(name)), np.arange(300) % 2, rows(40, width(name), seed=1)
+    on_cpu = fitted(name).score(probe)
+    fit_there = make(name).fit(torch.from_numpy(x).cuda(), y)
+    moved = fitted(name).to("cuda")
+    for made in (fit_there, moved):
+        scores = made.score(torch.from_numpy(probe).cuda())
+        assert scores.is_cuda
+        torch.testing.assert_close(scores.cpu(), on_cpu, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", NAMES)
