@@ -1,4 +1,4 @@
-"""The command line: `rm-ood demo | fit | calibrate | check | doctor | report`.
+"""The command line: `rm-ood demo | fit | calibrate | check | doctor | study-scores | report`.
 
 Results go to stdout (`--json`: one object), progress to stderr. Exit codes: 0 done, 1 bad input, 2 usage, 3 the guard and
 the model do not belong together.
@@ -149,6 +149,14 @@ def _doctor(a: argparse.Namespace) -> dict[str, Any]:
     return {"json": {"identity": tiers, **findings.to_dict()}, "text": "\n".join(lines)}
 
 
+def _study_scores(a: argparse.Namespace) -> dict[str, Any]:
+    from rm_ood.study.paper import markdown, study_scores, write_study
+
+    doc = study_scores(a.scores, a.id, progress=a.progress)
+    written = ", ".join(path.name for path in write_study(doc, a.output))
+    return {"json": doc, "text": f"{markdown(doc)}\n\nFiles in {a.output}: {written}"}
+
+
 def _check_target(folder: Path, overwrite: bool) -> None:
     """Say before hours of fitting that its result could not be saved."""
     from rm_ood.artifact import GUARD_FILE
@@ -269,6 +277,22 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--split", default="train", help="split of a Hub data set (default: %(default)s)")
     doctor.add_argument("--seed", type=int, default=0, help="of the draw and the noise (default: %(default)s)")
     doctor.add_argument("--record", action="store_true", help="keep the findings in the guard, for its card")
+
+    scores = _command(
+        commands, "study-scores", _study_scores,
+        "accuracy, calibration and detection from files of reward pairs alone: the study of LeVine et al.",
+        """
+        rm-ood study-scores clean.csv shifted.csv --id clean.csv --output study
+        rm-ood study-scores paper_scores --output study --json > study.json
+        """,
+    )  # fmt: skip
+    scores.add_argument(
+        "scores", nargs="+", metavar="CSV", help="columns chosen,rejected; .csv, .csv.gz, or folders of them"
+    )
+    scores.add_argument("--output", required=True, metavar="DIR", help="where JSON, Markdown and the table go")
+    scores.add_argument(
+        "--id", metavar="FILE", help="the in-distribution file of all (default: told by the paper's folder layout)"
+    )
 
     report = _command(
         commands, "report", _report, "the guard card: what it was fitted on, and what it promises",

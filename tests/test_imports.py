@@ -26,7 +26,7 @@ LINES = (
     "config hooks capture embed identity fitting decision state fit card_values markup card_page card",
     "calls outputs inputs scoring turns recalibration guard",
     "integrations.transport integrations.read_out integrations.vllm_plugin integrations.engines integrations",
-    "study.rewards study.reliability study.metrics study.detection study.bootstrap",
+    "study.rewards study.reliability study.metrics study.detection study.bootstrap study.score_files study.paper",
     "study.pairs study.scripts study.noise study.registry study.builtin study.rewarding",
     "study.aligned study.translate study.shifts",
     "study.conversations study.planted study.svg study.plots study.findings study.report",
