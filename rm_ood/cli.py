@@ -1,4 +1,4 @@
-"""The command line: `rm-ood demo | fit | calibrate | check | doctor | study-scores | report`.
+"""The command line: `rm-ood demo | fit | calibrate | check | study | study-scores | doctor | report`.
 
 Results go to stdout (`--json`: one object), progress to stderr. Exit codes: 0 done, 1 bad input, 2 usage, 3 the guard and
 the model do not belong together.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import textwrap
 import warnings
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parser = _parser()
     arguments = parser.parse_args(argv)
+    arguments.argv = list(sys.argv[1:] if argv is None else argv)
     try:
         with warnings.catch_warnings():
             # A warning is for the person at the terminal: one line, without the source line it was raised at.
@@ -43,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OODGuardError, OSError) as error:
         print(f"rm-ood {arguments.command}: {error}", file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:
-        print(f"rm-ood {arguments.command}: interrupted; nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(f"rm-ood {arguments.command}: interrupted; {stopped or 'nothing was written'}", file=sys.stderr)
         return 130
     if arguments.json:
         print(json.dumps(result["json"], allow_nan=False))
@@ -106,6 +108,45 @@ def _check(a: argparse.Namespace) -> dict[str, Any]:
     flagged = ", ".join(f"{axis} {count}" for axis, count in summary["flagged"].items())
     text = f"{summary['items']} items, flagged: {flagged}; rows in {a.output}"
     return {"json": summary, "text": "" if a.output == "-" else text}
+
+
+def _study(a: argparse.Namespace) -> dict[str, Any]:
+    from rm_ood.guard import OODGuard
+    from rm_ood.study.command import DEFAULT_SHIFTS, Plan
+    from rm_ood.study.terminal import table
+
+    plan = Plan.of(
+        OODGuard.from_pretrained(a.guard),
+        _dataset(a.data, a.split),
+        a.shift or DEFAULT_SHIFTS,
+        subset=a.subset,
+        limit=a.limit,
+        words=a.words,
+        seed=a.seed,
+    )
+    fit_data, background = (None if data is None else _dataset(data, a.split) for data in (a.fit_data, a.background))
+    output = Path(a.output)
+    cache = Path(a.cache) if a.cache else output / "scores.sqlite"
+    guard = _load(a)
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        study = plan.run(
+            guard,
+            cache=cache,
+            fit_data=fit_data,
+            background=background,
+            n_bootstrap=a.bootstrap,
+            n_examples=a.examples,
+            model=Path(a.model).name,
+            command=shlex.join(["rm-ood", *a.argv]),
+            progress=a.progress,
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"the scores so far are kept in {cache}: the same command goes on from there") from None
+    files = study.save(output)
+    reads = f"{study.n_texts} distinct texts, {study.n_forwarded} of them read by the reward model in this run"
+    text = f"{table(study.doc)}\n\n{reads}\nFiles: {', '.join(str(file) for file in files)}"
+    return {"json": study.doc, "text": text}
 
 
 def _report(a: argparse.Namespace) -> dict[str, Any]:
@@ -263,6 +304,21 @@ def _parser() -> argparse.ArgumentParser:
     _data_arguments(check, "rows with prompt and response, or preference rows (two verdicts each)")
     check.add_argument("--output", required=True, metavar="OUT", help="JSON Lines file (.gz compresses), - for stdout")
 
+    study = _command(
+        commands, "study", _study, "how far the reward model can be trusted under shift, and whether the flag tells",
+        """
+        rm-ood study --guard guard --model my-reward-model --data held-out-pairs.jsonl.gz --output study
+        rm-ood study --guard guard --model my-reward-model --data pairs.jsonl --subset domain --output study \\
+            --shift "word noise:response" --shift "best of n" --shift aligned=pairs-de.jsonl --shift my_shifts.py:emoji
+        """,
+    )  # fmt: skip
+    _guard_arguments(study)
+    _data_arguments(
+        study,
+        "clean preference rows (one or several rejected each; RM-Bench, RewardBench 2), neither trained nor fitted on",
+    )
+    _study_arguments(study)
+
     doctor = _command(
         commands, "doctor", _doctor, "does this guard still work here: fingerprint, canaries, planted shifts",
         """
@@ -340,6 +396,33 @@ def _data_arguments(parser: argparse.ArgumentParser, help_text: str) -> None:
         "--data", required=True, metavar="PATH|ID", help=f"{help_text}; .jsonl, .jsonl.gz, .parquet, Hub id"
     )
     parser.add_argument("--split", default="train", help="split of a Hub data set (default: %(default)s)")
+
+
+def _study_arguments(parser: argparse.ArgumentParser) -> None:
+    from rm_ood.study.command import DEFAULT_SHIFTS, WORDS
+
+    add = parser.add_argument
+    add("--output", required=True, metavar="DIR", help="folder for study.json, report.html, report.md, scores.parquet")
+    add(
+        "--shift", action="append", metavar="SPEC",
+        help="NAME[:SIDE][:SEVERITY], FILE.py:FUNCTION, aligned=FILE[:LANG] or translate=MODEL; several --shift add up; "
+        f"default: {', '.join(DEFAULT_SHIFTS)}",
+    )  # fmt: skip
+    add("--words", choices=WORDS, default="rows", help="where word noise draws from (default: the words of the rows)")
+    add("--limit", type=int, metavar="N", help="the first N rows only")
+    add("--subset", metavar="COLUMN", help="also tell accuracy, ECE and flags by the values of this column")
+    add(
+        "--examples",
+        type=int,
+        default=0,
+        metavar="N",
+        help="show N flagged texts per shift in the report (default: none)",
+    )
+    add("--fit-data", metavar="PATH|ID", help="what the guard was fitted on: fits the literature's detectors beside it")
+    add("--background", metavar="PATH|ID", help="general text, for the relative Mahalanobis distance (with --fit-data)")
+    add("--cache", metavar="FILE", help="scores by content, no texts (default: scores.sqlite in --output)")
+    add("--bootstrap", type=int, default=1000, metavar="N", help="draws for the intervals (default: 1000; 0: none)")
+    add("--seed", type=int, default=0, help="of the shifts, the draws and the bootstrap (default: %(default)s)")
 
 
 def _settings(parser: argparse.ArgumentParser) -> None:

@@ -30,7 +30,8 @@ LINES = (
     "study.pairs study.scripts study.noise study.registry study.builtin study.rewarding",
     "study.aligned study.translate study.shifts",
     "study.conversations study.planted study.svg study.plots study.findings study.report",
-    "study.cache study.scorer study.judged study.numbers study.scored_rows study.study study",
+    "study.cache study.scorer study.judged study.numbers study.scored_rows study.study study.vector_baselines",
+    "study.command study.terminal study",
     "doctor batch demo_page demo",
 )
 ORDER = " ".join(LINES).split()

@@ -79,7 +79,7 @@ class Scorer:
         progress: show a progress bar on stderr.
 
     Attributes:
-        n_distinct, n_forwarded: distinct texts asked for, and those that went through the reward model, so far.
+        n_forwarded: texts that went through the reward model so far.
 
     Raises:
         InputError: a baseline on vectors that the guard does not take. FormatError, SaveError: as `ScoreCache`.
@@ -96,7 +96,8 @@ class Scorer:
         self.guard = guard
         self.baselines = {name: (_channels(on), detector) for name, (on, detector) in (baselines or {}).items()}
         self.progress = progress
-        self.n_distinct = self.n_forwarded = 0
+        self.n_forwarded = 0
+        self._seen: set[bytes] = set()
         scoring = guard.scoring()
         # What is read here is no traffic: the guard's own check still has to warn when it sees some.
         self._scoring = replace(scoring, ends=copy(scoring.ends))
@@ -120,6 +121,11 @@ class Scorer:
     def state(self) -> FittedState:
         """What judges the scores."""
         return self._scoring.state
+
+    @property
+    def n_distinct(self) -> int:
+        """Distinct texts that were asked for so far."""
+        return len(self._seen)
 
     def __enter__(self) -> Self:
         return self
@@ -155,6 +161,7 @@ class Scorer:
             elif names is not None and names[i] is not None and names[first[where[i]]] is None:
                 first[where[i]] = i
         distinct = [items[i] for i in first]
+        self._seen |= texts.keys()
         records = self._records(distinct, [None if names is None else names[i] for i in first])
         return self._unpack(records).take(where)
 
@@ -181,7 +188,6 @@ class Scorer:
                         f"{rate:.1f} forwards/s, {100 * cached / max(1, bar.n):.0f} % cached", refresh=False
                     )
                 bar.update(len(window) - len(encoded))
-        self.n_distinct += len(items)
         return [record for record in records if record is not None]
 
     def _batch(self, encoded: Mapping[int, Encoded], records: list[Record | None]) -> int:

@@ -1,0 +1,69 @@
+"""A study's main numbers as a table for a terminal."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from rm_ood.study.findings import Doc, at, label
+
+_COLUMNS = (
+    ("n", "n"), ("accuracy", "acc"), ("ece", "ECE"), ("auroc.combined.default", "any"), ("auroc.prompt.default", "prompt"),
+    ("auroc.response.default", "resp."), ("auroc.response.final", "final"), ("auroc.response.reward", "reward"),
+    ("auroc.pair.energy", "energy"), ("flag_rate.combined", "any"), ("flag_rate.prompt", "prompt"),
+    ("flag_rate.response", "resp."),
+)  # fmt: skip
+_NOTES = (
+    "AUROC against the clean rows, one response per prompt (energy: one pair); .5 is blind. any, prompt, resp.: the guard's "
+    "default channels, joined and by axis. final: the distance in what the head reads, alone. reward: |standardised "
+    "reward|, alone. energy: the paper's score of a reward pair. flagged: share of the items whose p-value is at most alpha.",
+)
+_NARROW, _WIDE, _WIDTH = 24, 44, 108
+
+
+def table(doc: Doc, rows: str = "clean rows", notes: Sequence[str] = ()) -> str:
+    """The document of a study as text of about 110 columns.
+
+    Args:
+        rows: what the clean rows are, in words.
+        notes: more to read below the table.
+    """
+    lines = [("clean", {**doc["id"], "auroc": None}), *((label(row), row) for row in doc["shifts"])]
+    width = min(_WIDE, max(_NARROW, *(len(name) for name, _ in lines)))
+    head = f"{'':{width}}" + f"{'':>21}" + f"{'AUROC':^42}" + f"{'flagged':^21}"
+    names = f"{'shift, side':{width}}" + "".join(f"{title:>7}" for _, title in _COLUMNS)
+    body = [
+        f"{_cut(name, width):{width}}" + "".join(f"{_cell(row, path):>7}" for path, _ in _COLUMNS)
+        for name, row in lines
+    ]
+    below = [line for note in (*_NOTES, *notes) for line in textwrap.wrap(note, _WIDTH)]
+    return "\n".join([*_summary(doc, rows), "", head.rstrip(), names, "-" * len(names), *body, "", *below])
+
+
+def _summary(doc: Doc, rows: str) -> list[str]:
+    clean, cal = doc["id"], doc["calibration"]
+    if clean["accuracy"] is None:
+        told = "no pair has two finite rewards"
+    else:
+        told = f"accuracy {clean['accuracy']:.3f}, ECE {clean['ece']:.3f}"
+    lines = [f"Reward model on {clean['n']} {rows}: {told}."]
+    flagged = f"measured {100 * clean['false_alarm_rate']:.1f} %."
+    if cal["by_group"]:
+        return [*lines, f"Guard: alpha {doc['alpha']:g}, calibrated in {len(cal['by_group'])} groups; {flagged}"]
+    mean, low, high = (100 * x for x in cal["expected_false_alarm_rate"])
+    return [
+        *lines,
+        f"Guard: alpha {doc['alpha']:g}, calibrated on n = {cal['n']} prompts, rank k = {cal['k']}: expected "
+        f"false-alarm rate {mean:.1f} % (90 % interval {low:.1f} to {high:.1f} %); {flagged}",
+    ]
+
+
+def _cut(name: str, width: int) -> str:
+    return name if len(name) <= width else f"{name[: width - 3]}..."
+
+
+def _cell(row: Doc, path: str) -> str:
+    value = at(row, *path.split("."))
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.3f}"
