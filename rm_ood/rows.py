@@ -1,4 +1,4 @@
-"""Where rows come from: lists, data sets, iterables, JSON Lines and Parquet files, one pass each."""
+"""Where rows come from: lists, data sets, iterables, JSON, JSON Lines and Parquet files, one pass each."""
 
 from __future__ import annotations
 
@@ -57,12 +57,26 @@ def _iter_file(path: Path) -> Iterator[Any]:
     if path.suffix == ".parquet":
         yield from _iter_parquet(path)
         return
+    if path.suffix == ".json" and (listed := _listed(path)) is not None:
+        yield from listed
+        return
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
         number = 0
         while line := _next_line(cast(IO[bytes], lines), path.name, number):
             number += 1
             if line.strip():
                 yield _parse_line(path.name, number, line)
+
+
+def _listed(path: Path) -> list[Any] | None:
+    """The rows of a file that is one JSON list; None where each line is an object of its own."""
+    content = path.read_bytes()
+    if not content.lstrip().startswith(b"["):
+        return None
+    try:
+        return list(json.loads(content))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path.name}: not a whole JSON list ({type(error).__name__})") from error
 
 
 def _next_line(lines: IO[bytes], name: str, number: int) -> bytes:

@@ -124,7 +124,8 @@ class Shift:
             if not isinstance(found, list) or len(found) != len(rows):
                 raise InputError(f"shift {self.name!r}: expected {len(rows)} rows in a list back, got {_size(found)}")
         else:
-            found = [map_texts(row, self._text(context), context.side) for row in rows]
+            change = self._text(context)
+            found = [map_texts(row, change, context.side) for row in rows]
         kept = [
             replace(new, id=row.id, cluster=row.cluster, subset=row.subset)
             for row, new in zip(rows, found, strict=True)
