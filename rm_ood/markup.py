@@ -19,7 +19,9 @@ class Text(str):
     __slots__ = ()
 
 
-def whole_page(title: str, heading: str, lead: str, sections: Iterable[tuple[str, str]], style: str = "") -> str:
+def whole_page(
+    title: str, heading: str, lead: str, sections: Iterable[tuple[str, str]], style: str = "", contents: bool = False
+) -> str:
     """A page that loads nothing: no script, no font, no picture from elsewhere.
 
     Args:
@@ -27,8 +29,17 @@ def whole_page(title: str, heading: str, lead: str, sections: Iterable[tuple[str
         lead: HTML that stands before the sections.
         sections: plain title and HTML of each; one without content is left out.
         style: CSS after `STYLE`.
+        contents: links to the sections before them.
     """
-    body = "".join(f"<section><h2>{escaped(name)}</h2>{content}</section>" for name, content in sections if content)
+    full = [(name, content) for name, content in sections if content]
+    place = ["" if not contents else f' id="section-{number}"' for number in range(len(full))]
+    body = "".join(
+        f"<section{where}><h2>{escaped(name)}</h2>{content}</section>"
+        for where, (name, content) in zip(place, full, strict=True)
+    )
+    if contents:
+        links = "".join(f'<a href="#section-{number}">{escaped(name)}</a> ' for number, (name, _) in enumerate(full))
+        lead += f"<nav>{links}</nav>"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

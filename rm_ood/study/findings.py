@@ -103,7 +103,7 @@ def summary(doc: Doc) -> list[str]:
     clean = doc["id"]
     rows = [row for row in doc["shifts"] if fall(doc, row) is not None]
     worse = sorted((row for row in rows if (fall(doc, row) or 0) > FALL), key=lambda row: row["accuracy"])
-    start = f"On clean pairs the reward model is right in {_percent(clean['accuracy'])} of {clean['n']}"
+    start = f"The reward model is right in {_percent(clean['accuracy'])} of {clean['n']} clean pairs"
     if not rows:
         first = f"{start}; under no shift of this study does the preference keep a meaning, so accuracy ends here."
     elif not worse:
@@ -123,10 +123,10 @@ def _flag_tells(doc: Doc, worse: Sequence[Doc]) -> list[str]:
         return []
     caught = sum(rate >= MUCH for _, rate in known)
     missed = sorted((pair for pair in known if pair[1] < LITTLE), key=lambda pair: pair[1])
-    which = "these" if worse else "the shifted conditions"
-    text = f"The flag marks at least half of the items in {caught} of {which} ({len(known)})"
+    which = f"these {len(known)}" if worse else f"{len(known)} shifted conditions"
+    text = f"The flag marks at least half of the items in {caught} of {which}"
     if not missed:
-        return [f"{text}, and at least a tenth in all of them."]
+        return [f"{text}, and at least a tenth in each."]
     names = "; ".join(label(row) for row, _ in missed[:3]) + ("; ..." if len(missed) > 3 else "")
     return [f"{text}, and fewer than a tenth in {len(missed)}: there it gives no warning ({names})."]
 
@@ -177,8 +177,8 @@ def overview(doc: Doc) -> Table:
     flags = _keys(rows, "flag_rate", list)
     head = ["shift", "side", "n", "accuracy", "ECE", *(_axis(a) for a in axes)]
     head += [
-        "clean flagged when 95 % of the shifted are caught",
-        "shifted let through when 95 % of the clean are kept",
+        "clean flagged where 95 % of shifted are caught",
+        "shifted let through where 95 % of clean are kept",
         *(_axis(name) for name in flags),
     ]
     first = ["clean", "–", clean["n"], *_pair(clean), *[Cell(None)] * (len(axes) + 2)]

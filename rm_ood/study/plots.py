@@ -16,8 +16,11 @@ Interval = tuple[float, float] | None
 # Each side looks the same in every figure; colour is never the only difference.
 _SIDES = {"prompt": (SERIES[0], "o", "-"), "response": (SERIES[1], "s", "--"), "both": (SERIES[2], "^", "-.")}
 _OTHER = (SERIES[3], "D", ":")
+_AXES = {"prompt": (SERIES[0], "o"), "response": (SERIES[1], "s"), "either": (SERIES[3], "D")}
 _LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 _MARKERS = ("o", "s", "^", "D", "v", "P")
+# Below this share of the pairs an accuracy rests on a handful.
+_FEWEST = 0.05
 
 
 def reliability(key: str, label: str, clean: Mapping[str, Any], shifted: Mapping[str, Any]) -> str:
@@ -34,7 +37,7 @@ def reliability(key: str, label: str, clean: Mapping[str, Any], shifted: Mapping
             if not x.size:
                 continue
             axes.plot(x, y, color=colour, linestyle=line, marker=marker, markersize=3.5, label=name)
-            axes.scatter(x, y, s=300 * count / count.sum(), color=colour, alpha=0.3, marker=marker, linewidth=0)
+            axes.scatter(x, y, s=900 * count / count.sum(), color=colour, alpha=0.25, marker="o", linewidth=0)
             lowest, left = min(lowest, y.min()), min(left, x.min())
         axes.set(xlim=(left - 0.02, 1.02), ylim=(max(lowest - 0.05, -0.03), 1.03))
         axes.set(xlabel="confidence", ylabel="share right")
@@ -112,6 +115,7 @@ def severity(
             axes.plot([0], [clean], color=INK, marker="o", linestyle="none", label="clean", zorder=3)
         axes.set(xlabel="severity", ylabel=unit)
         axes.margins(y=0.12)
+        axes.set_ylim(*_fractions(axes))
         axes.legend(loc="best")
 
     return drawing(key, f"{unit} against severity: {label}", f"{unit} of {label} by side, from clean on.", draw)
@@ -123,14 +127,15 @@ def risk_coverage(key: str, label: str, curves: Mapping[str, Mapping[str, Sequen
     def draw(axes: Any) -> None:
         for number, (name, curve) in enumerate(curves.items()):
             colour = SERIES[5] if number == 0 else SERIES[(number - 1) % 5]
-            line = _LINES[number % 6]
-            axes.plot(curve["coverage"], curve["accuracy"], color=colour, linestyle=line, label=shortened(name, 24))
+            kept = [(x, y) for x, y in zip(curve["coverage"], curve["accuracy"], strict=True) if x >= _FEWEST]
+            axes.plot(*zip(*kept, strict=True), color=colour, linestyle=_LINES[number % 6], label=shortened(name, 24))
         axes.set(xlim=(0, 1.02), xlabel="share of pairs kept", ylabel="accuracy on these")
-        axes.margins(y=0.25)
-        axes.legend(loc="best")
+        axes.margins(y=0.12)
+        axes.set_ylim(*_fractions(axes))
+        axes.figure.legend(loc="outside lower center", ncols=2)
 
     text = f"Accuracy where the least out-of-distribution pairs are kept: {', '.join(curves)}."
-    return drawing(key, f"Risk and coverage: {label}", text, draw)
+    return drawing(key, f"Risk and coverage: {label}", text, draw, height=255 + 15 * ((len(curves) + 1) // 2))
 
 
 def dots(
@@ -152,7 +157,7 @@ def dots(
     def draw(axes: Any) -> None:
         handles = []
         for number, (name, values) in enumerate(series.items()):
-            colour, marker = SERIES[number % 6], _MARKERS[number % 6]
+            colour, marker = _AXES.get(name, (SERIES[number % 6], _MARKERS[number % 6]))
             shift = 0.22 * (number - (len(series) - 1) / 2)
             for row, (value, span) in enumerate(values):
                 if value is None or math.isnan(value):
@@ -181,8 +186,9 @@ def scatter(
     axes_names: tuple[str, str],
     points: Mapping[str, Sequence[tuple[float, float]]],
     line: tuple[str, float] | None = None,
+    whole: bool = False,
 ) -> str:
-    """One dot a condition, by side: side -> (x, y), fractions; `line` is a height with its name."""
+    """One dot a condition, by side: side -> (x, y), fractions; `line` is a height with its name; `whole`: from 0 to 1."""
 
     def draw(axes: Any) -> None:
         for side, places in points.items():
@@ -193,10 +199,17 @@ def scatter(
             axes.axhline(line[1], color=SOFT, linestyle=":", linewidth=1.2, label=line[0])
         axes.set(xlim=(-0.03, 1.03), xlabel=axes_names[0], ylabel=axes_names[1])
         axes.margins(y=0.12)
+        axes.set_ylim(*((-0.03, 1.03) if whole else _fractions(axes)))
         axes.legend(loc="best")
 
     x, y = axes_names
     return drawing(key, label, f"One dot per shifted condition: {y} against {x}, by side.", draw)
+
+
+def _fractions(axes: Any) -> tuple[float, float]:
+    """Limits that leave out what no fraction can be."""
+    low, high = axes.get_ylim()
+    return max(low, -0.03), min(high, 1.03)
 
 
 def _bins(curve: Mapping[str, Any]) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:

@@ -15,21 +15,25 @@ _PANELS, _FAMILIES, _DOTS, _CURVES = 9, 6, 24, 5
 _ROWS_SHOWN = 60
 _FIRST_DETECTORS = ("combined/default", "prompt/default", "response/default", "response/final", "pair/energy")
 _STYLE = (
-    "body{max-width:76em}figure{margin:0;min-width:0}figcaption{font-weight:600;font-size:.93em;overflow-wrap:anywhere}"
+    "body{max-width:76em}figure{margin:0;min-width:0;max-width:27em}figcaption{font-weight:600;font-size:.93em}"
+    "h1,h3,figcaption{overflow-wrap:anywhere}h3{font-size:1em;margin:1.6em 0 .2em}"
     ".grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(20em,100%),1fr));gap:1.2em 1.6em;margin:1em 0;"
-    "align-items:start}figure{max-width:27em}h3{font-size:1em;margin:1.6em 0 .2em}.lead p{margin:.3em 0}"
-    ".lead p:first-child{font-size:1.08em;font-weight:600}"
-    "small{display:block;color:var(--soft);font-size:.8em;white-space:nowrap}"
-    "table{font-size:.9em}caption{max-width:60em}thead th{vertical-align:bottom;min-width:3.6em}"
-    "thead th[scope=colgroup]{text-align:center;border-bottom:2px solid var(--line)}"
-    ".wide tbody th,.wide thead tr:last-child th:first-child{position:sticky;left:0;background:var(--paper)}"
-    "tbody tr:hover>*{background:var(--band)}tbody th{overflow-wrap:anywhere;min-width:7em}"
+    "align-items:start}.beside{display:flex;flex-wrap:wrap;gap:1em 3em}.beside figure{flex:1 1 20em}.beside .wide{flex:1 1 22em}"
+    ".lead p{margin:.3em 0}.lead p:first-child{font-size:1.08em;font-weight:600}"
+    "nav{margin:1.2em 0 0;font-size:.93em}nav a{color:var(--mark);margin-right:1.2em;white-space:nowrap}"
+    "small{display:block;color:var(--soft);font-size:.8em;white-space:nowrap}table{font-size:.9em}"
+    "caption{max-width:min(60em,100vw - 3em);position:sticky;left:0}thead th{vertical-align:bottom;min-width:3.6em}"
+    "thead th[scope=colgroup]{text-align:center;border-bottom:2px solid var(--line)}.long{display:inline-block;width:10em}"
+    ".wide tbody th,.wide thead tr:last-child th:first-child{position:sticky;left:0;background:var(--paper);min-width:6em}"
+    "tbody tr:hover>*{background:var(--band)}tbody th{overflow-wrap:anywhere}"
     "details{margin:.8em 0}summary{cursor:pointer;color:var(--mark);font-weight:600}"
-    "blockquote{margin:.4em 0;padding:.2em .8em;border-left:3px solid var(--line);white-space:pre-wrap;overflow-wrap:anywhere}"
-    ".note{border-left:3px solid var(--warn);padding-left:.8em}"
-    "@media print{section{break-inside:auto}h2,h3,caption{break-after:avoid}figure,tr{break-inside:avoid}"
+    "blockquote{margin:.4em 0;padding:.2em .8em;border-left:3px solid var(--line);white-space:pre-wrap;"
+    "overflow-wrap:anywhere}.note{border-left:3px solid var(--warn);padding-left:.8em}"
+    "@media(min-width:50em){.wide tbody th{min-width:10.5em}}"
+    "@media print{section{break-inside:auto}h2,h3,caption{break-after:avoid}figure,tr{break-inside:avoid}nav{display:none}"
     "thead{display:table-header-group}.wide{overflow:visible}table{font-size:7.5pt}th,td{padding-right:.4em}"
-    ".wide thead th{min-width:0}.grid{grid-template-columns:1fr 1fr}}"
+    ".wide th,.wide thead tr:last-child th:first-child{min-width:0;position:static}.long{width:7em}"
+    ".grid{grid-template-columns:1fr 1fr}}"
 )
 
 
@@ -58,7 +62,7 @@ def html_page(doc: Doc) -> str:
         ("Flagged examples", _examples(doc)),
         ("How it was made", fact_table(findings.how_made(doc))),
     ]
-    return whole_page(title, title, f'<div class="lead">{lead}</div>', sections, svg.STYLE + _STYLE)
+    return whole_page(title, title, f'<div class="lead">{lead}</div>', sections, svg.STYLE + _STYLE, contents=True)
 
 
 def markdown(doc: Doc) -> str:
@@ -92,30 +96,27 @@ def label_of(example: Mapping[str, Any]) -> str:
 
 def _bird_view(doc: Doc) -> str:
     """Accuracy and ECE, and shares flagged, of every condition by side."""
-    parts = []
+    models, flags = [], []
     for side in findings.sides(doc):
-        every = [row for row in doc["shifts"] if row["side"] == side]
-        rows = telling(doc, every, _DOTS)
-        names = ["clean", *(name_of(row) for row in rows)]
-        known = [doc["id"], *rows]
-        if any(at(row, "accuracy") is not None for row in rows):
+        rows = telling(doc, [row for row in doc["shifts"] if row["side"] == side], _DOTS)
+        known = [doc["id"], *(row for row in rows if at(row, "accuracy") is not None)]
+        if len(known) > 1:
+            names = ["clean", *(name_of(row) for row in known[1:])]
             series = {
                 title: [(at(row, key), _span(at(row, "intervals", key))) for row in known]
                 for key, title in (("accuracy", "accuracy"), ("ece", "ECE"))
             }
             drawn = plots.dots(f"dots-{_key(side)}", side, "accuracy and ECE", names, series, ("chance", 0.5))
-            parts.append(_figure(f"Reward model, {side} shifted", drawn))
-        flags = {
-            title: [
-                (None if row is doc["id"] and key != "combined" else _rate(row, key), _flag_span(row, key))
-                for row in known
-            ]
+            models.append(_figure(f"Reward model, {side} shifted", drawn))
+        known, names = [doc["id"], *rows], ["clean", *(name_of(row) for row in rows)]
+        rates = {
+            title: [(_rate(row, key), _flag_span(row, key)) for row in known]
             for key, title in (("combined", "either"), ("prompt", "prompt"), ("response", "response"))
         }
-        if any(value is not None for values in flags.values() for value, _ in values[1:]):
-            drawn = plots.dots(f"flags-{_key(side)}", side, "share flagged", names, flags, ("alpha", doc["alpha"]))
-            parts.append(_figure(f"Flagged, {side} shifted", drawn))
-    return _grid(parts)
+        if any(value is not None for values in rates.values() for value, _ in values[1:]):
+            drawn = plots.dots(f"flags-{_key(side)}", side, "share flagged", names, rates, ("alpha", doc["alpha"]))
+            flags.append(_figure(f"Flagged, {side} shifted", drawn))
+    return _grid(models) + _grid(flags)
 
 
 def _reliability(doc: Doc) -> str:
@@ -189,13 +190,13 @@ def _roc(doc: Doc) -> str:
 _FPR95 = (
     (
         "ood_positive",
-        "clean flagged when 95 % of the shifted are caught",
+        "clean flagged where 95 % of shifted are caught",
         "FPR95 with the shifted as positives: share of the clean items flagged at the threshold that catches 95 % of the "
         "shifted ones.",
     ),
     (
         "id_positive",
-        "shifted let through when 95 % of the clean are kept",
+        "shifted let through where 95 % of clean are kept",
         "FPR95 with the clean as positives: share of the shifted items let through at the threshold that keeps 95 % of the "
         "clean ones.",
     ),
@@ -248,11 +249,11 @@ def _attribution(doc: Doc) -> str:
     if not places:
         return found
     axes = ("share flagged by the prompt axis", "by the response axis")
-    drawn = plots.scatter("sides", "Prompt flag and response flag", axes, places)
+    drawn = plots.scatter("sides", "Prompt flag and response flag", axes, places, whole=True)
     told = (
         "<p>A flag that tells the side keeps prompt shifts at the bottom right and response shifts at the top left.</p>"
     )
-    return told + found + _grid([_figure("Prompt flag and response flag", drawn)])
+    return f'{told}<div class="beside">{_figure("Prompt flag and response flag", drawn)}{found}</div>'
 
 
 def _examples(doc: Doc) -> str:
@@ -264,7 +265,7 @@ def _examples(doc: Doc) -> str:
         for e in doc["examples"]
     )
     warning = '<p class="note">Texts of the data, as they are: some may offend, and some may be private.</p>'
-    return warning + _details(f"Show {len(doc['examples'])} texts", shown)
+    return warning + _details(f"Show the texts ({len(doc['examples'])})", shown)
 
 
 def _words(value: Any) -> str:
@@ -276,8 +277,13 @@ def _html(found: Table | None) -> str:
     if found is None:
         return ""
     rows = [[_cell(value, place < found.words) for place, value in enumerate(row)] for row in found.rows]
-    head = [Text(name) if place < found.words else name for place, name in enumerate(found.head)]
+    head = [Text(name) if place < found.words else _head(name) for place, name in enumerate(found.head)]
     return table(head, rows, found.caption, found.groups)
+
+
+def _head(name: str) -> Any:
+    # Else a long head is as narrow as its column, and many lines high.
+    return Markup(f'<span class="long">{escaped(name)}</span>') if len(name) > 24 else name
 
 
 def _cell(value: Any, words: bool) -> Any:
