@@ -6,7 +6,8 @@ None, and what rests on them is left out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,7 +189,13 @@ def overview(doc: Doc) -> Table:
     for row in rows:
         line = [name_of(row), str(row["side"]), row["n"], *_pair(row)]
         line += [Cell(at(row, "auroc", a, "default"), at(row, "intervals", "auroc", a, "default")) for a in axes]
-        line += [Cell(at(row, "fpr95", kind, "combined", "default")) for kind in ("ood_positive", "id_positive")]
+        line += [
+            Cell(
+                at(row, "fpr95", kind, "combined", "default"),
+                at(row, "intervals", f"fpr95_{kind}", "combined", "default"),
+            )
+            for kind in ("ood_positive", "id_positive")
+        ]
         line += [Cell(at(row, "flag_rate", f), at(row, "intervals", "flag_rate", f), percent=True) for f in flags]
         body.append(line)
     groups = [
@@ -199,7 +206,7 @@ def overview(doc: Doc) -> Table:
     ]
     groups.append((f"flagged at alpha {100 * doc['alpha']:g} %", len(flags)))
     caption = (
-        "Small print: intervals, by bootstrap over prompts. AUROC .5 is blind. The two FPR95 columns are different "
+        f"{_small_print(doc)}AUROC .5 is blind. The two FPR95 columns are different "
         "conventions of one name: the first is the share of clean items that are flagged at the threshold that catches "
         "95 % of the shifted; the second is the share of shifted items let through at the threshold that keeps 95 % of the "
         "clean. Either, prompt, response: the guard's joined score and its axes."
@@ -219,7 +226,7 @@ def detectors(doc: Doc, what: str, caption: str, *path: str) -> Table | None:
             if value is not None
         )
     )
-    axes = list(dict.fromkeys(axis for axis, _ in names))
+    axes = _known_first(axis for axis, _ in names)
     names.sort(key=lambda pair: axes.index(pair[0]))
     if not names:
         return None
@@ -290,38 +297,42 @@ def subsets(doc: Doc) -> Table | None:
     return Table("By subset of the rows.", head, body, words=3) if body else None
 
 
+# Group, name and path of each number of the reward model.
 _METRICS = (
-    ("ties", "ties"), ("confidence", "confidence"), ("ece", "ECE"), ("ece_equal_mass", "equal mass"),
-    ("ece_debiased", "debiased"), ("mce", "MCE"), ("brier", "Brier"), ("nll", "NLL"),
-    ("temperature", "fitted here"), ("ece_at_id_temperature", "ECE at the clean one"),
-    ("length_reward_correlation", "reward and length"),
+    ("", "unscored pairs", "unscored_pairs"), ("", "above all rejected", "accuracy_all"), ("", "ties", "metrics.ties"),
+    ("", "confidence", "metrics.confidence"), ("calibration error", "ECE", "metrics.ece"),
+    ("calibration error", "equal mass", "metrics.ece_equal_mass"), ("calibration error", "debiased", "metrics.ece_debiased"),
+    ("calibration error", "MCE", "metrics.mce"), ("loss", "Brier", "metrics.brier"), ("loss", "NLL", "metrics.nll"),
+    ("temperature", "fitted here", "metrics.temperature"),
+    ("temperature", "ECE at the clean one", "metrics.ece_at_id_temperature"),
+    ("", "reward and length", "metrics.length_reward_correlation"), ("change of reward", "mean", "reward_change.mean"),
+    ("change of reward", "raised", "reward_change.raised"),
 )  # fmt: skip
 
 
 def calibration_numbers(doc: Doc) -> Table | None:
-    """Every number of the reward model's calibration, and what the shift did to the reward."""
+    """Every number of the reward model's calibration, and what the shift did to the reward; what no row has is left out."""
     named = [("clean", "–", doc["id"]), *((name_of(row), str(row["side"]), row) for row in doc["shifts"])]
-    body = []
-    for name, side, row in named:
-        found = at(row, "metrics")
-        if found is None and at(row, "reward_change") is None:
-            continue
-        numbers: list[Any] = [
-            found[key] if key == "ties" and isinstance(at(found, key), int) else Cell(at(found, key))
-            for key, _ in _METRICS
-        ]
-        numbers += [Cell(at(row, "reward_change", "mean"), signed=True)]
-        numbers += [Cell(at(row, "reward_change", "raised"), percent=True)]
-        body.append([name, side, *numbers])
-    if not body:
+    rows = [entry for entry in named if at(entry[2], "metrics") or at(entry[2], "reward_change")]
+    columns = [entry for entry in _METRICS if any(at(row, *entry[2].split(".")) is not None for _, _, row in rows)]
+    if not columns:
         return None
-    head = ("shift", "side", *(title for _, title in _METRICS), "mean", "raised")
-    groups = (("", 4), ("calibration error", 4), ("loss", 2), ("temperature", 2), ("", 1), ("change of reward", 2))
+    body = [
+        [name, side, *(_number(title, at(row, *path.split("."))) for _, title, path in columns)]
+        for name, side, row in rows
+    ]
+    groups = [("", 2), *((group, len(list(run))) for group, run in itertools.groupby(entry[0] for entry in columns))]
     caption = (
         "ECE: expected calibration error in bins of equal width, of equal mass, and with its bias taken off; MCE: the "
         "largest gap of a bin. Raised: share of rows whose chosen response got a higher reward than when clean."
     )
-    return Table(caption, head, body, groups)
+    return Table(caption, ("shift", "side", *(title for _, title, _ in columns)), body, tuple(groups))
+
+
+def _number(title: str, value: Any) -> Any:
+    if isinstance(value, int):
+        return value
+    return Cell(value, percent=title == "raised", signed=title in ("mean", "reward and length"))
 
 
 def how_made(doc: Doc) -> list[tuple[str, str]]:
@@ -350,13 +361,25 @@ def _calibration(cal: Mapping[str, Any]) -> str:
     return text + (f"; ranked in {groups} groups" if groups else "")
 
 
+def _small_print(doc: Doc) -> str:
+    known = any(at(found, "intervals", "flag_rate", "combined") for found in (doc["id"], *doc["shifts"]))
+    return "In small print: 95 % intervals, by bootstrap over prompts. " if known else ""
+
+
 def _pair(found: Doc) -> list[Cell]:
     return [Cell(at(found, key), at(found, "intervals", key)) for key in ("accuracy", "ece")]
 
 
 def _keys(rows: Sequence[Doc], field: str, names: Any) -> list[str]:
-    """Names in a field of any row: combined, prompt, response, then others as they come."""
-    found = list(dict.fromkeys(name for row in rows if at(row, field) for name in names(row[field])))
+    """Names with a value in a field of any row."""
+    return _known_first(
+        name for row in rows if at(row, field) for name in names(row[field]) if at(row, field, name) is not None
+    )
+
+
+def _known_first(names: Iterable[str]) -> list[str]:
+    """Each name once: combined, prompt, response, then others as they come."""
+    found = list(dict.fromkeys(names))
     known = ("combined", "prompt", "response")
     return [name for name in known if name in found] + [name for name in found if name not in known]
 

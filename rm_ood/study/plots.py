@@ -81,13 +81,16 @@ def distributions(
     return drawing(key, f"{unit}: {label}", f"Distribution of the {unit} of clean and of shifted items.", draw)
 
 
-def roc(key: str, label: str, curves: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
-    """Share of the shifted items caught against share of the clean ones flagged, by detector: name -> fpr, tpr."""
+def roc(key: str, label: str, curves: Mapping[str, Mapping[str, Sequence[float]]], areas: Mapping[str, float]) -> str:
+    """Share of the shifted items caught against share of the clean ones flagged: axis/detector -> fpr, tpr; its area."""
 
     def draw(axes: Any) -> None:
         axes.plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle=":")
         for number, (name, curve) in enumerate(curves.items()):
-            axes.plot(curve["fpr"], curve["tpr"], color=SERIES[number % 6], linestyle=_LINES[number % 6], label=name)
+            area = f" {areas[name]:.2f}" if name in areas else ""
+            colour = _AXES.get(name.removesuffix("/default"), (SERIES[(2, 4, 5)[number % 3]],))[0]
+            line = _LINES[number % len(_LINES)]
+            axes.plot(curve["fpr"], curve["tpr"], color=colour, linestyle=line, label=shortened(name, 22) + area)
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="clean flagged", ylabel="shifted caught")
         axes.legend(loc="lower right")
 

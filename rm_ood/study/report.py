@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rm_ood.markup import Markup, Text, bullets, escaped, fact_table, table, whole_page
+from rm_ood.markup import Markup, Text, escaped, fact_table, table, whole_page
 from rm_ood.study import findings, plots, svg
 from rm_ood.study.findings import Cell, Doc, Table, at, label, name_of, telling
 
@@ -30,10 +30,11 @@ _STYLE = (
     "blockquote{margin:.4em 0;padding:.2em .8em;border-left:3px solid var(--line);white-space:pre-wrap;"
     "overflow-wrap:anywhere}.note{border-left:3px solid var(--warn);padding-left:.8em}"
     "@media(min-width:50em){.wide tbody th{min-width:10.5em}}"
-    "@media print{section{break-inside:auto}h2,h3,caption{break-after:avoid}figure,tr{break-inside:avoid}nav{display:none}"
+    "@page{size:landscape}@media print{section{break-inside:auto}h2,h3,caption{break-after:avoid}"
+    "figure,tr{break-inside:avoid}nav{display:none}"
     "thead{display:table-header-group}.wide{overflow:visible}table{font-size:7.5pt}th,td{padding-right:.4em}"
     ".wide th,.wide thead tr:last-child th:first-child{min-width:0;position:static}.long{width:7em}"
-    ".grid{grid-template-columns:1fr 1fr}}"
+    "small{white-space:normal}.grid{grid-template-columns:1fr 1fr 1fr}}"
 )
 
 
@@ -179,11 +180,10 @@ def _roc(doc: Doc) -> str:
     for number, row in enumerate(telling(doc, rows, _PANELS)):
         known = [name for name in _FIRST_DETECTORS if name in row["roc"]]
         names = [*known, *(name for name in row["roc"] if name not in known)][:_CURVES]
-        curves = {}
-        for name in names:
-            area = at(row, "auroc", *name.split("/", 1))
-            curves[name.replace("combined", "either") + ("" if area is None else f" {area:.2f}")] = row["roc"][name]
-        parts.append(_figure(label(row), plots.roc(f"roc-{number}", label(row), curves)))
+        curves = {name.replace("combined", "either"): row["roc"][name] for name in names}
+        found = {name: at(row, "auroc", *name.replace("either", "combined").split("/", 1)) for name in curves}
+        areas = {name: area for name, area in found.items() if area is not None}
+        parts.append(_figure(label(row), plots.roc(f"roc-{number}", label(row), curves, areas)))
     return f"<h3>ROC curves, with their areas</h3>{_few(doc, rows)}{_grid(parts)}"
 
 
@@ -307,11 +307,8 @@ def _details(title: str, content: str) -> str:
 def _few(doc: Doc, rows: Sequence[Doc]) -> str:
     if len(rows) <= _PANELS:
         return ""
-    return bullets(
-        [
-            f"{_PANELS} of {len(rows)} conditions: on each side those with the largest fall in accuracy. All are in the tables."
-        ]
-    )
+    which = "on each side those with the largest fall in accuracy; all are in the tables"
+    return f'<p class="soft">{_PANELS} of {len(rows)} conditions: {which}.</p>'
 
 
 def _figure(caption: str, drawn: str) -> str:
@@ -355,7 +352,7 @@ def _markdown(found: Table) -> str:
 
     # Markdown has no second line of heads: the group goes into each.
     over = [name for name, span in found.groups for _ in range(span)] or [""] * len(found.head)
-    head = [f"{group}: {name}" if group else name for group, name in zip(over, found.head, strict=True)]
+    head = [_plain(f"{group}: {name}" if group else name) for group, name in zip(over, found.head, strict=True)]
     lines = [head, ["---"] * found.words + ["---:"] * (len(head) - found.words)]
     lines += [[cell(value) for value in row] for row in found.rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{_plain(found.caption)}"
