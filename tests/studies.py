@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from scipy import stats
 
 from rm_ood.study.detection import auroc, fpr95_id_positive, fpr95_ood_positive
 from rm_ood.study.metrics import ece, energy_score, pair_accuracy
+from rm_ood.study.report import html_page
 
 ALPHA, THRESHOLD = 0.05, 2.1
 LANGUAGES = ("es", "de", "fr", "ru", "hi", "zh")
@@ -83,6 +85,19 @@ def contract_document() -> dict[str, Any]:
         "shifts": [{key: row[key] for key in names} for row in doc["shifts"]],
         **{key: doc[key] for key in ("alpha", "versions", "seconds")},
     }
+
+
+DOCUMENTS = {
+    "full": lambda: full_document(examples=True),
+    "contract": contract_document,
+    "many": lambda: full_document(shifts(many=True), n=200),
+}
+
+
+@functools.cache
+def page_of(name: str) -> str:
+    """The page of one of the documents, made once for all tests."""
+    return html_page(DOCUMENTS[name]())
 
 
 class _Items:

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
-from studies import contract_document, full_document, shifts
+from studies import DOCUMENTS, contract_document, page_of
 
 from rm_ood.errors import InputError
 from rm_ood.study import findings
@@ -67,9 +67,9 @@ class Page(HTMLParser):
             self.tables[-1][-1][-1] += data
 
 
-def whole(doc: dict[str, Any]) -> Page:
+def whole(doc: dict[str, Any], text: str | None = None) -> Page:
     """A report in its two forms, checked for what every report must be."""
-    text = html_page(json.loads(json.dumps(doc)))
+    text = html_page(json.loads(json.dumps(doc))) if text is None else text
     page = Page(text)
     assert not {"script", "link", "img", "iframe", "object", "style "} & page.tags
     assert len(page.ids) == len(set(page.ids))
@@ -85,12 +85,12 @@ def whole(doc: dict[str, Any]) -> Page:
 
 @pytest.fixture(scope="module")
 def doc() -> dict[str, Any]:
-    return full_document(examples=True)
+    return DOCUMENTS["full"]()
 
 
 @pytest.fixture(scope="module")
 def page(doc: dict[str, Any]) -> Page:
-    return whole(doc)
+    return whole(doc, page_of("full"))
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def test_figures_say_what_they_show(page: Page) -> None:
 
 
 def test_a_document_of_the_contract_alone_has_its_page() -> None:
-    found = whole(contract_document())
+    found = whole(contract_document(), page_of("contract"))
     assert "Reliability" not in found.words
     assert "against severity" in found.words
     assert "small print" not in found.words
@@ -212,8 +212,7 @@ def test_examples_are_shown_only_when_they_are_in_the_document(
 
 
 def test_a_large_study_shows_the_conditions_that_tell_and_stays_small() -> None:
-    many = full_document(shifts(many=True), n=200)
-    text = html_page(many)
+    many, text = DOCUMENTS["many"](), page_of("many")
     assert len(text) < 3_000_000
     assert text.count("<svg") < 70
     assert "9 of 51 conditions" in text
