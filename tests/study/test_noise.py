@@ -191,6 +191,7 @@ def test_character_noise_acts_at_its_rates() -> None:
 def test_truncation_cuts_the_end_at_a_word() -> None:
     text = "one two\n three four"
     assert [truncated(text, p) for p in (0, 0.25, 0.5, 0.75, 1)] == [text, "one two\n three", "one two", "one", "one"]
+    assert truncated("one two three", 0.5) == "one two"
     assert truncated("今天天气很好", 0.5) == "今天天"
     assert truncated("  ", 0.5) == "  "
 

@@ -46,6 +46,13 @@ def test_several_rejected_responses_stay_together() -> None:
     assert read_pairs([row], subset="kind") == [Pair("5", "p", "a", ("b", "c"), prompt_key("p"), "math")]
 
 
+def test_rows_of_one_prompt_stay_apart_in_one_cluster() -> None:
+    rows = [{"prompt": "p", "chosen": f"a{i}", "rejected": f"b{i}"} for i in range(2)]
+    pairs = read_pairs(rows)
+    assert [(p.chosen, p.rejected) for p in pairs] == [("a0", ("b0",)), ("a1", ("b1",))]
+    assert pairs[0].cluster == pairs[1].cluster
+
+
 def test_dialogues_tools_and_messages_are_read_as_a_guard_reads_them() -> None:
     messages = [{"role": "user", "content": "hello"}]
     one, other = ({"role": "assistant", "content": text} for text in "xy")

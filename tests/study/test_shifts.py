@@ -76,6 +76,8 @@ def test_what_does_not_exist_is_named_before_anything_is_made() -> None:
         conditions(ROWS, ["word noise", "wrd noise"])
     with pytest.raises(InputError, match="'answer' is neither a side"):
         conditions(ROWS, ["word noise:answer"])
+    with pytest.raises(InputError, match=r"expected NAME\[:SIDE\]\[:SEVERITY\]"):
+        conditions(ROWS, ["word noise:response:0.5:0.7"])
     with pytest.raises(InputError, match="side 'both': it changes prompt, response"):
         conditions(ROWS, ["mismatched:both"])
     with pytest.raises(InputError, match=r"severity 1\.5: expected 0 to 1"):
