@@ -97,7 +97,8 @@ class KNearestNeighbours(Learned):
         distances = self.bank_.new_empty(len(x))
         chunk = max(1, _PRODUCTS // len(self.bank_))
         with torch.no_grad(), without_autocast(x.device.type):
-            half_sq = self.bank_.square().sum(1) / 2
+            # |b|^2 / 2, which is the same for all at length 1.
+            half_sq = self.bank_.square().sum(1) / 2 if self.metric == "euclidean" else self.bank_.new_zeros(())
             for start in range(0, len(x), chunk):
                 rows = self._placed(x[start : start + chunk], self.center_)
                 # |row - b|^2 / 2 less |row|^2 / 2, which orders as the distance does.
