@@ -30,7 +30,7 @@ class Cell:
         """Text of the value, and of the interval ("" without one)."""
         if self.value is None:
             return "–", ""
-        span = "" if self.interval is None else " to ".join(self._text(end) for end in self.interval)
+        span = "" if self.interval is None else "–".join(self._text(end) for end in self.interval)
         return self._text(self.value) + (" %" if self.percent else ""), span
 
     def _text(self, value: float) -> str:
@@ -122,6 +122,11 @@ def _flag_tells(doc: Doc, worse: Sequence[Doc]) -> list[str]:
     known = [(row, rate) for row, rate in rates if rate is not None]
     if not known:
         return []
+    if len(known) == 1:
+        rate = known[0][1]
+        return [
+            f"There the flag marks {_percent(rate)} of the items{': it gives no warning' if rate < LITTLE else ''}."
+        ]
     caught = sum(rate >= MUCH for _, rate in known)
     missed = sorted((pair for pair in known if pair[1] < LITTLE), key=lambda pair: pair[1])
     which = f"these {len(known)}" if worse else f"{len(known)} shifted conditions"
@@ -314,7 +319,9 @@ def calibration_numbers(doc: Doc) -> Table | None:
     """Every number of the reward model's calibration, and what the shift did to the reward; what no row has is left out."""
     named = [("clean", "–", doc["id"]), *((name_of(row), str(row["side"]), row) for row in doc["shifts"])]
     rows = [entry for entry in named if at(entry[2], "metrics") or at(entry[2], "reward_change")]
-    columns = [entry for entry in _METRICS if any(at(row, *entry[2].split(".")) is not None for _, _, row in rows)]
+    columns = [
+        entry for entry in _METRICS if _tells([at(row, *entry[2].split(".")) for _, _, row in rows], entry[2], rows)
+    ]
     if not columns:
         return None
     body = [
@@ -327,6 +334,15 @@ def calibration_numbers(doc: Doc) -> Table | None:
         "largest gap of a bin. Raised: share of rows whose chosen response got a higher reward than when clean."
     )
     return Table(caption, ("shift", "side", *(title for _, title, _ in columns)), body, tuple(groups))
+
+
+def _tells(values: list[Any], path: str, rows: Sequence[tuple[str, str, Doc]]) -> bool:
+    """Whether a column says anything: no pair may be unscored, and one rejected response is all of them."""
+    if path == "unscored_pairs":
+        return any(values)
+    if path == "accuracy_all":
+        return values != [at(row, "accuracy") for _, _, row in rows]
+    return any(value is not None for value in values)
 
 
 def _number(title: str, value: Any) -> Any:

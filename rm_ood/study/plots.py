@@ -20,7 +20,7 @@ _AXES = {"prompt": (SERIES[0], "o"), "response": (SERIES[1], "s"), "either": (SE
 _LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 # Below this share of the pairs an accuracy rests on a handful.
-_FEWEST = 0.05
+_FEWEST = 0.1
 
 
 def reliability(key: str, label: str, clean: Mapping[str, Any], shifted: Mapping[str, Any]) -> str:
@@ -189,9 +189,9 @@ def scatter(
     axes_names: tuple[str, str],
     points: Mapping[str, Sequence[tuple[float, float]]],
     line: tuple[str, float] | None = None,
-    whole: bool = False,
+    square: bool = False,
 ) -> str:
-    """One dot a condition, by side: side -> (x, y), fractions; `line` is a height with its name; `whole`: from 0 to 1."""
+    """One dot a condition, by side: side -> (x, y), fractions; `line` is a height with its name; `square`: both axes alike."""
 
     def draw(axes: Any) -> None:
         for side, places in points.items():
@@ -202,7 +202,10 @@ def scatter(
             axes.axhline(line[1], color=SOFT, linestyle=":", linewidth=1.2, label=line[0])
         axes.set(xlim=(-0.03, 1.03), xlabel=axes_names[0], ylabel=axes_names[1])
         axes.margins(y=0.12)
-        axes.set_ylim(*((-0.03, 1.03) if whole else _fractions(axes)))
+        axes.set_ylim(*_fractions(axes))
+        if square:
+            top = max(0.2, *(value for places in points.values() for place in places for value in place))
+            axes.set(xlim=(-0.04 * top, 1.08 * top), ylim=(-0.04 * top, 1.08 * top))
         axes.legend(loc="best")
 
     x, y = axes_names

@@ -15,7 +15,7 @@ _PANELS, _FAMILIES, _DOTS, _CURVES = 9, 6, 24, 5
 _ROWS_SHOWN = 60
 _FIRST_DETECTORS = ("combined/default", "prompt/default", "response/default", "response/final", "pair/energy")
 _STYLE = (
-    "body{max-width:76em}figure{margin:0;min-width:0;max-width:27em}figcaption{font-weight:600;font-size:.93em}"
+    "body{max-width:80em}th,td{padding-right:.65em}figure{margin:0;min-width:0;max-width:27em}figcaption{font-weight:600;font-size:.93em}"
     "h1,h3,figcaption{overflow-wrap:anywhere}h3{font-size:1em;margin:1.6em 0 .2em}"
     ".grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(20em,100%),1fr));gap:1.2em 1.6em;margin:1em 0;"
     "align-items:start}.beside{display:flex;flex-wrap:wrap;gap:1em 3em}.beside figure{flex:1 1 20em}.beside .wide{flex:1 1 22em}"
@@ -23,13 +23,13 @@ _STYLE = (
     "nav{margin:1.2em 0 0;font-size:.93em}nav a{color:var(--mark);margin-right:1.2em;white-space:nowrap}"
     "small{display:block;color:var(--soft);font-size:.8em;white-space:nowrap}table{font-size:.9em}"
     "caption{max-width:min(60em,100vw - 3em);position:sticky;left:0}thead th{vertical-align:bottom;min-width:3.6em}"
-    "thead th[scope=colgroup]{text-align:center;border-bottom:2px solid var(--line)}.long{display:inline-block;width:10em}"
+    "thead th[scope=colgroup]{text-align:center;border-bottom:2px solid var(--line)}.long{display:inline-block;width:8.5em}"
     ".wide tbody th,.wide thead tr:last-child th:first-child{position:sticky;left:0;background:var(--paper);min-width:6em}"
     "tbody tr:hover>*{background:var(--band)}tbody th{overflow-wrap:anywhere}"
     "details{margin:.8em 0}summary{cursor:pointer;color:var(--mark);font-weight:600}"
     "blockquote{margin:.4em 0;padding:.2em .8em;border-left:3px solid var(--line);white-space:pre-wrap;"
     "overflow-wrap:anywhere}.note{border-left:3px solid var(--warn);padding-left:.8em}"
-    "@media(min-width:50em){.wide tbody th{min-width:10.5em}}"
+    "@media(min-width:50em){.wide tbody th{min-width:9.5em}}"
     "@page{size:landscape}@media print{section{break-inside:auto}h2,h3,caption{break-after:avoid}"
     "figure,tr{break-inside:avoid}nav{display:none}"
     "thead{display:table-header-group}.wide{overflow:visible}table{font-size:7.5pt}th,td{padding-right:.4em}"
@@ -165,7 +165,8 @@ def _scores(doc: Doc) -> str:
         clean = at(doc, "id", key)
         rows = [row for row in doc["shifts"] if at(row, key)]
         if clean and rows:
-            text += f"<h3>{title}</h3>{_few(doc, rows)}" + _grid(
+            ends = '<p class="soft">Outermost bars hold what lies beyond them.</p>'
+            text += f"<h3>{title}</h3>{_few(doc, rows)}{ends}" + _grid(
                 _figure(label(row), plots.distributions(f"{key[:3]}-{number}", label(row), unit, clean, row[key], mark))
                 for number, row in enumerate(telling(doc, rows, _PANELS))
             )
@@ -249,7 +250,7 @@ def _attribution(doc: Doc) -> str:
     if not places:
         return found
     axes = ("share flagged by the prompt axis", "by the response axis")
-    drawn = plots.scatter("sides", "Prompt flag and response flag", axes, places, whole=True)
+    drawn = plots.scatter("sides", "Prompt flag and response flag", axes, places, square=True)
     told = (
         "<p>A flag that tells the side keeps prompt shifts at the bottom right and response shifts at the top left.</p>"
     )

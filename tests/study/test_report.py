@@ -114,7 +114,7 @@ def test_the_first_table_holds_the_documents_numbers(doc: dict[str, Any], page: 
     row = next(r for r in doc["shifts"] if (r["name"], r["severity"], r["side"]) == ("word noise", 0.9, "response"))
     found = row_of(overview, "word noise 0.9", "response")
     low, high = row["intervals"]["ece"]
-    assert found[4] == f"{row['ece']:.3f} | {low:.3f} to {high:.3f}"
+    assert found[4] == f"{row['ece']:.3f} | {low:.3f}–{high:.3f}"
     axes = ("combined", "prompt", "response")
     assert [cell[:5] for cell in found[5:8]] == [f"{row['auroc'][axis]['default']:.3f}" for axis in axes]
     assert overview[1][8] == "clean flagged where 95 % of shifted are caught"
@@ -249,6 +249,8 @@ def test_the_summary_says_how_far_to_trust_and_whether_the_flag_tells() -> None:
         "The flag marks at least half of the items in 1 of these 2, and fewer than a tenth in 1: there it gives no warning "
         "(b, response)."
     )
+    alone = findings.summary(small(("b", 0.8, 0.02)))[1]
+    assert alone == "There the flag marks 2.0 % of the items: it gives no warning."
     assert "no more than 5 points worse under any of 1" in findings.summary(small(("c", 0.88, 0.01)))[0]
     assert "under no shift" in findings.summary(small(("d", None, 0.9)))[0]
 
