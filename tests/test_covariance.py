@@ -49,21 +49,22 @@ def test_oas_limits():
 # Shrinkage by held-out likelihood.
 
 
-def halves(n, d, seed, k=1):
+def halves(n, d, seed, k=1, part=0.5):
     rng = np.random.default_rng(seed)
     y = np.arange(n) % k
     x = rng.normal(size=(n, d)) * 10 ** rng.uniform(-1, 1, d) + 3 * rng.normal(size=(k, d))[y]
-    return [(x[part], y[part]) for part in (slice(None, n // 2), slice(n // 2, None))]
+    return [(x[half], y[half]) for half in (slice(None, int(n * part)), slice(int(n * part), None))]
 
 
 def within(x, y):
     return scatter_of(np.concatenate([x[y == c] - x[y == c].mean(0) for c in np.unique(y)]))
 
 
+@pytest.mark.parametrize("part", [0.5, 0.2, 0.8])
 @pytest.mark.parametrize(("n", "d", "k"), [(40, 12, 1), (90, 5, 2), (16, 20, 1), (400, 3, 3)])
-def test_likelihood_shrinkage_is_the_best_of_a_brute_force_search(n, d, k):
-    (xa, ya), (xb, yb) = halves(n, d, seed=n, k=k)
-    grid = [1e-4, 1e-3, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8, 1.0]
+def test_likelihood_shrinkage_is_the_best_of_a_brute_force_search(n, d, k, part):
+    (xa, ya), (xb, yb) = halves(n, d, seed=n, k=k, part=part)
+    grid = np.geomspace(1e-4, 1, 41).tolist()
 
     def log_likelihood(fit, fit_y, held, held_y, a):
         cov = covariance.shrunk_covariance(within(fit, fit_y), len(fit), k, a).numpy()

@@ -145,6 +145,12 @@ def test_pooled_moments_are_those_of_one_class(k, n, seed):
     torch.testing.assert_close(pooled.within_scatter(), alone.within_scatter(), rtol=1e-9, atol=1e-9)
     pooled.update(x + 5)
     torch.testing.assert_close(pooled.within_scatter(), alone.update(x + 5).within_scatter(), rtol=1e-9, atol=1e-9)
+    # Neither follows the other, a row that moves no pivot included, and the pooled ones add up like any.
+    if n:
+        assert moments.pooled().update(x[:1] + 1).n_samples == n + 1
+        torch.testing.assert_close(moments.within_scatter(), exact(x, y, k)[2], rtol=1e-9, atol=1e-9)
+        joined = ClassMoments(3).merge(moments.pooled())
+        torch.testing.assert_close(joined.means, x.mean(0)[None], rtol=1e-9, atol=1e-9)
     assert moments.n_samples == n
 
 
