@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,11 @@ from rm_ood.errors import InputError
 from rm_ood.study.detection import score_vectors
 from rm_ood.study.rewards import Floats
 
+Counts = NDArray[np.int64]
 Clusters = Sequence[Hashable] | NDArray[Any]
 
-# Weights of so many resampled rows at a time: what the caches still like.
-_BLOCK = 1_000_000
+# Weights of so many rows at a time, which a CPU cache holds: three times as fast as ten times as many.
+_BLOCK = 100_000
 
 
 def clustered_interval(
@@ -125,16 +127,12 @@ def detection_resamples(
         if len(scores) != len(labels):
             raise InputError(f"{name}_clusters: expected one per score, {len(scores)}, got {len(labels)}")
     codes, n_prompts = _codes([*id_clusters, *ood_clusters])
-    pooled = np.concatenate([clean, shifted])
-    order = np.argsort(pooled, kind="stable")
-    is_clean = (order < len(clean)).astype(np.float64)
-    first_of_ties = np.flatnonzero(np.append(True, pooled[order][1:] != pooled[order][:-1]))
+    order_clean, order_shifted = np.argsort(clean, kind="stable"), np.argsort(shifted, kind="stable")
+    ranked = _Ranked.of(clean[order_clean], shifted[order_shifted])
+    clean_codes, shifted_codes = codes[: len(clean)][order_clean], codes[len(clean) :][order_shifted]
     found: list[tuple[Floats, Floats, Floats]] = []
     for drawn in _draws(n_prompts, n_resamples, seed, len(codes)):
-        weights = drawn[:, codes[order]].astype(np.float64)
-        on_score = np.add.reduceat(weights, first_of_ties, axis=1)
-        clean_on = np.add.reduceat(weights * is_clean, first_of_ties, axis=1)
-        found.append(_weighted_metrics(clean_on, on_score - clean_on))
+        found.append(ranked.metrics(drawn[:, clean_codes], drawn[:, shifted_codes]))
     metrics = [np.concatenate(values) for values in zip(*found, strict=True)]
     if n_prompts == 1:
         metrics = [np.full(n_resamples, math.nan)] * 3
@@ -157,35 +155,61 @@ def percentile_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, 
     return float(low), float(high)
 
 
-def _weighted_metrics(clean: Floats, shifted: Floats) -> tuple[Floats, Floats, Floats]:
-    """(draws, scores) weights by ascending score -> the three metrics, (draws,) each."""
-    n_clean, n_shifted = clean.sum(axis=1), shifted.sum(axis=1)
-    below, below_shifted = np.cumsum(clean, axis=1), np.cumsum(shifted, axis=1)
-    # Whole numbers throughout, so that 95 % is exact.
-    keeps = np.argmax(100 * below >= 95 * n_clean[:, None], axis=1)
-    accepted = np.take_along_axis(below_shifted, keeps[:, None], axis=1)[:, 0]
-    # Shifted weight strictly below a threshold may be 5 % at most; the last such threshold flags the fewest clean ones.
-    strictly = below_shifted - shifted
-    catches = clean.shape[1] - 1 - np.argmax((100 * strictly <= 5 * n_shifted[:, None])[:, ::-1], axis=1)
-    passed = np.take_along_axis(below - clean, catches[:, None], axis=1)[:, 0]
-    wins = np.einsum("ij,ij->i", below - clean / 2, shifted)
-    with np.errstate(invalid="ignore"):
-        there = np.where((n_clean > 0) & (n_shifted > 0), 1.0, math.nan)
-        return (
-            wins / (n_clean * n_shifted) * there,
-            accepted / n_shifted * there,
-            (n_clean - passed) / n_clean * there,
+@dataclass(frozen=True)
+class _Ranked:
+    """Where ascending clean and shifted scores stand among each other: how many of one are below, or at most, the other."""
+
+    clean_below: Counts
+    clean_up_to: Counts
+    shifted_up_to: Counts
+    tied: bool
+
+    @classmethod
+    def of(cls, clean: Floats, shifted: Floats) -> _Ranked:
+        below, up_to = np.searchsorted(clean, shifted, side="left"), np.searchsorted(clean, shifted, side="right")
+        return cls(below, up_to, np.searchsorted(shifted, clean, side="right"), bool((below != up_to).any()))
+
+    def metrics(self, clean: Counts, shifted: Counts) -> tuple[Floats, Floats, Floats]:
+        """(draws, n) and (draws, m) weights, by ascending score -> the three metrics, (draws,) each."""
+        clean_sums, shifted_sums = _sums(clean), _sums(shifted)
+        n_clean, n_shifted = clean_sums[:, -1], shifted_sums[:, -1]
+        beaten = clean_sums[:, self.clean_below].astype(np.float64)
+        if self.tied:
+            beaten = (beaten + clean_sums[:, self.clean_up_to]) / 2
+        wins = np.einsum("ij,ij->i", beaten, shifted)
+        # Whole numbers throughout, so that 95 % is exact. The first clean score that keeps enough:
+        keeps = np.argmax(100 * clean_sums[:, 1:] >= 95 * n_clean[:, None], axis=1)
+        # and the last shifted score with at most 5 % below it; of equal ones, any has the same clean ones below.
+        catches = (
+            shifted.shape[1] - 1 - np.argmax((100 * shifted_sums[:, :-1] <= 5 * n_shifted[:, None])[:, ::-1], axis=1)
         )
+        draws = np.arange(len(clean))
+        accepted = shifted_sums[draws, self.shifted_up_to[keeps]]
+        passed = clean_sums[draws, self.clean_below[catches]]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            there = np.where((n_clean > 0) & (n_shifted > 0), 1.0, math.nan)
+            return (
+                wins / (n_clean * n_shifted) * there,
+                accepted / n_shifted * there,
+                (n_clean - passed) / n_clean * there,
+            )
 
 
-def _codes(clusters: Clusters) -> tuple[NDArray[np.int64], int]:
+def _sums(weights: Counts) -> Counts:
+    """Sums of the first 0, 1, ... weights of each draw."""
+    sums = np.zeros((len(weights), weights.shape[1] + 1), dtype=np.int64)
+    np.cumsum(weights, axis=1, out=sums[:, 1:])
+    return sums
+
+
+def _codes(clusters: Clusters) -> tuple[Counts, int]:
     """Labels as 0, 1, ... in order of first sight, and how many; 64-bit keys pass through no float."""
     seen: dict[Hashable, int] = {}
     codes = [seen.setdefault(label, len(seen)) for label in clusters]
     return np.array(codes, dtype=np.int64), len(seen)
 
 
-def _draws(n_prompts: int, n_resamples: int, seed: int, n_rows: int) -> Iterator[NDArray[np.int64]]:
+def _draws(n_prompts: int, n_resamples: int, seed: int, n_rows: int) -> Iterator[Counts]:
     """Blocks of (draws, n_prompts) counts: how often each prompt was drawn."""
     if n_resamples < 1:
         raise InputError(f"n_resamples={n_resamples}: expected at least 1")
