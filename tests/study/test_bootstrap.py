@@ -36,6 +36,17 @@ def test_weighing_sorted_scores_is_drawing_them_again(clean, shifted):
             assert values[draw] == pytest.approx(expected, abs=1e-12, nan_ok=True), name
 
 
+def test_95_percent_is_exact_where_it_is_a_whole_number():
+    # Every draw of 40 prompts has 40 clean and 40 shifted rows: 38 of them are 95 %.
+    rng = np.random.default_rng(0)
+    clean, shifted = rng.normal(size=40), rng.normal(1, size=40)
+    found = bootstrap.detection_resamples(clean, shifted, range(40), range(40), n_resamples=200)
+    draws = np.random.default_rng(0).integers(40, size=(200, 40))
+    for name in ("fpr95_id_positive", "fpr95_ood_positive"):
+        expected = [getattr(detection, name)(clean[picked], shifted[picked]) for picked in draws]
+        np.testing.assert_array_equal(found[name], expected)
+
+
 def test_the_interval_of_a_mean_is_the_textbook_one():
     right = np.random.default_rng(0).random(1000) < 0.7
     low, high = bootstrap.clustered_interval(detection.flag_rate, range(1000), right)

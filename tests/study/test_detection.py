@@ -92,6 +92,14 @@ def test_a_short_roc_curve_is_whole(clean, shifted):
     assert np.trapezoid(curve["tpr"], curve["fpr"]) == pytest.approx(detection.auroc(clean, shifted), abs=1e-12)
 
 
+def test_a_roc_curve_that_fits_loses_no_point():
+    clean, shifted = np.arange(45.0), np.arange(45.0) + 0.5
+    curve = detection.roc_curve(clean, shifted)
+    fpr, tpr, _ = roc_curve(np.repeat([0, 1], 45), np.r_[clean, shifted])
+    assert len(fpr) > 80
+    assert (curve["fpr"], curve["tpr"]) == (fpr.tolist(), tpr.tolist())
+
+
 def test_a_long_roc_curve_has_100_points_and_its_area():
     rng = np.random.default_rng(0)
     clean, shifted = rng.normal(size=5000), rng.normal(1, size=5000)

@@ -78,6 +78,12 @@ def test_the_temperature_fitted_has_the_smallest_nll(rows):
         assert metrics.fit_temperature(chosen * 1e6, rejected * 1e6) == pytest.approx(best * 1e6, rel=1e-6)
 
 
+def test_temperatures_without_an_optimum():
+    assert metrics.fit_temperature([1.0, 0.0], [0.0, 0.0]) == 0.0
+    assert metrics.fit_temperature([1.0, 0.0], [0.0, 1.0]) == math.inf
+    assert metrics.fit_temperature([1.0], [1.0]) == math.inf
+
+
 def test_the_temperature_of_a_known_model_is_found():
     rng = np.random.default_rng(0)
     d = rng.normal(scale=2, size=100_000)

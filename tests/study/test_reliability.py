@@ -143,13 +143,13 @@ def test_a_temperature_is_a_division_of_the_rewards(rows, temperature):
 
 def test_debiasing_is_kumars_estimate():
     """Against the mean over normal draws of the bins' accuracies, as the package uncertainty-calibration takes it."""
-    chosen, rejected = drawn(400, seed=2, scale=1.3)
+    chosen, rejected = drawn(60, seed=2, scale=1.3)
     curve = reliability.reliability_curve(chosen, rejected)
     full = [i for i, n in enumerate(curve["count"]) if n]
     n, accuracy, conf = (np.array([curve[key][i] for i in full]) for key in ("count", "accuracy", "confidence"))
     noise = np.random.default_rng(0).normal(size=(200_000, len(full))) * np.sqrt(accuracy * (1 - accuracy) / n)
-    resampled = (np.abs(accuracy + noise - conf) * n / 400).sum(1).mean()
-    plain = (np.abs(accuracy - conf) * n / 400).sum()
+    resampled = (np.abs(accuracy + noise - conf) * n / 60).sum(1).mean()
+    plain = (np.abs(accuracy - conf) * n / 60).sum()
     assert reliability.ece(chosen, rejected, debiased=True) == pytest.approx(2 * plain - resampled, abs=2e-4)
 
 
