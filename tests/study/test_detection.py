@@ -93,9 +93,10 @@ def test_a_short_roc_curve_is_whole(clean, shifted):
 
 
 def test_a_roc_curve_that_fits_loses_no_point():
-    clean, shifted = np.arange(45.0), np.arange(45.0) + 0.5
+    # Half of all scores are one: the corners of the other half stand closer than a hundredth of the way.
+    clean, shifted = np.r_[np.arange(45.0), [99] * 45], np.r_[np.arange(45.0) + 0.5, [99] * 45]
     curve = detection.roc_curve(clean, shifted)
-    fpr, tpr, _ = roc_curve(np.repeat([0, 1], 45), np.r_[clean, shifted])
+    fpr, tpr, _ = roc_curve(np.repeat([0, 1], 90), np.r_[clean, shifted])
     assert len(fpr) > 80
     assert (curve["fpr"], curve["tpr"]) == (fpr.tolist(), tpr.tolist())
 

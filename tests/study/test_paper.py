@@ -339,6 +339,8 @@ def test_markdown_shows_both_definitions(files: Path, capsys: pytest.CaptureFixt
     assert far[head.index("acc")] == f"{100 * theirs['accuracy']:.2f} / {100 * correct['accuracy']:.2f}"
     assert far[head.index("ECE")] == f"{100 * theirs['ece']:.2f} / {100 * correct['ece']:.2f}"
     assert far[head.index("FPR95 ID+")] == f"{doc['files'][1]['energy']['fpr95']['id_positive']:.3f}"
+    assert far[head.index("FPR95 OOD+")] == f"{doc['files'][1]['energy']['fpr95']['ood_positive']:.3f}"
+    assert far[head.index("FPR95 OOD+")] != far[head.index("FPR95 ID+")]
     assert clean[head.index("AUROC")] == "-"
 
 
@@ -365,6 +367,16 @@ def test_a_model_that_cannot_be_trusted_has_no_finite_temperature(
     sure = 1 / (1 + math.exp(-1))
     assert bad["paper"]["ece"] == pytest.approx(sure)
     assert bad["correct"]["ece"] == pytest.approx(40 / 41 * sure)
+
+
+def test_the_papers_mce_asks_for_more_than_30_pairs(tmp_path: Path) -> None:
+    # A bin that is always wrong, and 40 pairs that are right at .73.
+    for wrong, seen in ((30, False), (31, True)):
+        path = tmp_path / f"{wrong}.csv"
+        path.write_text("chosen,rejected\n" + "1,0\n" * 40 + "0,3\n" * wrong)
+        (row,) = paper.study_scores([path], progress=False)["files"]
+        gap = 1 / (1 + math.exp(-3)) if seen else 1 - 1 / (1 + math.exp(-1))
+        assert row["paper"]["mce"] == pytest.approx(gap)
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_what_is_not_there_is_named(layout: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
 def test_two_columns_are_read_and_others_left(tmp_path: Path, name: str) -> None:
-    text = '\ufeffid,rejected, chosen ,note\r\n1,0.5,-1e3,"a, b"\r\n\r\n2,2,3,"two\r\nlines"\r\n'
+    text = '\ufeffrejected,id, chosen ,note\r\n0.5,1,-1e3,"a, b"\r\n\r\n2,2,3,"two\r\nlines"\r\n'
     chosen, rejected = read_pairs_file(write(tmp_path / name, text))
     np.testing.assert_array_equal(chosen, [-1000.0, 3.0])
     np.testing.assert_array_equal(rejected, [0.5, 2.0])
