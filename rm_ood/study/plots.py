@@ -131,7 +131,8 @@ def risk_coverage(key: str, label: str, curves: Mapping[str, Mapping[str, Sequen
         for number, (name, curve) in enumerate(curves.items()):
             colour = SERIES[5] if number == 0 else SERIES[(number - 1) % 5]
             kept = [(x, y) for x, y in zip(curve["coverage"], curve["accuracy"], strict=True) if x >= _FEWEST]
-            axes.plot(*zip(*kept, strict=True), color=colour, linestyle=_LINES[number % 6], label=shortened(name, 24))
+            x, y = [place[0] for place in kept], [place[1] for place in kept]
+            axes.plot(x, y, color=colour, linestyle=_LINES[number % 6], label=shortened(name, 24))
         axes.set(xlim=(0, 1.02), xlabel="share of pairs kept", ylabel="accuracy on these")
         axes.margins(y=0.12)
         axes.set_ylim(*_fractions(axes))
@@ -201,6 +202,7 @@ def scatter(
         if line is not None:
             axes.axhline(line[1], color=SOFT, linestyle=":", linewidth=1.2, label=line[0])
         axes.set(xlim=(-0.03, 1.03), xlabel=axes_names[0], ylabel=axes_names[1])
+        axes.locator_params(nbins=6)
         axes.margins(y=0.12)
         axes.set_ylim(*_fractions(axes))
         if square:

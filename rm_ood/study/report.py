@@ -220,24 +220,27 @@ def _detectors(doc: Doc) -> str:
 
 
 def _flag_tells(doc: Doc) -> str:
-    parts = []
+    text = ""
     places: dict[str, list[tuple[float, float]]] = {}
     for row in doc["shifts"]:
         if at(row, "accuracy") is not None and _rate(row, "combined") is not None:
             places.setdefault(str(row["side"]), []).append((row["flag_rate"]["combined"], row["accuracy"]))
+    found = _folded(findings.selective(doc), "by condition")
     if places:
         title, clean = "Accuracy against share flagged", at(doc, "id", "accuracy")
         line = None if clean is None else ("clean", clean)
         drawn = plots.scatter("tells", title, ("share flagged", "accuracy"), places, line)
-        parts.append(_figure("A dot low on the left: wrong, and no warning", drawn))
+        text = f'<div class="beside">{_figure("A dot low on the left: wrong, and no warning", drawn)}{found}</div>'
+    parts = []
     clean_curve = at(doc, "id", "risk_coverage")
     for side in findings.sides(doc):
         rows = [row for row in doc["shifts"] if row["side"] == side and at(row, "risk_coverage")]
         if rows and clean_curve:
             curves = {"clean": clean_curve} | {name_of(r): r["risk_coverage"] for r in telling(doc, rows, _CURVES - 1)}
             drawn = plots.risk_coverage(f"cover-{_key(side)}", side, curves)
-            parts.append(_figure(f"Accuracy on the least suspicious pairs, {side} shifted", drawn))
-    return _grid(parts) + _folded(findings.selective(doc), "by condition")
+            parts.append(_figure(f"{side} shifted", drawn))
+    least = "<h3>Accuracy where only the least suspicious pairs are kept</h3>" if parts else ""
+    return (text or found) + least + _grid(parts)
 
 
 def _attribution(doc: Doc) -> str:
