@@ -54,7 +54,7 @@ def score_files(
         clean: the clean file of all of them. Without it, the layout says; a file outside the layout has none.
 
     Returns:
-        By clean file, that one first.
+        By clean file, that one first, otherwise in the order given.
 
     Raises:
         FileNotFoundError: a path that does not exist.
@@ -72,8 +72,10 @@ def score_files(
     for file in list(files.values()):
         if file.clean is not None and file.clean not in files:
             files[file.clean] = _described(file.clean)
-    order = {path: number for number, path in enumerate(files)}
-    return sorted(files.values(), key=lambda f: (order[f.clean or f.path], not f.is_clean, order[f.path]))
+    groups: dict[Path, list[ScoreFile]] = {}
+    for file in files.values():
+        groups.setdefault(file.clean or file.path, []).append(file)
+    return [file for group in groups.values() for file in sorted(group, key=lambda f: not f.is_clean)]
 
 
 def read_pairs_file(path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -59,6 +59,9 @@ def test_a_tie_is_a_coin_to_every_proper_score():
     assert metrics.nll([9.0], [1.0], math.inf) == pytest.approx(math.log(2))
     largest = np.finfo(np.float64).max
     assert metrics.brier_score([-largest], [largest], 0.1) == 1.0
+    for score in (metrics.brier_score, metrics.nll):
+        with pytest.raises(InputError, match="temperature=0"):
+            score([1.0], [1.0], 0.0)
 
 
 @given(pairs)

@@ -32,6 +32,7 @@ def layout(tmp_path: Path) -> Path:
         "rm/set/translation/hindi/translated_back_scores.csv.gz",
         "rm/set/word_perturb/10k_subset/trial0/prompt_and_response/05_scores.csv.gz",
         "rm/set/word_perturb/10k_subset/trial0/prompt_and_response/00_scores.csv.gz",
+        "rm/set/translation/hindi/others.csv",
         "rm/set/notes.csv",
     ):
         write(tmp_path / name)
@@ -51,6 +52,7 @@ def test_the_layout_says_condition_side_and_clean_file(layout: Path) -> None:
         ScoreFile(languages / "hindi_prompt_hindi_response.csv", "hindi both", "both", None, clean),
         ScoreFile(languages / "translated_back_scores.csv.gz", "hindi back", "back", None, clean),
         ScoreFile(clean.parent / "notes.csv", "notes"),
+        ScoreFile(languages / "others.csv", "others"),
         ScoreFile(still, "word both 0", "both", 0.0, still),
         ScoreFile(words / "05_scores.csv.gz", "word both 0.5", "both", 0.5, still),
     ]
@@ -59,7 +61,7 @@ def test_the_layout_says_condition_side_and_clean_file(layout: Path) -> None:
 def test_a_shifted_file_alone_brings_its_clean_one(layout: Path) -> None:
     shifted = layout / "rm/set/translation/hindi/translated_back_scores.csv.gz"
     assert [file.condition for file in score_files([shifted, shifted.parent])] == [
-        "english", "hindi back", "hindi response", "hindi prompt", "hindi both",
+        "english", "hindi back", "hindi response", "hindi prompt", "hindi both", "others",
     ]  # fmt: skip
 
 
@@ -67,7 +69,7 @@ def test_a_clean_file_by_name_is_that_of_all(layout: Path, monkeypatch: pytest.M
     monkeypatch.chdir(layout)
     files = score_files(["rm/set/translation"], "rm/set/notes.csv")
     assert {file.clean for file in files} == {layout / "rm/set/notes.csv"}
-    assert [file.is_clean for file in files] == [True] + [False] * 4
+    assert [file.is_clean for file in files] == [True] + [False] * 5
     assert {file.condition for file in files} >= {"notes", "hindi back"}
     # However it is spelt, and wherever it stands, it is read once.
     both = score_files(["rm/set/translation/../notes.csv", "rm/set/notes.csv"], layout / "rm" / "set" / "notes.csv")
