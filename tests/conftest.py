@@ -6,6 +6,9 @@ import copy
 import gzip
 import json
 import random
+import warnings
+from collections import Counter
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,8 @@ import torch
 from hypothesis import settings
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 from transformers.utils import logging
+
+from rm_ood import CalibrationWarning, OODGuard
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -143,3 +148,42 @@ def shared_rows(name: str, limit: int | None = None) -> list[dict[str, Any]]:
         pytest.skip(f"real data not found beside the project: {name}")
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines][:limit]
+
+
+# A word whose embedding is NaN: the reward of a text with it is NaN, and no other.
+POISON = "zebra"
+
+
+@pytest.fixture(scope="session")
+def minilm_guard(minilm: tuple[Any, Any]) -> OODGuard:
+    """A calibrated guard of a MiniLM copy; `POISON` in a text makes its reward NaN."""
+    model, tokenizer = copy.deepcopy(minilm[0]), minilm[1]
+    with torch.no_grad():
+        model.classifier.weight.mul_(40)
+        model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(POISON)] = float("nan")
+    guard = OODGuard(model, tokenizer, alpha=0.05, max_length=64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CalibrationWarning)
+        return guard.fit(preference_rows(100), calibration=preference_rows(115, seed=1), progress=False)
+
+
+class Read(Counter[tuple[int, ...]]):
+    """Token ids that went through the model -> how often."""
+
+    stop_after: int | None = None
+
+
+@pytest.fixture
+def read(minilm_guard: OODGuard) -> Iterator[Read]:
+    """Every row that the guard's reward model reads, from a forward hook; `stop_after` interrupts after that many."""
+    seen = Read()
+
+    def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if seen.stop_after is not None and seen.total() >= seen.stop_after:
+            raise KeyboardInterrupt
+        for ids, mask in zip(kwargs["input_ids"].tolist(), kwargs["attention_mask"].tolist(), strict=True):
+            seen[tuple(ids[: sum(mask)])] += 1
+
+    handle = minilm_guard.model.register_forward_pre_hook(hook, with_kwargs=True)
+    yield seen
+    handle.remove()

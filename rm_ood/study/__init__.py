@@ -1,7 +1,7 @@
 """Shift studies: how accuracy, calibration and detection of a reward model change off its own ground.
 
 `pairs` reads the rows, `shifts` changes them; `metrics` has the numbers of reward pairs, `detection` those of OOD scores,
-`bootstrap` their intervals; `plots` the drawings.
+`bootstrap` their intervals; `scorer` scores each text once, `study` puts all of it together, `report` and `plots` show it.
 """
 
 from rm_ood.study.bootstrap import auroc_interval, clustered_interval
@@ -22,6 +22,7 @@ from rm_ood.study.metrics import (
     tie_count,
 )
 from rm_ood.study.pairs import Pair, read_pairs
+from rm_ood.study.scorer import Scorer
 from rm_ood.study.shifts import (
     Condition,
     ShiftContext,
@@ -31,12 +32,15 @@ from rm_ood.study.shifts import (
     shift,
     word_perturbation,
 )
+from rm_ood.study.study import Study, run_study
 
 __all__ = [
     "Condition",
     "Conversation",
     "Pair",
+    "Scorer",
     "ShiftContext",
+    "Study",
     "aupr",
     "auroc",
     "auroc_interval",
@@ -61,6 +65,7 @@ __all__ = [
     "reliability_curve",
     "risk_coverage",
     "roc_curve",
+    "run_study",
     "selective_metrics",
     "shift",
     "tie_count",

@@ -92,7 +92,8 @@ def markdown(doc: Doc) -> str:
 
 def label_of(example: Mapping[str, Any]) -> str:
     """Where an example comes from, and its numbers."""
-    return f"{example['shift']}, {example['side']}: p {example['p_value']:.3g}, reward {example['reward']:+.2f}"
+    reward = "none" if example["reward"] is None else f"{example['reward']:+.2f}"
+    return f"{example['shift']}, {example['side']}: p {example['p_value']:.3g}, reward {reward}"
 
 
 def _bird_view(doc: Doc) -> str:

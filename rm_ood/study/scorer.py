@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from rm_ood.channels import REWARD, Channel
 from rm_ood.detectors import Detector
-from rm_ood.dialogue import Dialogue, Response, Text, check_prompt, check_response, messages_of, response_text
+from rm_ood.dialogue import Dialogue, Response, Text, check_prompt, check_response
 from rm_ood.embed import Embedded, needed_channels
 from rm_ood.errors import InputError, TokenisationWarning
 from rm_ood.fitting import WINDOW_BATCHES
@@ -167,7 +167,7 @@ class Scorer:
 
     def _records(self, items: Sequence[Item], names: Sequence[str | None]) -> list[Record]:
         """One record per distinct text: batches are the same whether or not a study was interrupted."""
-        size = self.guard.config.batch_size
+        size = self.state.config.batch_size
         order = sorted(range(len(items)), key=lambda i: _size(items[i]))
         records: list[Record | None] = [None] * len(items)
         started, cached, before = time.monotonic(), 0, self.n_forwarded
@@ -210,7 +210,7 @@ class Scorer:
         return len(keys) - len(missing)
 
     def _encode(self, item: Item, name: str | None) -> Encoded | None:
-        config = self.guard.config
+        config = self.state.config
         where = name or "item.response"
         given = item[1] if isinstance(item[1], str) else [item[1]]
         try:
@@ -304,6 +304,5 @@ def _text_key(item: Item) -> bytes:
 
 
 def _size(item: Item) -> int:
-    prompt, response = item
-    words = len(prompt) if isinstance(prompt, str) else sum(len(str(m.get("content", ""))) for m in messages_of(prompt))
-    return words + len(response_text(response))
+    """About how many characters an item has: enough to bring texts of like length together."""
+    return sum(len(side) if isinstance(side, str) else len(str(side)) for side in item)

@@ -136,12 +136,13 @@ def run_study(
     clean = judged[0]
     _warn_of_tokenisation(clean)
     settings = Settings.of(judged, n_bootstrap, seed)
+    config = guard.state.config
     doc = {
         "title": title or f"Shift study of {model or _model_name(guard)}",
         "model": model or _model_name(guard),
-        "channels": list(guard.config.joined),
-        "alpha": guard.config.alpha,
-        "confidence": guard.config.confidence,
+        "channels": list(config.joined),
+        "alpha": config.alpha,
+        "confidence": config.confidence,
         "seed": seed,
         "versions": _versions(),
         "command": command,
@@ -160,7 +161,7 @@ def run_study(
 
 
 def _check_groups(guard: OODGuard, rows: Sequence[Pair]) -> None:
-    column = guard.config.groups
+    column = guard.state.config.groups
     if column not in (None, LENGTH) and any(row.subset is None for row in rows):
         raise InputError(f"the guard is calibrated by the column {column!r}: read the rows with subset={column!r}")
 
@@ -178,7 +179,7 @@ def _warn_of_tokenisation(clean: Judged) -> None:
 
 def _threshold(guard: OODGuard) -> float | None:
     """The joined score above which an item is flagged; None where every group has its own."""
-    pools = guard.state.profile(guard.config.joined).pools
+    pools = guard.state.profile(guard.state.config.joined).pools
     return pools[ALL].threshold if pools.keys() == {ALL} else None
 
 

@@ -73,7 +73,8 @@ def fit_baselines(guard: OODGuard, dataset: Any, *, background: Any = None, prog
                 "single Gaussian": SingleGaussian(),
                 "Mahalanobis++": NormalisedMahalanobis(),
                 "nearest neighbours": KNearestNeighbours(),
-                "residual": ResidualSubspace(),
+                # The usual number of components, where there are rows enough for it.
+                "residual": ResidualSubspace(None if len(rows) > rows.shape[1] else len(rows) // 2),
                 "norm": VectorNorm(),
             }
             if others:
