@@ -10,6 +10,9 @@ from torch import Tensor
 
 from rm_ood.errors import CalibrationError, InputError
 
+# Rules that choose the shrinkage from the data.
+SHRINKAGES = ("oas", "likelihood")
+
 
 def oas_shrinkage(scatter: Tensor, n: int) -> float:
     """Oracle approximating shrinkage towards (trace / d) I, from the scatter alone.
@@ -92,18 +95,18 @@ def _likelihoods(covariance: Tensor, heldout: Tensor, weights: Tensor) -> Tensor
 
 def effective_shrinkage(shrinkage: str | float, floor: float, scatter: Tensor, n: int) -> float:
     """The larger of the shrinkage asked for (`"oas"` or a fraction) and the floor."""
-    chosen = oas_shrinkage(scatter, n) if isinstance(shrinkage, str) else float(shrinkage)
+    chosen = oas_shrinkage(scatter, n) if shrinkage == "oas" else float(shrinkage)
     return max(chosen, floor)
 
 
 def check_shrinkage(shrinkage: str | float, floor: float) -> None:
-    """Refuse settings that are not `"oas"` or a fraction.
+    """Refuse settings that are not `"oas"`, `"likelihood"` or a fraction.
 
     Raises:
         InputError: names the setting and what came.
     """
-    if isinstance(shrinkage, str) and shrinkage != "oas":
-        raise InputError(f"shrinkage={shrinkage!r}: expected 'oas' or a number in [0, 1]")
+    if isinstance(shrinkage, str) and shrinkage not in SHRINKAGES:
+        raise InputError(f"shrinkage={shrinkage!r}: expected 'oas', 'likelihood' or a number in [0, 1]")
     for name, value in (("shrinkage", shrinkage), ("floor", floor)):
         if isinstance(value, str) and name == "shrinkage":
             continue

@@ -130,7 +130,7 @@ def test_effective_shrinkage_is_never_below_the_floor():
     assert covariance.effective_shrinkage(0, 0.0, scatter, 10_000) == 0.0
 
 
-@pytest.mark.parametrize("shrinkage", ["oas", 0, 0.5, 1])
+@pytest.mark.parametrize("shrinkage", ["oas", "likelihood", 0, 0.5, 1])
 def test_valid_settings_pass(shrinkage):
     covariance.check_shrinkage(shrinkage, 0.0)
 
@@ -138,7 +138,7 @@ def test_valid_settings_pass(shrinkage):
 @pytest.mark.parametrize(
     ("shrinkage", "floor", "message"),
     [
-        ("ledoit", 0.0, "shrinkage='ledoit': expected 'oas' or a number"),
+        ("ledoit", 0.0, "shrinkage='ledoit': expected 'oas', 'likelihood' or a number"),
         (-0.1, 0.0, "shrinkage=-0.1"),
         (1.5, 0.0, "shrinkage=1.5"),
         (math.nan, 0.0, "shrinkage=nan"),

@@ -2,153 +2,140 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rm_ood.detectors.mahalanobis import MahalanobisDetector, Shrinkage
-from rm_ood.errors import FormatError, InputError, MismatchError, NotFittedError
+from rm_ood.errors import FormatError, InputError, MismatchError
 from rm_ood.moments import ClassMoments
 from rm_ood.ops import whitened_sq_distance
 from rm_ood.vectors import as_vectors
 
 
-class ConditionalMahalanobis:
+class ConditionalMahalanobis(MahalanobisDetector):
     """Squared Mahalanobis length of what the Gaussian regression on `given` leaves of `rest`; larger is more OOD.
 
     Vectors are [given | rest] in one row. By the chain rule d(given, rest) = d(given) + d(rest | given). The whitening
     of the joint covariance is lower triangular, so its first `n_given` rows make the first part and the others the
-    second: one Cholesky, no regression. Both parts are of the jointly shrunk covariance.
+    second: one Cholesky, no regression. Both parts are of the jointly shrunk covariance. `score` and `sq_distances` are
+    of the second; settings and state are those of the `MahalanobisDetector` of whole rows.
 
     The regression extrapolates: far from the fit data's `given`, `rest` is predicted badly, and the score rises though
     nothing is wrong with `rest`.
 
     Args:
-        n_given: columns of `given`, from 1 to d - 1.
+        n_given: columns of `given`, from 1 to d - 1; None: half of them.
         shrinkage, floor, dtype: of the joint covariance, as `MahalanobisDetector`.
 
     Attributes:
-        joint_: the fitted `MahalanobisDetector` of whole rows. n_features_in_: d.
+        n_given_: columns of `given`; the others as `MahalanobisDetector`'s, of whole rows.
     """
 
-    joint_: MahalanobisDetector
-    n_features_in_: int
+    n_given_: int
 
     def __init__(
         self,
-        n_given: int,
+        n_given: int | None = None,
         *,
         shrinkage: Shrinkage = "oas",
         floor: float = 1e-4,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if isinstance(n_given, bool) or not isinstance(n_given, int) or n_given < 1:
-            raise InputError(f"n_given={n_given!r}: expected a whole number from 1")
-        MahalanobisDetector(shrinkage=shrinkage, floor=floor, dtype=dtype)  # refuses bad settings
+        if n_given is not None and (isinstance(n_given, bool) or not isinstance(n_given, int) or n_given < 1):
+            raise InputError(f"n_given={n_given!r}: expected a whole number from 1, or None for half of the features")
+        super().__init__(shrinkage=shrinkage, floor=floor, dtype=dtype)
         self.n_given = n_given
-        self.shrinkage = shrinkage
-        self.floor = floor
-        self.dtype = dtype
-
-    def fit(self, x: Any, y: Any = None) -> Self:
-        """Fit on vectors (n, d) and classes (n,). Raises and warns as `MahalanobisDetector.fit`.
-
-        Raises:
-            MismatchError: no column is left beside the `n_given` first.
-        """
-        x = as_vectors(x)
-        self._check_width(x.shape[1])
-        return self._take(MahalanobisDetector(**self._gaussian()).fit(x, y))
 
     @classmethod
     def from_moments(
         cls,
         moments: ClassMoments,
-        n_given: int,
+        n_given: int | None = None,
         *,
         shrinkage: Shrinkage = "oas",
         floor: float = 1e-4,
         dtype: torch.dtype = torch.float32,
+        other_half: ClassMoments | None = None,
     ) -> Self:
-        """Fit from moments of whole rows alone; classes are 0 to k - 1. Raises and warns as `fit`."""
+        """Fit from moments of whole rows alone; otherwise as `MahalanobisDetector.from_moments`."""
         detector = cls(n_given, shrinkage=shrinkage, floor=floor, dtype=dtype)
-        detector._check_width(moments.n_features)
-        return detector._take(MahalanobisDetector.from_moments(moments, **detector._gaussian()))
+        return detector._fit_moments(moments, np.arange(moments.n_classes), other_half=other_half)
 
     @classmethod
     def from_state(
         cls,
         tensors: dict[str, Tensor],
         *,
-        n_given: int,
+        n_given: int | None = None,
         shrinkage: Shrinkage = "oas",
         floor: float = 1e-4,
         classes: Any = None,
+        effective_shrinkage: float = math.nan,
+        effective_rank: float = math.nan,
     ) -> Self:
         """Rebuild a detector from `state_tensors()`; it scores bit-identically.
 
         Raises:
-            FormatError: as `MahalanobisDetector.from_state`, or a width that `n_given` leaves nothing of.
+            FormatError: as `MahalanobisDetector.from_state`, or a width that `n_given` does not divide.
         """
-        joint = MahalanobisDetector.from_state(tensors, shrinkage=shrinkage, floor=floor, classes=classes)
-        detector = cls(n_given, shrinkage=shrinkage, floor=floor, dtype=joint.dtype)
-        if joint.n_features_in_ <= n_given:
-            raise FormatError(f"whitening: expected more than n_given={n_given} features, got {joint.n_features_in_}")
-        return detector._take(joint)
+        detector = cls(n_given, shrinkage=shrinkage, floor=floor)
+        return detector._load(tensors, classes, effective_shrinkage, effective_rank)
 
-    def score(self, x: Any) -> Tensor:
-        """d(rest | given) to the class where it is least, (n,) in `dtype`; +inf where a row, either part, is not finite.
+    def part_sq_distances(self, x: Any) -> tuple[Tensor, Tensor]:
+        """d(given) and d(rest | given) to every class, (n, k) each, columns in the order of `classes_`.
 
-        Raises:
-            NotFittedError: before fit. MismatchError: another width. InputError: not a dense real (n, d).
+        Their sum is the squared distance of whole rows. +inf where what a part sees is not finite; the second sees all.
+        Raises as `score`.
         """
-        return self._distances(x, given=False)[1]
-
-    def sq_distances(self, x: Any) -> tuple[Tensor, Tensor]:
-        """d(given) and d(rest | given) to every class, (n, k) each, columns in the order of `joint_.classes_`.
-
-        Their sum is `joint_.sq_distances(x)`. Raises as `score`.
-        """
-        return self._distances(x, given=True)[0], self._distances(x, given=False)[0]
+        self._check_fitted()
+        g, device = self.n_given_, self.whitening_.device
+        given = as_vectors(x, n_features=self.n_features_in_).to(device)[:, :g]
+        whitening, offsets = self.whitening_[:g, :g].contiguous(), self.offsets_[:, :g].contiguous()
+        return whitened_sq_distance(given, whitening, self.center_[:g], offsets)[0], self.sq_distances(x)
 
     def clone(self) -> Self:
         """An unfitted detector with the same settings."""
-        return type(self)(self.n_given, **self._gaussian())
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """The state of `joint_`."""
-        return self._fitted().state_tensors()
+        return type(self)(self.n_given, shrinkage=self.shrinkage, floor=self.floor, dtype=self.dtype)
 
     def to(self, device: torch.device | str) -> Self:
         """Move the fitted state, and with it the scoring, to a device; returns itself."""
-        return self._take(self._fitted().to(device))
+        return super().to(device)._divide()
 
-    def _gaussian(self) -> dict[str, Any]:
-        return {"shrinkage": self.shrinkage, "floor": self.floor, "dtype": self.dtype}
+    def _fit_moments(
+        self, moments: ClassMoments, classes: np.ndarray[Any, Any], *, other_half: ClassMoments | None = None
+    ) -> Self:
+        if wanted := self._indivisible(moments.n_features):
+            raise MismatchError(f"x: expected {wanted}, got {moments.n_features}")
+        return super()._fit_moments(moments, classes, other_half=other_half)._divide()
 
-    def _take(self, joint: MahalanobisDetector) -> Self:
+    def _load(
+        self, tensors: dict[str, Tensor], classes: Any, effective_shrinkage: float, effective_rank: float
+    ) -> Self:
+        super()._load(tensors, classes, effective_shrinkage, effective_rank)
+        if wanted := self._indivisible(self.n_features_in_):
+            raise FormatError(f"whitening: expected {wanted}, got {self.n_features_in_}")
+        return self._divide()
+
+    def _divide(self) -> Self:
+        g = self.n_features_in_ // 2 if self.n_given is None else self.n_given
         # The rows of the second part alone; a row of zeros adds nothing to a distance but NaN for what is not finite.
-        self._whitening, self._offsets = joint.whitening_.clone(), joint.offsets_.clone()
-        self._whitening[: self.n_given] = 0
-        self._offsets[:, : self.n_given] = 0
-        self.joint_, self.n_features_in_ = joint, joint.n_features_in_
+        self._whitening, self._offsets = self.whitening_.clone(), self.offsets_.clone()
+        self._whitening[:g] = 0
+        self._offsets[:, :g] = 0
+        self.n_given_ = g
         return self
 
-    def _distances(self, x: Any, *, given: bool) -> tuple[Tensor, Tensor, Tensor]:
-        joint, g = self._fitted(), self.n_given
-        x = as_vectors(x, n_features=joint.n_features_in_).to(joint.whitening_.device)
-        if given:
-            return whitened_sq_distance(
-                x[:, :g], joint.whitening_[:g, :g].contiguous(), joint.center_[:g], joint.offsets_[:, :g].contiguous()
-            )
-        return whitened_sq_distance(x, self._whitening, joint.center_, self._offsets)
+    def _indivisible(self, d: int) -> str:
+        """What was expected instead of d features, if they have no two parts."""
+        if self.n_given is None:
+            return "an even number of features for two halves" if d % 2 else ""
+        return f"more than n_given={self.n_given} features" if d <= self.n_given else ""
 
-    def _check_width(self, d: int) -> None:
-        if d <= self.n_given:
-            raise MismatchError(f"x: expected more than n_given={self.n_given} features, got {d}")
-
-    def _fitted(self) -> MahalanobisDetector:
-        if not hasattr(self, "joint_"):
-            raise NotFittedError("ConditionalMahalanobis is not fitted; call fit(x) first")
-        return self.joint_
+    def _distances(self, x: Any) -> tuple[Tensor, Tensor, Tensor]:
+        self._check_fitted()
+        x = as_vectors(x, n_features=self.n_features_in_).to(self.whitening_.device)
+        return whitened_sq_distance(x, self._whitening, self.center_, self._offsets)

@@ -24,8 +24,11 @@ class SingleGaussian(MahalanobisDetector):
         """Fit on vectors (n, d); `y` is not read. Raises and warns as `MahalanobisDetector.fit`."""
         return super().fit(x)
 
-    def _fit_moments(self, moments: ClassMoments, classes: np.ndarray[Any, Any]) -> Self:
-        return super()._fit_moments(moments.pooled(), np.arange(1))
+    def _fit_moments(
+        self, moments: ClassMoments, classes: np.ndarray[Any, Any], *, other_half: ClassMoments | None = None
+    ) -> Self:
+        other = None if other_half is None else other_half.pooled()
+        return super()._fit_moments(moments.pooled(), np.arange(1), other_half=other)
 
 
 class NormalisedMahalanobis(MahalanobisDetector):

@@ -16,7 +16,9 @@ from rm_ood.moments import ClassMoments
 from rm_ood.ops import whitened_sq_distance
 from rm_ood.vectors import as_labels, as_vectors
 
-Shrinkage = Literal["oas"] | float
+Shrinkage = Literal["oas", "likelihood"] | float
+# Of the draw of the rows of one half.
+_SEED = 0
 
 
 class MahalanobisDetector:
@@ -26,7 +28,8 @@ class MahalanobisDetector:
     exact Mahalanobis distance of a metric within rounding of S^-1, the same on every machine that loads it.
 
     Args:
-        shrinkage: weight of the identity in the covariance: `"oas"` (from the data) or a fraction in [0, 1].
+        shrinkage: weight of the identity in the covariance: `"oas"` (from the data), `"likelihood"` (under which one half
+            of the rows is the likeliest given the other, see `rm_ood.covariance`) or a fraction in [0, 1].
         floor: least weight of the identity; no eigenvalue is below floor * trace / d. LayerNorm output lies in a
             hyperplane: without a floor, rounding noise across it would be flagged.
         dtype: float32 or float64 of the stored state and of scoring; the fit is in float64 always.
@@ -59,7 +62,7 @@ class MahalanobisDetector:
         self.dtype = dtype
 
     def fit(self, x: Any, y: Any = None) -> Self:
-        """Fit on in-distribution vectors.
+        """Fit on in-distribution vectors; for `"likelihood"`, halves are drawn by row, seeded.
 
         Args:
             x: (n, d), tensor or array; any real dtype.
@@ -80,8 +83,13 @@ class MahalanobisDetector:
             classes, labels = np.arange(1), torch.zeros(len(x), dtype=torch.int64)
         else:
             classes, labels = as_labels(y, len(x))
-        moments = ClassMoments(x.shape[1], len(classes), device=x.device).update(x, labels)
-        return self._fit_moments(moments, classes)
+        moments = ClassMoments(x.shape[1], len(classes), device=x.device)
+        if self.shrinkage != "likelihood":
+            return self._fit_moments(moments.update(x, labels), classes)
+        drawn = torch.randperm(len(x), generator=torch.Generator().manual_seed(_SEED))
+        half, other = ((x[rows.to(x.device)], labels[rows]) for rows in drawn.tensor_split(2))
+        other_half = moments.copy().update(*other)
+        return self._fit_moments(moments.update(*half), classes, other_half=other_half)
 
     @classmethod
     def from_moments(
@@ -91,10 +99,19 @@ class MahalanobisDetector:
         shrinkage: Shrinkage = "oas",
         floor: float = 1e-4,
         dtype: torch.dtype = torch.float32,
+        other_half: ClassMoments | None = None,
     ) -> Self:
-        """Fit from moments alone; classes are 0 to k - 1. Raises and warns as `fit`, and refuses an empty class."""
+        """Fit from moments alone; classes are 0 to k - 1. Raises and warns as `fit`, and refuses an empty class.
+
+        Args:
+            other_half: moments of further rows, which the fit is on as well; needed for `shrinkage="likelihood"`. Rows that
+                belong together, such as the responses to one prompt, should be in one half.
+
+        Raises:
+            InputError: `"likelihood"` without another half.
+        """
         detector = cls(shrinkage=shrinkage, floor=floor, dtype=dtype)
-        return detector._fit_moments(moments, np.arange(moments.n_classes))
+        return detector._fit_moments(moments, np.arange(moments.n_classes), other_half=other_half)
 
     @classmethod
     def from_state(
@@ -118,17 +135,7 @@ class MahalanobisDetector:
             FormatError: a tensor is missing, unknown, of another shape or dtype, not finite, or the whitening is not
                 lower triangular with a positive diagonal.
         """
-        _check_state(tensors)
-        detector = cls(shrinkage=shrinkage, floor=floor, dtype=tensors["whitening"].dtype)
-        for name, tensor in tensors.items():
-            setattr(detector, f"{name}_", tensor.contiguous())
-        k, d = detector.means_.shape
-        detector.classes_ = np.arange(k) if classes is None else np.asarray(classes)
-        if detector.classes_.shape != (k,):
-            raise FormatError(f"classes: expected {k}, got shape {detector.classes_.shape}")
-        detector.n_samples_, detector.n_features_in_ = int(detector.class_counts_.sum()), d
-        detector.shrinkage_, detector.effective_rank_ = effective_shrinkage, effective_rank
-        return detector
+        return cls(shrinkage=shrinkage, floor=floor)._load(tensors, classes, effective_shrinkage, effective_rank)
 
     def score(self, x: Any) -> Tensor:
         """Squared distance to the nearest class, (n,) in `dtype`, dimensionless, larger = more OOD.
@@ -161,14 +168,7 @@ class MahalanobisDetector:
             "center": state["center"] * factor,
             "means": state["means"] * factor,
         }
-        return self.from_state(
-            {**state, **moved},
-            shrinkage=self.shrinkage,
-            floor=self.floor,
-            classes=self.classes_,
-            effective_shrinkage=self.shrinkage_,
-            effective_rank=self.effective_rank_,
-        )
+        return self.clone()._load({**state, **moved}, self.classes_, self.shrinkage_, self.effective_rank_)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The fitted state: whitening, center, offsets in `dtype`; means float64; class_counts int64."""
@@ -196,7 +196,28 @@ class MahalanobisDetector:
         if not hasattr(self, "whitening_"):
             raise NotFittedError(f"{type(self).__name__} is not fitted; call fit(x, y) first")
 
-    def _fit_moments(self, moments: ClassMoments, classes: np.ndarray[Any, Any]) -> Self:
+    def _load(
+        self, tensors: dict[str, Tensor], classes: Any, effective_shrinkage: float, effective_rank: float
+    ) -> Self:
+        """Take over a saved state, and its dtype."""
+        _check_state(tensors)
+        self.dtype = tensors["whitening"].dtype
+        for name, tensor in tensors.items():
+            setattr(self, f"{name}_", tensor.contiguous())
+        k, d = self.means_.shape
+        self.classes_ = np.arange(k) if classes is None else np.asarray(classes)
+        if self.classes_.shape != (k,):
+            raise FormatError(f"classes: expected {k}, got shape {self.classes_.shape}")
+        self.n_samples_, self.n_features_in_ = int(self.class_counts_.sum()), d
+        self.shrinkage_, self.effective_rank_ = effective_shrinkage, effective_rank
+        return self
+
+    def _fit_moments(
+        self, moments: ClassMoments, classes: np.ndarray[Any, Any], *, other_half: ClassMoments | None = None
+    ) -> Self:
+        half = moments
+        if other_half is not None:
+            moments = half.copy().merge(other_half)
         counts, n, k, d = moments.counts, moments.n_samples, moments.n_classes, moments.n_features
         if n == 0:
             raise CalibrationError("the moments hold 0 samples; update them before fitting")
@@ -204,7 +225,8 @@ class MahalanobisDetector:
             empty = [str(classes[c]) for c in (counts == 0).nonzero().flatten().tolist()]
             raise CalibrationError(f"no samples of class {', '.join(empty)}; fit the classes that are there")
         scatter = moments.within_scatter()
-        shrinkage = covariance.effective_shrinkage(self.shrinkage, self.floor, scatter, n)
+        chosen = self._chosen_shrinkage(half, other_half)
+        shrinkage = covariance.effective_shrinkage(chosen, self.floor, scatter, n)
         whitening = covariance.whitening(covariance.shrunk_covariance(scatter, n, k, shrinkage)).to(self.dtype)
         means = moments.means
         center = means.mean(0).to(self.dtype)
@@ -218,6 +240,18 @@ class MahalanobisDetector:
         self.shrinkage_, self.effective_rank_ = shrinkage, covariance.effective_rank(scatter)
         self.n_samples_, self.n_features_in_ = n, d
         return self
+
+    def _chosen_shrinkage(self, half: ClassMoments, other_half: ClassMoments | None) -> str | float:
+        if self.shrinkage != "likelihood":
+            return self.shrinkage
+        if other_half is None:
+            raise InputError(
+                "shrinkage='likelihood' is chosen between two halves of the rows, which moments of all of them are not: pass "
+                "the second half's as other_half=, or fit on the vectors"
+            )
+        return covariance.likelihood_shrinkage(
+            half.within_scatter(), half.n_samples, other_half.within_scatter(), other_half.n_samples, half.n_classes
+        )
 
 
 def check_factor(factor: float) -> None:

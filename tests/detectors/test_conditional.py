@@ -41,8 +41,9 @@ def test_the_chain_rule(g, k, seed, shrinkage):
     probe = data(seed=seed + 1)[0]
     settings = {**PLAIN, "shrinkage": shrinkage}
     detector = ConditionalMahalanobis(g, **settings).fit(x, y)
-    given_part, rest_part = detector.sq_distances(probe)
+    given_part, rest_part = detector.part_sq_distances(probe)
     joint = MahalanobisDetector(**settings).fit(x, y)
+    assert torch.equal(detector.sq_distances(probe), rest_part)
     torch.testing.assert_close(given_part + rest_part, joint.sq_distances(probe), rtol=1e-9, atol=1e-9)
     assert torch.equal(detector.score(probe), rest_part.min(1).values)
     assert given_part.shape == rest_part.shape == (len(probe), k)
@@ -59,7 +60,7 @@ def test_the_given_part_is_of_the_jointly_shrunk_covariance():
     cov = centred.T @ centred / (len(x) - 1)
     cov = 0.7 * cov + 0.3 * np.trace(cov) / 7 * np.eye(7)
     expected = np.einsum("ij,ji->i", centred[:, :3], np.linalg.solve(cov[:3, :3], centred[:, :3].T))
-    np.testing.assert_allclose(detector.sq_distances(x)[0][:, 0], expected, rtol=1e-8)
+    np.testing.assert_allclose(detector.part_sq_distances(x)[0][:, 0], expected, rtol=1e-8)
 
 
 def test_a_rest_that_does_not_follow_from_its_given_is_strange_though_each_part_is_not():
@@ -89,7 +90,7 @@ def test_a_far_given_part_costs_the_rest_no_digits():
 
 @pytest.mark.parametrize("n_given", [0, -1, 1.5, True, "3"])
 def test_the_split_is_checked(n_given):
-    with pytest.raises(InputError, match=r"n_given=.*expected a whole number from 1"):
+    with pytest.raises(InputError, match=r"n_given=.*expected a whole number from 1, or None"):
         ConditionalMahalanobis(n_given)
 
 
@@ -104,6 +105,32 @@ def test_a_rest_is_needed():
         ConditionalMahalanobis.from_state(state, n_given=7)
 
 
+def test_the_split_is_in_the_middle_unless_it_is_said():
+    x, y = data(g=4, r=4, k=2)
+    half, said = ConditionalMahalanobis().fit(x, y), ConditionalMahalanobis(4).fit(x, y)
+    assert half.n_given_ == said.n_given_ == 4
+    assert torch.equal(half.sq_distances(x), said.sq_distances(x))
+    assert half.clone().n_given is None
+    streamed = ConditionalMahalanobis.from_moments(ClassMoments(8, 2).update(x, y))
+    torch.testing.assert_close(streamed.score(x), said.score(x))
+    loaded = ConditionalMahalanobis.from_state(half.state_tensors())
+    assert torch.equal(loaded.score(x), half.score(x))
+    odd, _ = data()
+    with pytest.raises(MismatchError, match="x: expected an even number of features for two halves, got 7"):
+        ConditionalMahalanobis().fit(odd)
+    with pytest.raises(FormatError, match="whitening: expected an even number of features for two halves, got 7"):
+        ConditionalMahalanobis.from_state(MahalanobisDetector().fit(odd).state_tensors())
+
+
+def test_parts_of_vectors_that_are_all_longer_by_one_factor_stay_the_same():
+    x, _ = data(n=600)
+    detector = ConditionalMahalanobis(3, dtype=torch.float64).fit(x)
+    scaled = detector.scaled(8.0)
+    assert (scaled.n_given_, scaled.shrinkage_) == (3, detector.shrinkage_)
+    for part, same in zip(scaled.part_sq_distances(8 * x), detector.part_sq_distances(x), strict=True):
+        torch.testing.assert_close(part, same, rtol=1e-9, atol=1e-9)
+
+
 def test_settings_are_checked_and_cloned():
     with pytest.raises(InputError, match="floor=2"):
         ConditionalMahalanobis(1, floor=2)
@@ -116,6 +143,6 @@ def test_both_parts_are_infinite_only_for_what_they_see():
     detector = ConditionalMahalanobis(3).fit(x)
     rest_bad, given_bad = x[:2].copy()
     rest_bad[5], given_bad[0] = np.nan, np.inf
-    given_part, rest_part = detector.sq_distances(np.stack([rest_bad, given_bad]))
+    given_part, rest_part = detector.part_sq_distances(np.stack([rest_bad, given_bad]))
     assert given_part[:, 0].isfinite().tolist() == [True, False]
     assert rest_part[:, 0].tolist() == [np.inf, np.inf]

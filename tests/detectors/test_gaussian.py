@@ -57,6 +57,16 @@ def test_single_gaussian_fits_an_empty_class():
     assert SingleGaussian.from_moments(moments).class_counts_.tolist() == [300]
 
 
+def test_single_gaussian_pools_the_halves_that_the_likelihood_is_between():
+    x, y = data()
+    # Each half has rows of one class alone.
+    halves = [ClassMoments(6, 2).update(x[y == c], y[y == c]) for c in range(2)]
+    pooled = [ClassMoments(6).update(x[y == c]) for c in range(2)]
+    made, same = (SingleGaussian.from_moments(a, other_half=b, shrinkage="likelihood") for a, b in (halves, pooled))
+    assert made.shrinkage_ == same.shrinkage_
+    torch.testing.assert_close(made.score(x), same.score(x))
+
+
 # Unit vectors.
 
 
