@@ -146,3 +146,10 @@ def test_both_parts_are_infinite_only_for_what_they_see():
     given_part, rest_part = detector.part_sq_distances(np.stack([rest_bad, given_bad]))
     assert given_part[:, 0].isfinite().tolist() == [True, False]
     assert rest_part[:, 0].tolist() == [np.inf, np.inf]
+
+
+def test_to_moves_what_scores_as_well():
+    x, _ = data()
+    moved = ConditionalMahalanobis(3).fit(x).to("meta")
+    assert moved.score(x).is_meta
+    assert all(part.is_meta for part in moved.part_sq_distances(x))
