@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rm-ood {arguments.command}: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt as stopped:
-        print(f"rm-ood {arguments.command}: interrupted; {stopped or 'nothing was written'}", file=sys.stderr)
+        print(f"rm-ood {arguments.command}: interrupted; {str(stopped) or 'nothing was written'}", file=sys.stderr)
         return 130
     if arguments.json:
         print(json.dumps(result["json"], allow_nan=False))
