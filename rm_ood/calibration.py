@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rm_ood.channels import AXES, REWARD, Channel
+from rm_ood.channels import AXES, REWARD, SPANS, Channel
 from rm_ood.conformal import (
     ALL,
     Floats,
@@ -328,7 +328,7 @@ def _axis_key(axis: str) -> str:
 
 
 def _span(channel: str, lengths: Ints) -> Ints:
-    return lengths[:, AXES.index(Channel.parse(channel).axis)]
+    return lengths[:, SPANS.index(Channel.parse(channel).span)]
 
 
 def _axis_scores(z: dict[str, Floats], joined: tuple[str, ...]) -> dict[str, Floats]:

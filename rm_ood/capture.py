@@ -38,7 +38,8 @@ class Captured:
     """What one forward pass left behind.
 
     Attributes:
-        vectors: channel name -> (B, H) in float32 (`final` in the model's dtype), detached.
+        vectors: channel name -> (B, H), or (B, 2H) on the axis `response_given_prompt`, in float32 (`final` in the model's
+            dtype), detached.
         rewards: (B,) as the model returned them.
         mismatch: (B,) bool: the head's own output at the read-out position is not the returned reward.
         turns: (B, K, H) what the head read at further columns, where they were asked for.

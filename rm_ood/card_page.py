@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rm_ood.channels import AXES, Channel
 from rm_ood.markup import Markup, Text, bullets, escaped, fact_table, table, whole_page
 
 
@@ -34,7 +35,8 @@ _STYLE = (
 
 
 def _summary(name: str, values: dict[str, Any]) -> str:
-    axes = sorted({"prompt" if channel.startswith("prompt/") else "response" for channel in values["channels"]})
+    judged = {Channel.parse(channel).axis for channel in values["channels"]}
+    axes = [_words(axis) for axis in AXES if axis in judged]
     watched = f"A guard of the {' and the '.join(axes)} for {name}, by the channels {', '.join(values['channels'])}. "
     cal = values["calibration"]
     if cal is None:
@@ -182,10 +184,14 @@ def _doctor(found: dict[str, Any] | None) -> str:
     if found is None:
         return "<p>Not examined. The doctor plants known shifts and says which are caught and which are not.</p>"
     clean = found["clean"]
-    rows = [_planted("nothing", "-", clean["n"], clean["flagged"], None, None)]
-    rows += [_planted(s["name"], s["side"], s["n"], s["flagged"], s["auroc"], s["caught"]) for s in found["shifts"]]
+    axes = [axis for axis in AXES if axis in clean["flagged"]]
+    rows = [_planted("nothing", "-", clean["n"], clean["flagged"], axes, None, None)]
+    rows += [
+        _planted(s["name"], s["side"], s["n"], s["flagged"], axes, s["auroc"], s["caught"]) for s in found["shifts"]
+    ]
     head = (
-        "planted", Text("side"), "items", "flagged", "95 % interval", "prompt axis", "response axis", "AUROC", "caught",
+        "planted", Text("side"), "items", "flagged", "95 % interval", *(f"{_words(axis)} axis" for axis in axes), "AUROC",
+        "caught",
     )  # fmt: skip
     return (
         f"<p>Caught: {escaped('; '.join(found['caught']) or 'none')}.</p>"
@@ -196,10 +202,15 @@ def _doctor(found: dict[str, Any] | None) -> str:
 
 
 def _planted(
-    name: str, side: str, n: int, flagged: dict[str, Any], area: float | None, caught: bool | None
+    name: str,
+    side: str,
+    n: int,
+    flagged: dict[str, Any],
+    axes: list[str],
+    area: float | None,
+    caught: bool | None,
 ) -> list[Any]:
     share = flagged["combined"]
-    axes = [flagged[axis] for axis in ("prompt", "response")]
     word = (
         ""
         if caught is None
@@ -211,7 +222,7 @@ def _planted(
         n,
         _percent(share["share"]),
         f"{100 * share['low']:.0f} to {100 * share['high']:.0f} %",
-        *("-" if axis is None else _percent(axis["share"]) for axis in axes),
+        *("-" if flagged[axis] is None else _percent(flagged[axis]["share"]) for axis in axes),
         "-" if area is None else f"{area:.2f}",
         word,
     ]
@@ -262,6 +273,10 @@ def _rate(cell: dict[str, Any]) -> list[str]:
     if cell["rate"] is None:
         return ["-", "-"]
     return [_percent(cell["rate"]), f"{100 * cell['low']:.1f} to {100 * cell['high']:.1f} %"]
+
+
+def _words(axis: str) -> str:
+    return axis.replace("_", " ")
 
 
 def _percent(value: float) -> str:

@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from rm_ood.calibration import CalibrationTable, Profile, Ranking
-from rm_ood.channels import AXES, FINAL, Channel
+from rm_ood.channels import FINAL, SPANS, Channel
 from rm_ood.config import GuardConfig
 from rm_ood.conformal import ALL, Pool, false_alarm_interval, guaranteed_rank
+from rm_ood.detectors.conditional import ConditionalMahalanobis
+from rm_ood.detectors.mahalanobis import MahalanobisDetector
 from rm_ood.power import BATCH_LEVEL, BATCH_POWER, batch_shift, batch_size, item_shift, share_interval, spread
 from rm_ood.state import FittedState
 
@@ -25,6 +27,7 @@ _SMALL_SHIFT = 0.3
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _CLASSES = "class-conditional Mahalanobis, tied covariance"
 _ONE_CLASS = "Mahalanobis, one Gaussian"
+_CONDITIONAL = "Mahalanobis of the response given the prompt, one Gaussian of both"
 
 
 def card_values(state: FittedState) -> dict[str, Any]:
@@ -37,7 +40,7 @@ def card_values(state: FittedState) -> dict[str, Any]:
             "classes": len(d.classes_),
             "samples": d.n_samples_,
             "samples_per_feature": round(d.n_samples_ / d.n_features_in_, 2),
-            "estimator": _ONE_CLASS if len(d.classes_) == 1 else _CLASSES,
+            "estimator": _estimator(d),
             "shrinkage_rule": c.shrinkage,
             "shrinkage": round(d.shrinkage_, 6),
             "floor": c.floor,
@@ -69,6 +72,12 @@ def card_values(state: FittedState) -> dict[str, Any]:
         "doctor": record.get("doctor"),
         "fingerprint": dict(sorted(state.identity.fields.items())),
     }
+
+
+def _estimator(detector: MahalanobisDetector) -> str:
+    if isinstance(detector, ConditionalMahalanobis):
+        return _CONDITIONAL
+    return _ONE_CLASS if len(detector.classes_) == 1 else _CLASSES
 
 
 @dataclass(frozen=True)
@@ -151,14 +160,14 @@ def _length_correlation(seen: _Seen) -> dict[str, Any]:
 
     Channels go with the span of their own axis. Below `chance` in size is what unrelated numbers show (95 %).
     """
-    spans = dict(zip(AXES, seen.lengths.T, strict=True))
+    spans = dict(zip(SPANS, seen.lengths.T, strict=True))
     return {
         "n": len(seen.raw),
         "chance": 1.96 / math.sqrt(max(len(seen.raw) - 1, 1)),
         "channels": {
             name: {
-                "raw": _spearman(seen.raw[:, i], spans[Channel.parse(name).axis]),
-                "standardised": _spearman(seen.ranking.z[name], spans[Channel.parse(name).axis]),
+                "raw": _spearman(seen.raw[:, i], spans[Channel.parse(name).span]),
+                "standardised": _spearman(seen.ranking.z[name], spans[Channel.parse(name).span]),
             }
             for i, name in enumerate(seen.channels)
         },

@@ -2,7 +2,9 @@
 
 A channel is (axis, layer, pooling), written `axis/pooling@layer`: `response/mean@0.67` is the mean over the response's
 tokens at the output of block round(0.67 L). Two names are short: `final` is the tensor that enters the reward head at
-the read-out position (what the reward is computed from), and `reward` is the reward itself.
+the read-out position (what the reward is computed from), and `reward` is the reward itself. On the axis
+`response_given_prompt` a vector is two side by side, the prompt's and the response's of the same layer: `mean` of both
+spans, or `readout` with the prompt's end before it.
 """
 
 from __future__ import annotations
@@ -13,12 +15,15 @@ from dataclasses import dataclass
 
 from rm_ood.errors import InputError
 
-AXES = ("prompt", "response")
+# What has tokens of its own; span lengths are in this order.
+SPANS = ("prompt", "response")
+GIVEN_PROMPT = "response_given_prompt"
+AXES = (*SPANS, GIVEN_PROMPT)
 POOLINGS = ("readout", "prompt_end", "mean")
 FINAL = "final"
 REWARD = "reward"
 # Span means two thirds up the stack beside what the head reads: chosen in benchmarks/README.md, "Channels".
-DEFAULT_CHANNELS = (FINAL, "prompt/mean@0.67", "response/mean@0.67")
+DEFAULT_CHANNELS = (FINAL, "prompt/mean@0.67", "response/mean@0.67", f"{GIVEN_PROMPT}/mean@0.67")
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Channel:
     """One vector (or the reward) that is scored.
 
     Args:
-        axis: `"prompt"` or `"response"`.
+        axis: `"prompt"`, `"response"` or `"response_given_prompt"`.
         layer: `"final"` (the tensor that enters the head), a fraction of the depth in (0, 1] (the output of block
             round(fraction * L)), or a negative index (-1: output of the last block).
         pooling: `"readout"`, `"prompt_end"`, `"mean"` over the axis' tokens, or `"reward"`.
@@ -57,15 +62,27 @@ class Channel:
             raise InputError(f"channel {text!r} is not known. {_SYNTAX}")
         if pooling == "readout" and axis == "prompt":
             raise InputError(f"channel {text!r}: the read-out token belongs to the response axis. {_SYNTAX}")
+        if pooling == "prompt_end" and axis == GIVEN_PROMPT:
+            raise InputError(f"channel {text!r}: this axis takes mean, or readout beside the prompt's end. {_SYNTAX}")
         return cls(axis, _parse_layer(text, layer_text), pooling)
 
     def __str__(self) -> str:
         if self.pooling == REWARD:
             return REWARD
-        if self.pooling == "readout" and self.layer == FINAL:
+        if self.axis == "response" and self.pooling == "readout" and self.layer == FINAL:
             return FINAL
         at = "" if self.layer == FINAL else f"@{self.layer}"
         return f"{self.axis}/{self.pooling}{at}"
+
+    @property
+    def span(self) -> str:
+        """Whose tokens the score goes with: the prompt's for the prompt axis, else the response's."""
+        return "prompt" if self.axis == "prompt" else "response"
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether a vector of the prompt is in it."""
+        return self.axis != "response"
 
     def block(self, n_blocks: int) -> int:
         """Index of the block, from 0, whose output this channel reads in a stack of `n_blocks`."""
@@ -130,5 +147,6 @@ def resolve_channels(channels: str | Channel | Iterable[str | Channel], axes: It
 
 _SYNTAX = (
     "Write 'final', 'reward' or 'axis/pooling@layer', for example 'response/mean@0.67' or 'prompt/prompt_end'; "
-    "axis: prompt, response; pooling: readout, prompt_end, mean; layer: a fraction in (0, 1] or a negative index."
+    "axis: prompt, response, response_given_prompt; pooling: readout, prompt_end, mean; layer: a fraction in (0, 1] or a "
+    "negative index."
 )

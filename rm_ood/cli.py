@@ -430,7 +430,11 @@ def _settings(parser: argparse.ArgumentParser) -> None:
     # Absent unless given: the defaults are GuardConfig's.
     add = partial(group.add_argument, default=argparse.SUPPRESS)
     add("--channels", help="default, final, or a list such as final,response/mean@0.67")
-    add("--axes", type=lambda text: tuple(text.split(",")), help="prompt,response (default), or one of them")
+    add(
+        "--axes",
+        type=lambda text: tuple(text.split(",")),
+        help="some of prompt,response (default) and response_given_prompt",
+    )
     add("--detector", choices=["mahalanobis"], help="default: mahalanobis")
     add("--alpha", type=float, help="tolerated false-alarm rate per item (default: 0.01)")
     add("--confidence", type=_confidence, help="that the rate is kept; 'none' keeps it on average (default: 0.95)")
@@ -444,7 +448,7 @@ def _settings(parser: argparse.ArgumentParser) -> None:
     add("--reward", help="which output is the reward: auto (default), logits:i, end_scores, ...")
     add("--read-out", choices=["auto", "non_pad", "last_token", "before_pad", "first"], help="default: auto")
     add("--prompt-pass", action="store_true", help="judge the prompt in a second, prompt-only forward")
-    add("--shrinkage", type=_shrinkage, help="oas (default) or a coefficient in [0, 1]")
+    add("--shrinkage", type=_shrinkage, help="oas (default), likelihood, or a coefficient in [0, 1]")
     add("--floor", type=float, help="smallest eigenvalue as a share of the mean one (default: 1e-4)")
     add("--text-format", choices=["auto", "chat", "pair", "plain"], help="default: auto, settled by the data")
     add("--split-special-tokens", action="store_true", help="read typed special tokens as text")
@@ -465,7 +469,7 @@ def _confidence(text: str) -> float | None:
 
 
 def _shrinkage(text: str) -> float | str:
-    return text if text == "oas" else float(text)
+    return text if text in ("oas", "likelihood") else float(text)
 
 
 if __name__ == "__main__":

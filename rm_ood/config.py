@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
-from rm_ood.channels import resolve_channels
+from rm_ood.channels import GIVEN_PROMPT, Channel, resolve_channels
+from rm_ood.covariance import SHRINKAGES
+from rm_ood.detectors.conditional import ConditionalMahalanobis
+from rm_ood.detectors.mahalanobis import MahalanobisDetector
 from rm_ood.errors import InputError
 from rm_ood.readers import READ_OUTS
 from rm_ood.text import FORMATS, ON_TOO_LONG
@@ -19,7 +22,7 @@ class GuardConfig:
     """Settings of `OODGuard`; the constructor's keywords are these fields.
 
     Attributes:
-        axes: what is judged: `"prompt"`, `"response"`.
+        axes: what is judged: `"prompt"`, `"response"`, `"response_given_prompt"` (is the response strange for this prompt).
         channels: names of the channels that are joined into the verdict (see `rm_ood.channels`).
         detector: `"mahalanobis"`.
         alpha: tolerated false-alarm rate per item, a fraction in (0, 1).
@@ -38,8 +41,10 @@ class GuardConfig:
         read_out: rule for the read-out position: `"auto"` (of the model's class), `"non_pad"`, `"last_token"`,
             `"before_pad"`, `"first"` (see `rm_ood.reward_model.read_out_positions`).
         prompt_pass: judge the prompt in a second, prompt-only forward; strict for encoders, whose one pass lets the prompt's
-            vectors see the response. Costs a forward over the prompt.
-        shrinkage: `"oas"` or a fixed coefficient in [0, 1].
+            vectors see the response. `response_given_prompt` then takes the prompt's part from there. Costs a forward over
+            the prompt.
+        shrinkage: `"oas"`, `"likelihood"` (under which each half of the fit prompts is the likeliest given the other; keeps
+            two sets of moments while it fits), or a fixed coefficient in [0, 1].
         floor: smallest eigenvalue of the covariance as a share of its mean eigenvalue.
         text_format: `"auto"`, `"chat"`, `"pair"` or `"plain"` (see `rm_ood.text`); `"auto"` is settled by `fit`.
         split_special_tokens: read special tokens that users typed as ordinary text (pair and plain formats).
@@ -93,7 +98,9 @@ class GuardConfig:
             "a fraction in (0, 1) or None",
         )
         _require(self.detector == "mahalanobis", "detector", self.detector, "'mahalanobis'")
-        _require(_is_shrinkage(self.shrinkage), "shrinkage", self.shrinkage, "'oas' or a number in [0, 1]")
+        _require(
+            _is_shrinkage(self.shrinkage), "shrinkage", self.shrinkage, "'oas', 'likelihood' or a number in [0, 1]"
+        )
         _require(_is_number(self.floor) and 0 <= self.floor <= 1, "floor", self.floor, "a number in [0, 1]")
         for name in ("batch_size", "max_calibration", "max_chars"):
             value = getattr(self, name)
@@ -123,6 +130,10 @@ class GuardConfig:
     def joined(self) -> tuple[str, ...]:
         """Channels that make the verdict, `final` first where it is among them."""
         return tuple(self.channels)
+
+    def detector_type(self, channel: str) -> type[MahalanobisDetector]:
+        """The detector of a channel, by its name."""
+        return ConditionalMahalanobis if Channel.parse(channel).axis == GIVEN_PROMPT else MahalanobisDetector
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -161,7 +172,7 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_shrinkage(value: Any) -> bool:
-    return value == "oas" if isinstance(value, str) else _is_number(value) and 0 <= value <= 1
+    return value in SHRINKAGES if isinstance(value, str) else _is_number(value) and 0 <= value <= 1
 
 
 def _require(holds: bool, name: str, value: Any, wanted: str) -> None:

@@ -38,7 +38,7 @@ class ChannelDecision:
 
 @dataclass(frozen=True)
 class AxisDecision:
-    """The prompt's or the response's verdict; `is_ood` is this axis alone at alpha, for attribution."""
+    """The verdict on the prompt, the response, or the response given the prompt; `is_ood` is this axis alone at alpha."""
 
     ood_score: float
     p_value: float

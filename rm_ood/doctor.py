@@ -18,7 +18,7 @@ from scipy import stats
 from tqdm.auto import tqdm
 
 from rm_ood.canaries import EVERYDAY
-from rm_ood.channels import AXES
+from rm_ood.channels import GIVEN_PROMPT, SPANS
 from rm_ood.decision import Decisions
 from rm_ood.dialogue import check_prompt, check_response
 from rm_ood.errors import CalibrationWarning, InputError
@@ -34,7 +34,8 @@ RULE = "caught: at least half of the items that pass clean are flagged after the
 _FEW = 20
 # Binomial p-value of the clean items' flags under which they are not what the guard was calibrated on.
 _FOREIGN = 1e-3
-_SIDES = (("prompt",), ("response",), AXES)
+_SHORT = {"prompt": "prompt", "response": "resp.", GIVEN_PROMPT: "given"}
+_SIDES = (("prompt",), ("response",), SPANS)
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Findings:
         return _by_shift([row for row in self.planted if not row.caught])
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able values; an axis that the guard does not judge is None."""
+        """JSON-able values; of prompt and response, the one that the guard does not judge is None."""
         return {
             "items": self.items,
             "seed": self.seed,
@@ -144,7 +145,8 @@ class Findings:
         }
 
     def __str__(self) -> str:
-        head = f"{'planted':<30}{'n':>4}{'flagged':>9}{'95 % interval':>17}{'prompt':>8}{'resp.':>8}{'AUROC':>7}"
+        axes = "".join(f"{_SHORT[axis]:>8}" for axis in _axes(self.clean))
+        head = f"{'planted':<30}{'n':>4}{'flagged':>9}{'95 % interval':>17}{axes}{'AUROC':>7}"
         lines = [head, "-" * len(head), _line("nothing (clean items)", self.clean, None)]
         lines += [_line(f"{row.name}, {row.side}", row.flagged, row.auroc) for row in self.planted]
         lines += ["", *(f"Note: {note}" for note in self.notes)]
@@ -215,7 +217,7 @@ def plant(
     p = float(stats.binom.sf(shares["combined"].count - 1, len(pairs), alpha))
     notes = [
         *_notes(shares, p, alpha),
-        *(f"the guard does not judge the {a} by itself" for a in AXES if a not in shares),
+        *(f"the guard does not judge the {a} by itself" for a in SPANS if a not in shares),
     ]
     if OTHER_SCRIPT not in shifts:
         notes.append("other script: the items hold every script that could be planted")
@@ -278,12 +280,17 @@ def _by_shift(rows: Sequence[Planted]) -> tuple[str, ...]:
 
 
 def _flagged(shares: dict[str, Share]) -> dict[str, Any]:
-    return {name: shares[name].to_dict() if name in shares else None for name in ("combined", *AXES)}
+    return {name: shares[name].to_dict() if name in shares else None for name in ("combined", *_axes(shares))}
+
+
+def _axes(shares: dict[str, Share]) -> tuple[str, ...]:
+    """Prompt and response, judged or not, then what else is judged."""
+    return (*SPANS, *(name for name in shares if name not in ("combined", *SPANS)))
 
 
 def _line(label: str, flagged: dict[str, Share], area: float | None) -> str:
     low, high = share_interval(flagged["combined"].count, flagged["combined"].n)
-    axes = "".join(f"{f'{100 * flagged[axis].share:.0f} %' if axis in flagged else '-':>8}" for axis in AXES)
+    axes = "".join(f"{f'{100 * flagged[axis].share:.0f} %' if axis in flagged else '-':>8}" for axis in _axes(flagged))
     share = f"{100 * flagged['combined'].share:.0f} %"
     interval = f"{100 * low:.0f} to {100 * high:.0f} %"
     tail = f"{'-' if area is None else f'{area:.2f}':>7}"

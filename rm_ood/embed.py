@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rm_ood.capture import Capture, Captured
-from rm_ood.channels import FINAL, Channel
+from rm_ood.channels import FINAL, GIVEN_PROMPT, Channel
 from rm_ood.config import GuardConfig
 from rm_ood.reward_model import check_padding, eval_mode, pad_id, text_config
 from rm_ood.text import Encoded, TextEncoder
@@ -24,7 +24,7 @@ class Embedded:
     """Channel vectors of a batch of items and what happened on the way.
 
     Attributes:
-        vectors: channel -> (n, H).
+        vectors: channel -> (n, H); (n, 2H) on the axis `response_given_prompt`.
         rewards: (n,) float64; NaN where none came.
         lengths: (n, 2) int: tokens in the prompt's and the response's span; None where the spans are not known.
         failed: n reason codes for items whose vectors cannot be trusted, or None.
@@ -98,10 +98,14 @@ class Embedder:
     def _embed(self, items: list[Encoded], text: TextEncoder) -> Embedded:
         with eval_mode(self.model, switch=self.config.eval_mode == "switch"), torch.inference_mode():
             captured = self._forward(items, text)
-            mine = [name for name in captured.vectors if Channel.parse(name).axis == "prompt"]
+            mine = [name for name in captured.vectors if Channel.parse(name).reads_prompt]
             if self.config.prompt_pass and mine:
-                alone = self._forward([item.prompt_only() for item in items], text)
-                captured.vectors.update({name: alone.vectors[name] for name in mine})
+                alone = self._forward([item.prompt_only() for item in items], text).vectors
+                for name in mine:
+                    both, prompt = captured.vectors[name], alone[name]
+                    # The response's half sees the prompt, as it should.
+                    width = prompt.shape[1] // (2 if Channel.parse(name).axis == GIVEN_PROMPT else 1)
+                    captured.vectors[name] = torch.cat([prompt[:, :width], both[:, width:]], 1)
         return embedded(captured, *span_facts(items))
 
     def _forward(self, items: list[Encoded], text: TextEncoder) -> Captured:

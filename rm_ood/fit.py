@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 from rm_ood.calibration import CalibrationTable, split_parts
 from rm_ood.channels import FINAL, REWARD
 from rm_ood.config import GuardConfig
-from rm_ood.detectors.mahalanobis import MahalanobisDetector
 from rm_ood.dialogue import response_text
 from rm_ood.embed import Embedded, Embedder
 from rm_ood.errors import (
@@ -28,7 +27,16 @@ from rm_ood.errors import (
     NonFiniteError,
     TokenisationWarning,
 )
-from rm_ood.fitting import WINDOW_BATCHES, CalibrationReservoir, DuplicateSketch, FitMoments, Kept, KeySet, windows
+from rm_ood.fitting import (
+    WINDOW_BATCHES,
+    CalibrationReservoir,
+    DuplicateSketch,
+    FitMoments,
+    Kept,
+    KeySet,
+    in_other_half,
+    windows,
+)
 from rm_ood.identity import Identity
 from rm_ood.preferences import (
     CHOSEN,
@@ -189,7 +197,10 @@ class Fitter:
             self.counts["fit_items"] += len(fit)
             labels = torch.tensor([work[i].item.label or 0 for i in fit])
             first = torch.tensor([work[i].first for i in fit])
-            self.moments.update({n: x[fit] for n, x in part.vectors.items()}, part.rewards[fit], labels, first)
+            other = None
+            if self.config.shrinkage == "likelihood":
+                other = torch.tensor([in_other_half(work[i].key, self.config.seed) for i in fit])
+            self.moments.update({n: x[fit] for n, x in part.vectors.items()}, part.rewards[fit], labels, first, other)
         # Items come with their spans here, always.
         lengths = np.zeros((len(work), 2), dtype=np.int64) if part.lengths is None else part.lengths
         for i in good:
@@ -239,10 +250,11 @@ class Fitter:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             detectors = {
-                name: MahalanobisDetector.from_moments(
+                name: self.config.detector_type(name).from_moments(
                     moments,
                     shrinkage=self.config.shrinkage,  # type: ignore[arg-type]
                     floor=self.config.floor,
+                    other_half=self.moments.other_half.get(name),
                 )
                 for name, moments in self.moments.channels.items()
             }
@@ -269,19 +281,15 @@ class Fitter:
             record={
                 **self.counts,
                 "fit_prompts": len(self.fit_keys),
-                "class_counts": dict(zip(CLASSES, self._class_counts(), strict=False)),
+                "class_counts": dict(zip(CLASSES, self.moments.class_counts(), strict=False)),
                 "duplicate_share": round(self.duplicates.share, 4),
                 "notes": notes,
                 "ends": self.ends.record(),
             },
         )
 
-    def _class_counts(self) -> list[int]:
-        response = next(m for m in self.moments.channels.values() if m.n_classes == self.moments.n_classes)
-        return [int(count) for count in response.counts]
-
     def _check_classes(self) -> None:
-        counts = self._class_counts()
+        counts = self.moments.class_counts()
         missing = [name for name, count in zip(CLASSES, counts, strict=False) if count == 0]
         if missing:
             raise CalibrationError(

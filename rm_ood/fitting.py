@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rm_ood.channels import Channel
+from rm_ood.channels import FINAL, Channel
 from rm_ood.moments import ClassMoments
 from rm_ood.preferences import stable_hash
 
@@ -141,26 +141,57 @@ class DuplicateSketch:
         return 1 - len(self._counts) / total if total else 0.0
 
 
+def in_other_half(key: int, seed: int) -> bool:
+    """Which half of the fit prompts one is in, by a hash of its own: of the split's, fit prompts have the upper part."""
+    return stable_hash(f"half {key:016x}", seed) & 1 == 1
+
+
 @dataclass
 class FitMoments:
-    """Moments per channel: the responses' by class, each distinct prompt's once, and the reward's."""
+    """Moments per channel: the responses' by class, each distinct prompt's once, those of both side by side as one class;
+    and the reward's.
+
+    Attributes:
+        n_classes: of the responses.
+        channels: of all prompts, or of those of one half where halves are kept apart; `other_half`: of the others.
+    """
 
     n_classes: int
     channels: dict[str, ClassMoments] = field(default_factory=dict)
+    other_half: dict[str, ClassMoments] = field(default_factory=dict)
     reward: ClassMoments = field(default_factory=lambda: ClassMoments(1, 1))
 
-    def update(self, vectors: dict[str, Tensor], rewards: NDArray[np.float64], labels: Tensor, first: Tensor) -> None:
-        """Add a batch: vectors (n, H) per channel, rewards (n,), labels (n,) int, first (n,) bool (new prompt)."""
+    def update(
+        self,
+        vectors: dict[str, Tensor],
+        rewards: NDArray[np.float64],
+        labels: Tensor,
+        first: Tensor,
+        other: Tensor | None = None,
+    ) -> None:
+        """Add a batch: vectors (n, H) per channel, rewards (n,), labels (n,) int, first (n,) bool (new prompt).
+
+        Args:
+            other: (n,) bool, rows of the other half; None keeps no halves apart.
+        """
+        halves = [(self.channels, None)] if other is None else [(self.channels, ~other), (self.other_half, other)]
         for name, x in vectors.items():
-            is_prompt = Channel.parse(name).axis == "prompt"
-            if name not in self.channels:
-                self.channels[name] = ClassMoments(x.shape[1], 1 if is_prompt else self.n_classes, device=x.device)
-            moments = self.channels[name]
-            if is_prompt:
-                moments.update(x[first.to(x.device)])
-            else:
-                moments.update(x, labels.to(x.device) if self.n_classes > 1 else None)
+            axis = Channel.parse(name).axis
+            for kept, rows in halves:
+                if name not in kept:
+                    n_classes = self.n_classes if axis == "response" else 1
+                    kept[name] = ClassMoments(x.shape[1], n_classes, device=x.device)
+                if axis == "prompt":
+                    rows = first if rows is None else first & rows
+                mine, classes = (x, labels) if rows is None else (x[rows.to(x.device)], labels[rows])
+                kept[name].update(mine, classes.to(x.device) if kept[name].n_classes > 1 else None)
         self.reward.update(torch.from_numpy(rewards)[:, None])
+
+    def class_counts(self) -> list[int]:
+        """Responses of each class."""
+        halves = [half[FINAL].counts for half in (self.channels, self.other_half) if half]
+        counts: list[int] = torch.stack(halves).sum(0).tolist()
+        return counts
 
 
 def windows(items: Iterator[T], size: int) -> Iterator[list[T]]:

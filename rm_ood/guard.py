@@ -53,7 +53,8 @@ class OODGuard:
     Args:
         model: a transformers sequence-classification reward model in eval mode; None for a guard that gets vectors.
         tokenizer: its fast tokenizer; None as for the model.
-        axes: what is judged, `"prompt"` and/or `"response"`.
+        axes: what is judged, some of `"prompt"`, `"response"` and `"response_given_prompt"` (is the response strange for this
+            prompt).
         channels: `"default"`, `"final"` (what the head reads, and nothing else), or a list (see `rm_ood.channels`).
         detector: `"mahalanobis"`, or a `MahalanobisDetector` whose shrinkage and floor every channel takes.
         alpha: tolerated false-alarm rate per item, a fraction in (0, 1).
@@ -291,7 +292,8 @@ class OODGuard:
         """Verdicts on vectors that came from elsewhere (an inference engine, a file); no model needed.
 
         Args:
-            embeddings: (n, H) array or tensor for the channel `final`, or channel -> (n, H).
+            embeddings: (n, H) array or tensor for the channel `final`, or channel -> (n, H); a vector on the axis
+                `response_given_prompt` is the prompt's and the response's side by side, (n, 2H).
             rewards: (n,) rewards, or None.
             lengths: (n, 2) tokens in the prompt's and the response's span, or None: then the standardisation leaves length
                 out, for these vectors and for the calibration alike.

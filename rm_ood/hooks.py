@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rm_ood.channels import FINAL, Channel
+from rm_ood.channels import FINAL, GIVEN_PROMPT, Channel
 from rm_ood.errors import InputError
 from rm_ood.spans import Spans
 
@@ -107,16 +107,25 @@ def _read_head(request: Request, channels: Mapping[str, Channel], shift: int, hi
 
 
 def _pool(hidden: Tensor, positions: Tensor, spans: Spans, channel: Channel) -> Tensor:
-    """One float32 vector per row of (B, T, H): at a token, or the mean over a span."""
+    """One float32 vector per row of (B, T, H): at a token, or the mean over a span; of prompt and response side by side."""
     rows = torch.arange(hidden.shape[0], device=hidden.device)
     read_out = hidden[rows, positions.to(hidden.device)].float()
-    if channel.pooling == "readout":
+    is_pair = channel.axis == GIVEN_PROMPT
+    if channel.pooling == "readout" and not is_pair:
         return read_out
-    if channel.pooling == "prompt_end":
+    if channel.pooling != "mean":
         if spans.prompt_end is None:
             raise InputError(f"channel {channel} needs prompt_end, (B,): the last column before the response")
-        return hidden[rows, spans.prompt_end.to(hidden.device)].float()
-    span = spans.prompt_mask if channel.axis == "prompt" else spans.response_mask
+        prompt_end = hidden[rows, spans.prompt_end.to(hidden.device)].float()
+        return torch.cat([prompt_end, read_out], 1) if is_pair else prompt_end
+    if is_pair:
+        masks = [spans.prompt_mask, spans.response_mask]
+    else:
+        masks = [spans.prompt_mask if channel.axis == "prompt" else spans.response_mask]
+    return torch.cat([_span_mean(hidden, mask, read_out, channel) for mask in masks], 1)
+
+
+def _span_mean(hidden: Tensor, span: Tensor | None, read_out: Tensor, channel: Channel) -> Tensor:
     if span is None:
         raise InputError(
             f"channel {channel} needs the spans: pass prompt_end, (B,), the last column before the response"

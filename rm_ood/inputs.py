@@ -35,7 +35,7 @@ def read_inputs(
     Raises:
         InputError: the spans cannot be told, or the guard takes a prompt-only pass.
     """
-    needs_prompt = any(Channel.parse(name).axis == "prompt" for name in config.joined)
+    needs_prompt = any(Channel.parse(name).reads_prompt for name in config.joined)
     if config.prompt_pass and needs_prompt:
         raise InputError(
             "this guard judges prompts in a forward of their own (prompt_pass=True), which a batch of ready-made inputs "

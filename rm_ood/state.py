@@ -289,7 +289,7 @@ class FittedState:
             mean, sd = float(config["reward"]["mean"]), float(config["reward"]["sd"])
             fits, group_names = config["detectors"], list(config["group_names"])
             detectors = {
-                name: MahalanobisDetector.from_state(
+                name: settings.detector_type(name).from_state(
                     _prefixed(tensors, f"channel.{i}."),
                     shrinkage=settings.shrinkage,  # type: ignore[arg-type]
                     floor=settings.floor,

@@ -20,6 +20,8 @@ LAYERS = st.one_of(st.just("final"), st.floats(0, 1, exclude_min=True, allow_sub
         ("prompt/prompt_end", Channel("prompt", "final", "prompt_end")),
         ("prompt/mean@final", Channel("prompt", "final", "mean")),
         ("prompt/mean@1", Channel("prompt", 1.0, "mean")),
+        ("response_given_prompt/mean@0.67", Channel("response_given_prompt", 0.67, "mean")),
+        ("response_given_prompt/readout", Channel("response_given_prompt", "final", "readout")),
     ],
 )
 def test_parse_reads_axis_pooling_and_layer(text: str, channel: Channel) -> None:
@@ -28,10 +30,28 @@ def test_parse_reads_axis_pooling_and_layer(text: str, channel: Channel) -> None
     assert Channel.parse(channel) is channel
 
 
-@given(st.sampled_from(AXES), LAYERS, st.sampled_from(["prompt_end", "mean"]))
-def test_a_channels_text_reads_back_as_the_channel(axis: str, layer: float | int | str, pooling: str) -> None:
+@given(
+    st.sampled_from(
+        [("prompt", "prompt_end"), ("response", "prompt_end"), (AXES[2], "readout"), *((a, "mean") for a in AXES)]
+    ),
+    LAYERS,
+)
+def test_a_channels_text_reads_back_as_the_channel(kind: tuple[str, str], layer: float | int | str) -> None:
+    axis, pooling = kind
     channel = Channel(axis, layer, pooling)
     assert Channel.parse(str(channel)) == channel
+
+
+def test_a_channel_goes_with_a_span_and_reads_the_prompt_or_not() -> None:
+    channels = [Channel.parse(f"{axis}/mean") for axis in ("prompt", "response", "response_given_prompt")]
+    assert [channel.span for channel in channels] == ["prompt", "response", "response"]
+    assert [channel.reads_prompt for channel in channels] == [True, False, True]
+    assert Channel.parse("final").span == Channel.parse("reward").span == "response"
+
+
+def test_the_prompts_end_alone_is_no_pair() -> None:
+    with pytest.raises(InputError, match="takes mean, or readout beside the prompt's end"):
+        Channel.parse("response_given_prompt/prompt_end@0.67")
 
 
 def test_other_spellings_of_a_layer_are_one_channel() -> None:
@@ -78,6 +98,8 @@ def test_the_final_layer_is_no_block() -> None:
 
 def test_default_channels_follow_the_axes() -> None:
     assert resolve_channels("default", AXES) == DEFAULT_CHANNELS
+    assert resolve_channels("default", ("response_given_prompt",)) == ("response_given_prompt/mean@0.67",)
+    assert resolve_channels("default", ("prompt", "response")) == DEFAULT_CHANNELS[:3]
     assert resolve_channels("default", ["prompt"]) == ("prompt/mean@0.67",)
     assert resolve_channels("default", ("response",)) == ("final", "response/mean@0.67")
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rm_ood.config import GuardConfig
+from rm_ood.detectors import ConditionalMahalanobis, MahalanobisDetector
 from rm_ood.errors import InputError
 
 
@@ -75,13 +76,21 @@ def test_axes_are_checked(axes: tuple[str, ...]) -> None:
         GuardConfig(axes=axes)
 
 
+def test_a_channels_name_says_its_detector() -> None:
+    config = GuardConfig()
+    assert config.detector_type("response_given_prompt/mean@0.67") is ConditionalMahalanobis
+    for name in ("final", "response/readout@0.67", "prompt/prompt_end"):
+        assert config.detector_type(name) is MahalanobisDetector
+
+
 def test_every_choice_is_accepted() -> None:
     for name, values in {
         "on_too_long": ("flag", "truncate", "error"),
         "text_format": ("auto", "chat", "pair", "plain"),
         "read_out": ("auto", "non_pad", "last_token", "first"),
         "reward": ("logits", "logits:0", "logits:12"),
-        "shrinkage": (0, 0.5, 1, "oas"),
+        "shrinkage": (0, 0.5, 1, "oas", "likelihood"),
+        "axes": (("response",), ("prompt", "response", "response_given_prompt")),
         "floor": (0, 1),
         "confidence": (None, 0.5),
     }.items():

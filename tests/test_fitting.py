@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rm_ood import fitting
-from rm_ood.fitting import CalibrationReservoir, DuplicateSketch, FitMoments, Kept, KeySet, windows
-from rm_ood.preferences import stable_hash
+from rm_ood.fitting import CalibrationReservoir, DuplicateSketch, FitMoments, Kept, KeySet, in_other_half, windows
+from rm_ood.preferences import hash_fraction, prompt_key, stable_hash
 
 KEYS = st.integers(0, 2**64 - 1)
 
@@ -143,6 +143,39 @@ def test_responses_count_by_class_and_prompts_once() -> None:
     torch.testing.assert_close(prompt.means[0], x["prompt/mean@0.5"][first].double().mean(0))
     assert moments.reward.n_samples == 10
     assert float(moments.reward.means[0, 0]) == 2.5
+
+
+def test_prompt_and_response_side_by_side_count_every_response_as_one_class() -> None:
+    moments, x = FitMoments(2), {"final": torch.randn(3, 4), "response_given_prompt/mean@0.5": torch.randn(3, 8)}
+    moments.update(x, np.ones(3), torch.tensor([0, 1, 1]), torch.tensor([True, False, False]))
+    pair = moments.channels["response_given_prompt/mean@0.5"]
+    assert (pair.n_features, pair.counts.tolist()) == (8, [3])
+    assert moments.class_counts() == [1, 2]
+    assert not moments.other_half
+
+
+def test_halves_are_kept_apart_and_add_up_to_the_whole() -> None:
+    halves, whole = FitMoments(2), FitMoments(2)
+    for seed in range(3):
+        x, labels = vectors(6 + seed), torch.arange(6 + seed) % 2
+        first, other = torch.arange(6 + seed) % 3 == 0, torch.arange(6 + seed) % 4 == 0
+        halves.update(x, np.arange(6.0 + seed), labels, first, other)
+        whole.update(x, np.arange(6.0 + seed), labels, first)
+    assert halves.other_half["final"].counts.tolist() == [6, 0]
+    assert halves.other_half["prompt/mean@0.5"].counts.tolist() == [3]
+    assert halves.class_counts() == whole.class_counts() == [11, 10]
+    for name, moments in whole.channels.items():
+        both = halves.channels[name].copy().merge(halves.other_half[name])
+        assert both.counts.tolist() == moments.counts.tolist()
+        torch.testing.assert_close(both.within_scatter(), moments.within_scatter())
+    assert halves.reward.n_samples == whole.reward.n_samples
+
+
+def test_the_halves_are_even_among_the_prompts_that_are_fitted() -> None:
+    keys = [prompt_key(f"prompt {i}") for i in range(4000)]
+    fitted = [key for key in keys if hash_fraction(key, 3) >= 0.3]
+    assert sum(in_other_half(key, 3) for key in fitted) / len(fitted) == pytest.approx(0.5, abs=0.03)
+    assert [in_other_half(key, 3) for key in keys] != [in_other_half(key, 4) for key in keys]
 
 
 def test_one_class_takes_any_label() -> None:

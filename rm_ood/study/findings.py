@@ -75,6 +75,12 @@ def sides(doc: Doc) -> list[str]:
     return [side for side in known if side in found] + [side for side in found if side not in known]
 
 
+def flags(doc: Doc) -> dict[str, str]:
+    """Flag -> its title: combined, prompt and response, then what else was judged."""
+    judged = _keys(doc["shifts"], "flag_rate", list)
+    return {name: _axis(name) for name in _known_first(["combined", "prompt", "response", *judged])}
+
+
 def fall(doc: Doc, row: Doc) -> float | None:
     """By how much accuracy is below that of the clean pairs."""
     clean, shifted = at(doc, "id", "accuracy"), at(row, "accuracy")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rm_ood.channels import AXES
+from rm_ood.channels import SPANS
 from rm_ood.study.bootstrap import clustered_interval, detection_resamples, percentile_interval
 from rm_ood.study.detection import auroc, fpr95_id_positive, fpr95_ood_positive, roc_curve
 from rm_ood.study.judged import Judged
@@ -28,7 +28,8 @@ from rm_ood.study.metrics import (
 
 Floats = NDArray[np.float64]
 Doc = dict[str, Any]
-_FLAGS = ("combined", *AXES)
+# Told of every guard; None for what it does not judge. What else it judges comes after them.
+_FLAGS = ("combined", *SPANS)
 _BINS = 40
 # Share of the pooled values past which they count in the outermost bin, at either end.
 _TAIL = 0.005
@@ -133,15 +134,19 @@ def _pair_numbers(judged: Judged, settings: Settings) -> Doc:
 def _flag_numbers(judged: Judged, settings: Settings) -> Doc:
     """What is flagged of one response per prompt, why else, and how the scores lie."""
     draw = judged.draw
-    flags = {name: judged.flags[name][draw.items] for name in _FLAGS if name in judged.flags}
+    flags = {name: judged.flags[name][draw.items] for name in _flags(judged) if name in judged.flags}
     reasons = Counter(reason for i in draw.items for reason in judged.decisions.reasons[i])
     return {
         "n_judged": len(draw.items),
-        "flag_rate": {name: float(flags[name].mean()) if name in flags else None for name in _FLAGS},
+        "flag_rate": {name: float(flags[name].mean()) if name in flags else None for name in _flags(judged)},
         "ood_scores": histogram(judged.combined[draw.items], edges=settings.score_edges),
         "reasons": dict(sorted(reasons.items())),
         "intervals": {"flag_rate": {name: _interval(settings, np.mean, draw.clusters, f) for name, f in flags.items()}},
     }
+
+
+def _flags(judged: Judged) -> tuple[str, ...]:
+    return (*_FLAGS, *(name for name in judged.flags if name not in _FLAGS))
 
 
 def _detection(clean: Judged, shifted: Judged) -> Doc:
@@ -194,7 +199,9 @@ def _subsets(judged: Judged) -> Doc:
             "n": len(members[name]),
             "accuracy": float(pair_credits(*both.T).mean()) if known else None,
             "ece": ece(*both.T) if known else None,
-            "flag_rate": {n: float(judged.flags[n][items].mean()) if n in judged.flags else None for n in _FLAGS},
+            "flag_rate": {
+                n: float(judged.flags[n][items].mean()) if n in judged.flags else None for n in _flags(judged)
+            },
         }
     return found
 

@@ -113,7 +113,7 @@ def _bird_view(doc: Doc) -> str:
         known, names = [doc["id"], *rows], ["clean", *(name_of(row) for row in rows)]
         rates = {
             title: [(_rate(row, key), _flag_span(row, key)) for row in known]
-            for key, title in (("combined", "either"), ("prompt", "prompt"), ("response", "response"))
+            for key, title in findings.flags(doc).items()
         }
         if any(value is not None for values in rates.values() for value, _ in values[1:]):
             drawn = plots.dots(f"flags-{_key(side)}", side, "share flagged", names, rates, ("alpha", doc["alpha"]))

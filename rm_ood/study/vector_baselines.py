@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rm_ood.channels import FINAL, Channel
+from rm_ood.channels import FINAL, GIVEN_PROMPT, Channel
 from rm_ood.detectors import Detector
 from rm_ood.detectors.baselines import KNearestNeighbours, VectorNorm
 from rm_ood.detectors.conditional import ConditionalMahalanobis
@@ -28,8 +28,8 @@ Fitted = dict[str, tuple[str | tuple[str, ...], Detector]]
 
 
 def fit_baselines(guard: OODGuard, dataset: Any, *, background: Any = None, progress: bool = True) -> Fitted:
-    """Single Gaussian, Mahalanobis++, nearest neighbours, residual subspace and norm on every channel; relative
-    Mahalanobis where there is a background; `response given prompt` where the guard has a prompt's vector.
+    """Single Gaussian, Mahalanobis++, nearest neighbours, residual subspace and norm on every channel of prompt or response;
+    relative Mahalanobis where there is a background; `response given prompt` where the guard has a prompt's vector.
 
     Args:
         guard: fitted, with its reward model.
@@ -65,6 +65,9 @@ def fit_baselines(guard: OODGuard, dataset: Any, *, background: Any = None, prog
         # Few rows for the width: the guard's own fit said so already.
         warnings.simplefilter("ignore", CalibrationWarning)
         for channel, x in vectors.items():
+            if Channel.parse(channel).axis == GIVEN_PROMPT:
+                # The others judge one vector, not one given another.
+                continue
             is_prompt = Channel.parse(channel).axis == "prompt"
             # As in the guard: each prompt counts once, and has no class.
             rows = x[first] if is_prompt else x
