@@ -18,7 +18,7 @@ from rm_ood.channels import AXES
 from rm_ood.cli import main
 from rm_ood.detectors import ConditionalMahalanobis
 from rm_ood.length import LengthStandardiser
-from rm_ood.study import conditions, read_pairs, run_study
+from rm_ood.study import conditions, findings, read_pairs, run_study
 from rm_ood.study.detection import auroc
 from rm_ood.study.report import html_page, markdown
 from rm_ood.study.vector_baselines import fit_baselines
@@ -224,6 +224,7 @@ def test_a_study_measures_it(guard: OODGuard) -> None:
     assert row["auroc"][GIVEN].keys() == {"default", PAIR}
     assert row["intervals"]["flag_rate"][GIVEN] is not None
     assert "response given prompt flag" in markdown(doc)
+    assert findings.flags(doc)[GIVEN] == "response given prompt"
     assert "response given prompt" in html_page(doc)
 
 
