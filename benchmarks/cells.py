@@ -1,0 +1,214 @@
+"""Clean and shifted items of the detection benchmark, split into a development and a sealed half.
+
+The split was written down before the first run: everything is chosen on the development half (its languages, domains, kinds
+of noise and reward models), and the sealed half is scored once. No language, domain or kind of noise is in both.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train_reward_model import Recipe
+
+from rm_ood.preferences import hash_fraction, prompt_key, stable_hash
+
+Row = dict[str, Any]
+Item = tuple[str, str]
+HALVES = ("development", "sealed")
+SIDES = ("prompt", "response", "both")
+# The sealed reward models are trained on other prompts, from other seeds, for longer or shorter, with larger adapters.
+REWARD_MODELS = {
+    "development": (Recipe("smollm2", seed=0), Recipe("minilm", seed=0)),
+    "sealed": (Recipe("smollm2", seed=1, epochs=2, rank=32), Recipe("minilm", seed=1, epochs=2, rank=32)),
+}
+# Items in a cell, and clean prompts, of one response each.
+CELL_SIZE, CLEAN_SHARE = 100, 0.45
+_CLEAN_SALT = 77
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One kind of shift on one side. `english` names the cell of the same rows in English, where there is one."""
+
+    half: str
+    side: str
+    family: str
+    name: str
+    items: tuple[Item, ...]
+
+
+def split(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
+    """Rows for the guard (fit and calibration), and clean rows; by prompt."""
+    clean = [hash_fraction(prompt_key(row["prompt"]), _CLEAN_SALT + seed) < CLEAN_SHARE for row in rows]
+    return (
+        [row for row, c in zip(rows, clean, strict=True) if not c],
+        [row for row, c in zip(rows, clean, strict=True) if c],
+    )
+
+
+def clean_items(rows: Sequence[Row], seed: int) -> list[Item]:
+    """One response a prompt, chosen or rejected by a seeded coin: as independent as calibration items."""
+    one = {prompt_key(row["prompt"]): row for row in rows}
+    return [(row["prompt"], row[_side(key, seed)]) for key, row in sorted(one.items())]
+
+
+def _side(key: int, seed: int) -> str:
+    return "chosen" if hash_fraction(key, seed + 31) < 0.5 else "rejected"
+
+
+class Data:
+    """The files of the data folder, read as they are asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def rows(self, name: str, **want: str) -> list[Row]:
+        """Rows of a file whose fields have the wanted values."""
+        with gzip.open(self.folder / f"{name}.jsonl.gz", "rt", encoding="utf-8") as lines:
+            found = [json.loads(line) for line in lines]
+        return [row for row in found if all(row.get(key) == value for key, value in want.items())]
+
+    def items(self, name: str, **want: str) -> list[Item]:
+        """(prompt, right or only answer)."""
+        return [(row["prompt"], row.get("chosen", row.get("response"))) for row in self.rows(name, **want)]
+
+    def aligned(self, name: str, language: str, side: str) -> list[Item]:
+        """Items whose prompt, response or both are in another language, the rest in English; same content."""
+        english = {row["id"]: row for row in self.rows(name, lang="en")}
+        other = [row for row in self.rows(name, lang=language) if row["id"] in english]
+        answer = "chosen" if "chosen" in other[0] else "response"
+        return [
+            (
+                (row if side != "response" else english[row["id"]])["prompt"],
+                (row if side != "prompt" else english[row["id"]])[answer],
+            )
+            for row in other
+        ]
+
+    def background(self) -> list[Item]:
+        """Plain text in twelve languages, each passage cut in two: the background corpus of relative Mahalanobis."""
+        texts = [
+            row["text"]
+            for name in ("inaugural_en", "product_reviews_1_en", "udhr")
+            for row in self.rows(f"text/{name}")
+        ]
+        halves = [(text[: len(text) // 2], text[len(text) // 2 :]) for text in texts]
+        return [(a.strip(), b.strip()) for a, b in halves if a.strip() and b.strip()]
+
+
+def drawn(items: Sequence[Item], size: int = CELL_SIZE) -> tuple[Item, ...]:
+    """A fixed draw of the items, by a hash of their text."""
+    return tuple(sorted(items, key=lambda item: stable_hash(f"{item[0]}\n{item[1]}", 3))[:size])
+
+
+# (half, family, side, name, items): one line a cell.
+_Plan = tuple[str, str, str, str, Callable[[], Sequence[Item]]]
+
+
+def cells(data: Data, clean: Sequence[Item], half: str, noise: Callable[[str, str, str, float], str]) -> Iterator[Cell]:
+    """The cells of one half.
+
+    Args:
+        data: the files. clean: clean items, the start of noise and of one-sided domain shifts.
+        half: `"development"` or `"sealed"`.
+        noise: (kind, text, side, severity) -> text.
+    """
+    for family, side, name, items in (
+        _development(data, clean, noise) if half == HALVES[0] else _sealed(data, clean, noise)
+    ):
+        yield Cell(half, side, family, name, drawn(items))
+
+
+def _development(data: Data, clean: Sequence[Item], noise: Any) -> Iterator[tuple[str, str, str, Sequence[Item]]]:
+    for language in ("es", "zh"):
+        yield (
+            "language",
+            "prompt",
+            f"maths in {language}, answer in English",
+            data.items("preference/mgsm_prompt_shift", lang=language),
+        )
+    for language in ("fr", "ru"):
+        yield (
+            "language",
+            "prompt",
+            f"code task in {language}",
+            data.items("preference/humaneval_xl_prompt_shift", lang=language),
+        )
+    for side in SIDES:
+        yield "language", side, "TruthfulQA in es", data.aligned("preference/truthfulqa_multi", "es", side)
+        yield "language", side, "MT-Bench in fr", data.aligned("qa/mtbench_multilingual", "fr", side)
+        yield "language", side, "XCOPA in it", data.aligned("preference/xcopa", "it", side)
+    maths, medicine = data.items("preference/gsm8k_en"), data.items("qa/pubmedqa_en")
+    yield "domain", "both", "maths", maths
+    yield "domain", "both", "medicine", medicine
+    yield "domain", "both", "instructions (LLMBar)", data.items("preference/llmbar_en")
+    yield "domain", "prompt", "maths question", crossed(maths, clean)
+    yield "domain", "response", "maths answer", crossed(clean, maths)
+    yield "domain", "prompt", "medical question", crossed(medicine, clean)
+    yield "domain", "response", "medical answer", crossed(clean, medicine)
+    for severity in (0.1, 0.3, 0.5):
+        yield from noised(clean, "word noise", severity, noise)
+    yield from noised(clean, "repeated token", 0.5, noise, sides=("response",))
+    yield from noised(clean, "flattery", 1.0, noise, sides=("response",))
+
+
+def _sealed(data: Data, clean: Sequence[Item], noise: Any) -> Iterator[tuple[str, str, str, Sequence[Item]]]:
+    for language in ("de", "fr"):
+        yield (
+            "language",
+            "prompt",
+            f"maths in {language}, answer in English",
+            data.items("preference/mgsm_prompt_shift", lang=language),
+        )
+    for language in ("ar", "id", "pt"):
+        yield (
+            "language",
+            "prompt",
+            f"code task in {language}",
+            data.items("preference/humaneval_xl_prompt_shift", lang=language),
+        )
+    for side in SIDES:
+        yield "language", side, "TruthfulQA in ca", data.aligned("preference/truthfulqa_multi", "ca", side)
+        yield "language", side, "MT-Bench in de", data.aligned("qa/mtbench_multilingual", "de", side)
+        yield "language", side, "MT-Bench in zh", data.aligned("qa/mtbench_multilingual", "zh", side)
+        yield "language", side, "XCOPA in tr", data.aligned("preference/xcopa", "tr", side)
+    code, debate = data.items("preference/humanevalpack"), data.items("preference/ukp_convincing_en")
+    yield "domain", "both", "code", code
+    yield "domain", "both", "debate", debate
+    yield "domain", "both", "assistant dialogues", data.items("preference/llamafactory_dpo_en")
+    yield "domain", "both", "translation into German", data.items("preference/wmt_mqm_ted_ende")
+    yield "domain", "prompt", "code task", crossed(code, clean)
+    yield "domain", "response", "code answer", crossed(clean, code)
+    yield "domain", "prompt", "debate question", crossed(debate, clean)
+    yield "domain", "response", "debate argument", crossed(clean, debate)
+    for severity in (0.1, 0.3):
+        yield from noised(clean, "character noise", severity, noise)
+    yield from noised(clean, "script swap", 0.3, noise)
+    yield from noised(clean, "length inflation", 0.5, noise, sides=("response",))
+    yield from noised(clean, "markdown", 1.0, noise, sides=("response",))
+
+
+def crossed(prompts: Sequence[Item], responses: Sequence[Item]) -> list[Item]:
+    """The prompts of some items with the responses of others: a shift of one side, and a mismatch."""
+    n = min(len(prompts), len(responses))
+    return [(prompts[i][0], responses[i][1]) for i in range(n)]
+
+
+def noised(
+    clean: Sequence[Item], kind: str, severity: float, noise: Any, sides: Sequence[str] = SIDES
+) -> Iterator[tuple[str, str, str, Sequence[Item]]]:
+    """Clean items with noise on a side."""
+    for side in sides:
+        items = [
+            (
+                noise(kind, prompt, "prompt", severity) if side != "response" else prompt,
+                noise(kind, response, "response", severity) if side != "prompt" else response,
+            )
+            for prompt, response in clean
+        ]
+        yield "noise", side, f"{kind} {severity:g}", items
