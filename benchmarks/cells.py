@@ -24,7 +24,7 @@ SIDES = ("prompt", "response", "both")
 # The sealed reward models are trained on other prompts, from other seeds, for longer or shorter, with larger adapters.
 REWARD_MODELS = {
     "development": (Recipe("smollm2", seed=0), Recipe("minilm", seed=0)),
-    "sealed": (Recipe("smollm2", seed=1, epochs=2, rank=32), Recipe("minilm", seed=1, epochs=2, rank=32)),
+    "sealed": (Recipe("smollm2", seed=1, epochs=3, rank=32), Recipe("minilm", seed=1, epochs=3, rank=32)),
 }
 # Items in a cell, and clean prompts, of one response each.
 CELL_SIZE, CLEAN_SHARE = 100, 0.45
