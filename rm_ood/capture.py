@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -30,7 +31,7 @@ from rm_ood.reward_model import (
     reward_column,
 )
 from rm_ood.spans import Spans
-from rm_ood.wrappers import called_path, plain_path, refuse_unsupported, unwrap
+from rm_ood.wrappers import called_path, input_device, plain_path, refuse_unsupported, unwrap
 
 
 @dataclass
@@ -147,6 +148,30 @@ class Capture:
     def hook_points(self) -> dict[str, str]:
         """Channel -> plain dotted path of the module that it is read at."""
         return {name: plain_path(path) for path, _, hook in self._hooks() for name in hook.channels}
+
+    def reward_direction(self) -> Tensor:
+        """(1, H) float64: how the reward depends on the vector that enters the head.
+
+        Read off the head's own outputs at the unit vectors, so that adapters, quantised and offloaded weights count as they
+        run.
+
+        Raises:
+            InputError: the head is not linear, or the reward is more than one of its outputs.
+        """
+        head = unwrap(self.model).get_submodule(called_path(unwrap(self.model), self.head_path))
+        width = getattr(head, "in_features", None)
+        if not isinstance(width, int) or not isinstance(self.reward, str):
+            raise InputError(
+                f"project_out_reward: the reward is not one output of a Linear ({self.head_path!r} is a "
+                f"{type(head).__name__}), so it has no one direction"
+            )
+        like = next((p for p in self.model.parameters() if p.is_floating_point()), torch.empty(0))
+        units = torch.eye(width + 1, width, dtype=like.dtype, device=input_device(self.model))
+        with torch.inference_mode():
+            outputs = head(units)[:, reward_column(self.reward)].double()
+        # The last row is the head's output at 0.
+        direction: Tensor = (outputs[:-1] - outputs[-1])[None].cpu().clone()
+        return direction
 
     def detach(self) -> None:
         """Remove the hooks; a second call does nothing."""

@@ -15,6 +15,8 @@ from rm_ood.channels import FINAL, SPANS, Channel
 from rm_ood.config import GuardConfig
 from rm_ood.conformal import ALL, Pool, false_alarm_interval, guaranteed_rank
 from rm_ood.detectors.conditional import ConditionalMahalanobis
+from rm_ood.detectors.contrasted import ContrastedMahalanobis
+from rm_ood.detectors.gaussian import NormalisedMahalanobis
 from rm_ood.detectors.mahalanobis import MahalanobisDetector
 from rm_ood.power import BATCH_LEVEL, BATCH_POWER, batch_shift, batch_size, item_shift, share_interval, spread
 from rm_ood.state import FittedState
@@ -30,6 +32,13 @@ _ONE_CLASS = "Mahalanobis, one Gaussian"
 _CONDITIONAL = "Mahalanobis of the response given the prompt, one Gaussian of both"
 
 
+def _variant(detector: MahalanobisDetector, channel: str, project_out_reward: bool) -> str:
+    """What sets a channel's distance apart, to be said after its name."""
+    unit = ", of vectors of length 1 (Mahalanobis++)" if isinstance(detector, NormalisedMahalanobis) else ""
+    unit += ", weighed against noisy copies of the fit texts" if isinstance(detector, ContrastedMahalanobis) else ""
+    return unit + (", without the direction of the reward" if project_out_reward and channel == FINAL else "")
+
+
 def card_values(state: FittedState) -> dict[str, Any]:
     """JSON-able values of a fitted state; what needs a calibration is None without one."""
     c, record, table = state.config, state.record, state.table
@@ -40,7 +49,7 @@ def card_values(state: FittedState) -> dict[str, Any]:
             "classes": len(d.classes_),
             "samples": d.n_samples_,
             "samples_per_feature": round(d.n_samples_ / d.n_features_in_, 2),
-            "estimator": _estimator(d),
+            "estimator": _estimator(d) + _variant(d, name, c.project_out_reward),
             "shrinkage_rule": c.shrinkage,
             "shrinkage": round(d.shrinkage_, 6),
             "floor": c.floor,

@@ -22,8 +22,15 @@ AXES = (*SPANS, GIVEN_PROMPT)
 POOLINGS = ("readout", "prompt_end", "mean")
 FINAL = "final"
 REWARD = "reward"
-# Span means two thirds up the stack beside what the head reads: chosen in benchmarks/README.md, "Channels".
-DEFAULT_CHANNELS = (FINAL, "prompt/mean@0.67", "response/mean@0.67", f"{GIVEN_PROMPT}/mean@0.67")
+# Span means in the upper half of the stack beside what the head reads: chosen in benchmarks/README.md, "Channels".
+DEFAULT_CHANNELS = (
+    FINAL,
+    "prompt/mean@0.67",
+    "response/mean@0.67",
+    "prompt/mean@0.83",
+    "response/mean@0.83",
+    f"{GIVEN_PROMPT}/mean@0.67",
+)
 
 
 @dataclass(frozen=True)

@@ -450,6 +450,12 @@ def _settings(parser: argparse.ArgumentParser) -> None:
     add("--prompt-pass", action="store_true", help="judge the prompt in a second, prompt-only forward")
     add("--shrinkage", type=_shrinkage, help="oas (default), likelihood, or a coefficient in [0, 1]")
     add("--floor", type=float, help="smallest eigenvalue as a share of the mean one (default: 1e-4)")
+    add(
+        "--span-means",
+        choices=["contrast", "unit", "raw"],
+        help="the distance of span means (default: contrast, which costs one more forward per fit prompt)",
+    )
+    add("--project-out-reward", action="store_true", help="leave the reward's direction out of the channel final")
     add("--text-format", choices=["auto", "chat", "pair", "plain"], help="default: auto, settled by the data")
     add("--split-special-tokens", action="store_true", help="read typed special tokens as text")
     add("--append-eos", action="store_true", help="end plain text with the end token")

@@ -11,6 +11,8 @@ from typing import Any, Self
 from rm_ood.channels import GIVEN_PROMPT, Channel, resolve_channels
 from rm_ood.covariance import SHRINKAGES
 from rm_ood.detectors.conditional import ConditionalMahalanobis
+from rm_ood.detectors.contrasted import ContrastedMahalanobis
+from rm_ood.detectors.gaussian import NormalisedMahalanobis
 from rm_ood.detectors.mahalanobis import MahalanobisDetector
 from rm_ood.errors import InputError
 from rm_ood.readers import READ_OUTS
@@ -46,6 +48,9 @@ class GuardConfig:
         shrinkage: `"oas"`, `"likelihood"` (under which each half of the fit prompts is the likeliest given the other; keeps
             two sets of moments while it fits), or a fixed coefficient in [0, 1].
         floor: smallest eigenvalue of the covariance as a share of its mean eigenvalue.
+        span_means: the distance of span means: `"contrast"` (vectors of length 1, weighed against noisy copies of the fit
+            texts, which cost one more forward per fit prompt), `"unit"` (vectors of length 1: Mahalanobis++) or `"raw"`.
+        project_out_reward: leave the direction that the reward is read along out of the channel `final`.
         text_format: `"auto"`, `"chat"`, `"pair"` or `"plain"` (see `rm_ood.text`); `"auto"` is settled by `fit`.
         split_special_tokens: read special tokens that users typed as ordinary text (pair and plain formats).
         append_eos: end plain text with the end token, as TRL's RewardTrainer trains on.
@@ -75,6 +80,8 @@ class GuardConfig:
     prompt_pass: bool = False
     shrinkage: float | str = "oas"
     floor: float = 1e-4
+    span_means: str = "contrast"
+    project_out_reward: bool = False
     text_format: str = "auto"
     split_special_tokens: bool = False
     append_eos: bool = False
@@ -119,7 +126,15 @@ class GuardConfig:
             self.reward,
             "'auto', or the name of an output, with ':<column>' for one of several ('logits:0')",
         )
-        for name in ("prompt_pass", "split_special_tokens", "append_eos", "special_tokens", "allow_empty", "one_class"):
+        for name in (
+            "project_out_reward",
+            "prompt_pass",
+            "split_special_tokens",
+            "append_eos",
+            "special_tokens",
+            "allow_empty",
+            "one_class",
+        ):
             value = getattr(self, name)
             _require(isinstance(value, bool), name, value, "True or False")
         for name in ("groups", "head", "layers"):
@@ -132,8 +147,11 @@ class GuardConfig:
         return tuple(self.channels)
 
     def detector_type(self, channel: str) -> type[MahalanobisDetector]:
-        """The detector of a channel, by its name."""
-        return ConditionalMahalanobis if Channel.parse(channel).axis == GIVEN_PROMPT else MahalanobisDetector
+        """The detector of a channel: that of `span_means` for means over one span, else plain or conditional Mahalanobis."""
+        parsed = Channel.parse(channel)
+        if parsed.axis == GIVEN_PROMPT:
+            return ConditionalMahalanobis
+        return _SPAN_MEANS[self.span_means] if parsed.pooling == "mean" else MahalanobisDetector
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -154,10 +172,16 @@ class GuardConfig:
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
 
+_SPAN_MEANS: dict[str, type[MahalanobisDetector]] = {
+    "contrast": ContrastedMahalanobis,
+    "unit": NormalisedMahalanobis,
+    "raw": MahalanobisDetector,
+}
 _CHOICES = {
     "on_too_long": ON_TOO_LONG,
     "text_format": ("auto", *FORMATS),
     "read_out": ("auto", *READ_OUTS),
+    "span_means": tuple(_SPAN_MEANS),
     "on_bad": ("error", "drop"),
     "eval_mode": ("error", "switch"),
 }

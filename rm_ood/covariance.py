@@ -12,6 +12,8 @@ from rm_ood.errors import CalibrationError, InputError
 
 # Rules that choose the shrinkage from the data.
 SHRINKAGES = ("oas", "likelihood")
+# Of `blinded`: small beside the 2^53 of a double, large beside anything a distance is read for.
+_BLIND = 1e6
 
 
 def oas_shrinkage(scatter: Tensor, n: int) -> float:
@@ -139,6 +141,21 @@ def shrunk_covariance(scatter: Tensor, n: int, n_classes: int, shrinkage: float)
     covariance = scatter * ((1 - shrinkage) / (n - n_classes))
     covariance.diagonal().add_(shrinkage * trace / (n - n_classes) / d)
     return covariance
+
+
+def blinded(covariance: Tensor, directions: Tensor) -> Tensor:
+    """A covariance under which distances hardly change along some directions: their variance is made a million times larger.
+
+    In the limit the distance is the least over all moves along the directions, which is the distance of the components
+    that are left under their own covariance (matrix inversion lemma); here a millionth of the rest is left.
+
+    Args:
+        covariance: (d, d) float64, positive definite. directions: (c, d), not zero, of any length.
+    """
+    w = directions.to(covariance) / torch.linalg.vector_norm(directions.to(covariance), dim=1, keepdim=True)
+    variances = ((w @ covariance) * w).sum(1)
+    blinded: Tensor = covariance + w.T @ (_BLIND * variances[:, None] * w)
+    return blinded
 
 
 def whitening(covariance: Tensor) -> Tensor:

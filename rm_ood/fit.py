@@ -17,6 +17,9 @@ from tqdm.auto import tqdm
 from rm_ood.calibration import CalibrationTable, split_parts
 from rm_ood.channels import FINAL, REWARD
 from rm_ood.config import GuardConfig
+from rm_ood.detectors.contrasted import ContrastedMahalanobis
+from rm_ood.detectors.gaussian import NormalisedMahalanobis
+from rm_ood.detectors.mahalanobis import MahalanobisDetector
 from rm_ood.dialogue import response_text
 from rm_ood.embed import Embedded, Embedder
 from rm_ood.errors import (
@@ -38,6 +41,7 @@ from rm_ood.fitting import (
     windows,
 )
 from rm_ood.identity import Identity
+from rm_ood.moments import ClassMoments
 from rm_ood.preferences import (
     CHOSEN,
     CLASSES,
@@ -48,12 +52,15 @@ from rm_ood.preferences import (
     prompt_key,
     stable_hash,
 )
+from rm_ood.rewriting import change_prompt, change_response, prompt_texts, response_texts, vocabulary, word_perturbation
 from rm_ood.rows import dataset_length, iter_rows
 from rm_ood.skew import Ends, grpo_difference
 from rm_ood.state import ChannelScores, FittedState, class_log_odds
 from rm_ood.text import Encoded, TextEncoder, resolve_format
 
 _MANY_DUPLICATES = 0.2
+# Copies with word noise, the paper's shift, at most; and the probability that a word is hit.
+NOISY_PROMPTS, _NOISE = 4_000, 0.4
 # Rank-sum p-value, over all channels, under which two calibration sets are called different.
 _SHIFTED = 1e-3
 
@@ -83,7 +90,12 @@ class Fitter:
         self.embedder = embedder
         self.config = config
         self.share = share
-        self.moments = FitMoments(1 if config.one_class else len(CLASSES))
+        self.moments = FitMoments(
+            1 if config.one_class else len(CLASSES),
+            normalised=lambda name: issubclass(config.detector_type(name), NormalisedMahalanobis),
+        )
+        self.noise = FitMoments(1, normalised=self.moments.normalised)
+        self._words: list[str] = []
         self.reservoir = CalibrationReservoir(config.max_calibration, config.seed)
         self.fit_keys = KeySet()
         self.duplicates = DuplicateSketch()
@@ -116,6 +128,9 @@ class Fitter:
                     self.config = replace(self.config, text_format=settled)
                     text = self.embedder.text(settled)
                     self._warn_of_grpo(items, text)
+                    self._words = vocabulary(
+                        t for i in items for t in (*prompt_texts(i.prompt), *response_texts(i.response))
+                    )
                 self._window(items, text)
                 bar.update(self.counts["rows"] - bar.n)
                 bar.set_postfix_str(f"{self.counts['items'] / (time.monotonic() - started):.1f} items/s")
@@ -156,6 +171,9 @@ class Fitter:
         work = self._chosen(items, text)
         for index, part in self.embedder.batches([w.encoded for w in work], text) if work else ():
             self._take([work[i] for i in index], part)
+        noisy = list(self._noisy([w.item for w in work if w.first], text))
+        for _, part in self.embedder.batches(noisy, text) if noisy else ():
+            self._take_noise(part)
 
     def _chosen(self, items: list[Item], text: TextEncoder) -> list[_Work]:
         """Items that are worth a forward: all fit items, and the one response drawn for a calibration prompt."""
@@ -175,6 +193,35 @@ class Fitter:
             else:
                 work.append(_Work(item, encoded, key, False, rank, self.fit_keys.add(key)))
         return [*work, *drawn.values()]
+
+    def _noisy(self, items: list[Item], text: TextEncoder) -> Iterator[Encoded]:
+        """Copies of fit items with noise on the words of prompt and response, where a detector is contrasted with them."""
+        wanted = any(issubclass(self.config.detector_type(n), ContrastedMahalanobis) for n in self.moments.channels)
+        room = NOISY_PROMPTS - (self.noise.reward.n_samples if wanted else NOISY_PROMPTS)
+        if not self._words:
+            return
+        for item in items[: max(room, 0)]:
+
+            def change(core: str) -> str:
+                return word_perturbation(core, _NOISE, self._words, self.config.seed)
+
+            try:
+                yield text.encode(
+                    change_prompt(item.prompt, change), change_response(item.response, change), item.where
+                )
+            except InputError:
+                # Of a length that is an error: this copy is one of many.
+                continue
+
+    def _take_noise(self, part: Embedded) -> None:
+        good = [i for i, failed in enumerate(part.failed) if failed is None]
+        vectors = {
+            name: x[good]
+            for name, x in part.vectors.items()
+            if issubclass(self.config.detector_type(name), ContrastedMahalanobis)
+        }
+        everything = torch.ones(len(good), dtype=torch.bool)
+        self.noise.update(vectors, part.rewards[good], torch.zeros(len(good), dtype=torch.int64), everything)
 
     def _encoded(self, item: Item, text: TextEncoder) -> Encoded | None:
         """Token ids and spans; None for an item that is dropped."""
@@ -247,17 +294,22 @@ class Fitter:
                 "Pass more prompts, or a smaller share for calibration."
             )
         self._check_classes()
+        blind_to = self.embedder.capture.reward_direction() if self.config.project_out_reward else None
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            detectors = {
+            detectors: dict[str, MahalanobisDetector] = {
                 name: self.config.detector_type(name).from_moments(
                     moments,
                     shrinkage=self.config.shrinkage,  # type: ignore[arg-type]
                     floor=self.config.floor,
                     other_half=self.moments.other_half.get(name),
+                    blind_to=blind_to if name == FINAL else None,
                 )
                 for name, moments in self.moments.channels.items()
             }
+            for name, detector in detectors.items():
+                if isinstance(detector, ContrastedMahalanobis):
+                    detector.fit_noise(self._noise_of(name))
         notes = list(dict.fromkeys(str(w.message) for w in caught))
         for note in notes:
             warnings.warn(note, CalibrationWarning, stacklevel=4)
@@ -282,11 +334,24 @@ class Fitter:
                 **self.counts,
                 "fit_prompts": len(self.fit_keys),
                 "class_counts": dict(zip(CLASSES, self.moments.class_counts(), strict=False)),
+                "noisy_copies": self.noise.reward.n_samples,
                 "duplicate_share": round(self.duplicates.share, 4),
                 "notes": notes,
                 "ends": self.ends.record(),
             },
         )
+
+    def _noise_of(self, channel: str) -> ClassMoments:
+        """Moments of the noisy copies.
+
+        Raises:
+            CalibrationError: there are none: no fit text has a word of letters.
+        """
+        if channel not in self.noise.channels:
+            raise CalibrationError(
+                "no noisy copies to contrast with: the fit texts hold no words of letters. Pass span_means='unit'"
+            )
+        return self.noise.channels[channel]
 
     def _check_classes(self) -> None:
         counts = self.moments.class_counts()

@@ -7,7 +7,7 @@ bytes per distinct fit prompt (a later calibration set must not hold any of them
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from rm_ood.channels import FINAL, Channel
 from rm_ood.moments import ClassMoments
 from rm_ood.preferences import stable_hash
+from rm_ood.vectors import unit_rows
 
 # Batches of items encoded ahead, so that batches hold items of like length.
 WINDOW_BATCHES = 32
@@ -154,9 +155,11 @@ class FitMoments:
     Attributes:
         n_classes: of the responses.
         channels: of all prompts, or of those of one half where halves are kept apart; `other_half`: of the others.
+        normalised: channels whose vectors count at length 1.
     """
 
     n_classes: int
+    normalised: Callable[[str], bool] = lambda name: False
     channels: dict[str, ClassMoments] = field(default_factory=dict)
     other_half: dict[str, ClassMoments] = field(default_factory=dict)
     reward: ClassMoments = field(default_factory=lambda: ClassMoments(1, 1))
@@ -177,6 +180,8 @@ class FitMoments:
         halves = [(self.channels, None)] if other is None else [(self.channels, ~other), (self.other_half, other)]
         for name, x in vectors.items():
             axis = Channel.parse(name).axis
+            if self.normalised(name):
+                x = unit_rows(x)
             for kept, rows in halves:
                 if name not in kept:
                     n_classes = self.n_classes if axis == "response" else 1

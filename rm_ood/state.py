@@ -284,7 +284,8 @@ class FittedState:
             FormatError: a missing, unknown or malformed tensor or setting, naming it.
         """
         try:
-            settings = GuardConfig.from_dict(config["settings"])
+            # Guards that were saved before there was a choice took vectors as they came.
+            settings = GuardConfig.from_dict({"span_means": "raw", **config["settings"]})
             names = [str(Channel.parse(name)) for name in config["channels"]]
             mean, sd = float(config["reward"]["mean"]), float(config["reward"]["sd"])
             fits, group_names = config["detectors"], list(config["group_names"])

@@ -17,10 +17,10 @@ ROOT = Path(rm_ood.__file__).parent
 LINES = (
     "errors channels canaries",
     "strict_json atomic artifact hub",
-    "rows dialogue preferences spans template text skew wrappers readers reward_model fingerprint",
+    "rows dialogue preferences rewriting spans template text skew wrappers readers reward_model fingerprint",
     "vectors ops.reference ops.scatter ops.distance ops moments covariance",
-    "detectors.base detectors.learned detectors.mahalanobis detectors.gaussian detectors.sklearn detectors.relative",
-    "detectors.conditional detectors.baselines detectors.subspace detectors.rewards detectors.projected",
+    "detectors.base detectors.learned detectors.mahalanobis detectors.gaussian detectors.contrasted detectors.sklearn",
+    "detectors.relative detectors.conditional detectors.baselines detectors.subspace detectors.rewards detectors.projected",
     "detectors.registry detectors",
     "length conformal calibration power traffic",
     "config hooks capture embed identity fitting decision state fit card_values markup card_page card",

@@ -24,9 +24,9 @@ from rm_ood import OODGuard
 from rm_ood.channels import Channel, resolve_channels
 from rm_ood.conformal import p_values
 from rm_ood.preferences import hash_fraction, prompt_key
+from rm_ood.rewriting import word_perturbation
 from rm_ood.rows import iter_rows
 from rm_ood.study.detection import auroc
-from rm_ood.study.noise import word_perturbation
 
 ROOT = Path(__file__).resolve().parents[2]
 CHANNELS = (

@@ -3,6 +3,7 @@
 from rm_ood.detectors.base import Detector
 from rm_ood.detectors.baselines import KNearestNeighbours, VectorNorm
 from rm_ood.detectors.conditional import ConditionalMahalanobis
+from rm_ood.detectors.contrasted import ContrastedMahalanobis
 from rm_ood.detectors.gaussian import NormalisedMahalanobis, SingleGaussian
 from rm_ood.detectors.mahalanobis import MahalanobisDetector
 from rm_ood.detectors.projected import Projected
@@ -14,6 +15,7 @@ from rm_ood.detectors.subspace import ResidualSubspace
 __all__ = [
     "DETECTORS",
     "ConditionalMahalanobis",
+    "ContrastedMahalanobis",
     "Detector",
     "EnergyScore",
     "KNearestNeighbours",

@@ -60,10 +60,11 @@ class ConditionalMahalanobis(MahalanobisDetector):
         floor: float = 1e-4,
         dtype: torch.dtype = torch.float32,
         other_half: ClassMoments | None = None,
+        blind_to: Tensor | None = None,
     ) -> Self:
         """Fit from moments of whole rows alone; otherwise as `MahalanobisDetector.from_moments`."""
         detector = cls(n_given, shrinkage=shrinkage, floor=floor, dtype=dtype)
-        return detector._fit_moments(moments, np.arange(moments.n_classes), other_half=other_half)
+        return detector._fit_moments(moments, np.arange(moments.n_classes), other_half=other_half, blind_to=blind_to)
 
     @classmethod
     def from_state(
@@ -106,11 +107,16 @@ class ConditionalMahalanobis(MahalanobisDetector):
         return super().to(device)._divide()
 
     def _fit_moments(
-        self, moments: ClassMoments, classes: np.ndarray[Any, Any], *, other_half: ClassMoments | None = None
+        self,
+        moments: ClassMoments,
+        classes: np.ndarray[Any, Any],
+        *,
+        other_half: ClassMoments | None = None,
+        blind_to: Tensor | None = None,
     ) -> Self:
         if wanted := self._indivisible(moments.n_features):
             raise MismatchError(f"x: expected {wanted}, got {moments.n_features}")
-        return super()._fit_moments(moments, classes, other_half=other_half)._divide()
+        return super()._fit_moments(moments, classes, other_half=other_half, blind_to=blind_to)._divide()
 
     def _load(
         self, tensors: dict[str, Tensor], classes: Any, effective_shrinkage: float, effective_rank: float

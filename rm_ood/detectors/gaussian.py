@@ -25,10 +25,15 @@ class SingleGaussian(MahalanobisDetector):
         return super().fit(x)
 
     def _fit_moments(
-        self, moments: ClassMoments, classes: np.ndarray[Any, Any], *, other_half: ClassMoments | None = None
+        self,
+        moments: ClassMoments,
+        classes: np.ndarray[Any, Any],
+        *,
+        other_half: ClassMoments | None = None,
+        blind_to: Tensor | None = None,
     ) -> Self:
         other = None if other_half is None else other_half.pooled()
-        return super()._fit_moments(moments.pooled(), np.arange(1), other_half=other)
+        return super()._fit_moments(moments.pooled(), np.arange(1), other_half=other, blind_to=blind_to)
 
 
 class NormalisedMahalanobis(MahalanobisDetector):

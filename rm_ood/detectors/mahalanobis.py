@@ -100,18 +100,20 @@ class MahalanobisDetector:
         floor: float = 1e-4,
         dtype: torch.dtype = torch.float32,
         other_half: ClassMoments | None = None,
+        blind_to: Tensor | None = None,
     ) -> Self:
         """Fit from moments alone; classes are 0 to k - 1. Raises and warns as `fit`, and refuses an empty class.
 
         Args:
             other_half: moments of further rows, which the fit is on as well; needed for `shrinkage="likelihood"`. Rows that
                 belong together, such as the responses to one prompt, should be in one half.
+            blind_to: (c, d), directions that the distance is not to see, such as that of the reward.
 
         Raises:
             InputError: `"likelihood"` without another half.
         """
         detector = cls(shrinkage=shrinkage, floor=floor, dtype=dtype)
-        return detector._fit_moments(moments, np.arange(moments.n_classes), other_half=other_half)
+        return detector._fit_moments(moments, np.arange(moments.n_classes), other_half=other_half, blind_to=blind_to)
 
     @classmethod
     def from_state(
@@ -213,7 +215,12 @@ class MahalanobisDetector:
         return self
 
     def _fit_moments(
-        self, moments: ClassMoments, classes: np.ndarray[Any, Any], *, other_half: ClassMoments | None = None
+        self,
+        moments: ClassMoments,
+        classes: np.ndarray[Any, Any],
+        *,
+        other_half: ClassMoments | None = None,
+        blind_to: Tensor | None = None,
     ) -> Self:
         half = moments
         if other_half is not None:
@@ -227,7 +234,10 @@ class MahalanobisDetector:
         scatter = moments.within_scatter()
         chosen = self._chosen_shrinkage(half, other_half)
         shrinkage = covariance.effective_shrinkage(chosen, self.floor, scatter, n)
-        whitening = covariance.whitening(covariance.shrunk_covariance(scatter, n, k, shrinkage)).to(self.dtype)
+        shrunk = covariance.shrunk_covariance(scatter, n, k, shrinkage)
+        if blind_to is not None:
+            shrunk = covariance.blinded(shrunk, blind_to)
+        whitening = covariance.whitening(shrunk).to(self.dtype)
         means = moments.means
         center = means.mean(0).to(self.dtype)
         offsets = _offsets(means, center, whitening).to(self.dtype)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from rm_ood.errors import InputError
 from rm_ood.preferences import stable_hash
+from rm_ood.rewriting import word_perturbation
 from rm_ood.study.noise import (
     character_noise,
     inflated,
@@ -14,7 +15,6 @@ from rm_ood.study.noise import (
     repeated_word,
     shuffled,
     truncated,
-    word_perturbation,
 )
 from rm_ood.study.pairs import Pair
 from rm_ood.study.registry import ShiftContext, shift

@@ -8,58 +8,17 @@ from __future__ import annotations
 
 import math
 import random
-import re
 from collections.abc import Sequence
 
 import numpy as np
 
 from rm_ood.errors import InputError
 from rm_ood.preferences import stable_hash
-from rm_ood.study.scripts import is_unspaced
+from rm_ood.rewriting import DELETE, INSERT, check_fraction, check_noise, is_unspaced, tokens
 
-# Of the words that are hit, .33 are inserted before, up to here; .34 are deleted, up to there; the rest replaced.
-_INSERT, _DELETE = 0.33, 0.67
 # Fewest copies of a word that look like a loop.
 _LOOP = 8
 _CHARACTER_ACTIONS = ("swap", "insert", "delete", "replace")
-
-
-def word_perturbation(text: str, p: float, vocabulary: Sequence[str], seed: int = 0) -> str:
-    """Word noise: each word, with probability `p`, gets a random word before it (.33), is deleted (.34) or replaced (.33).
-
-    The paper's shift without the slips of its code: each original word is visited once, an inserted word is not visited,
-    and white space survives where no word changes.
-
-    Args:
-        text: any text; words are runs of characters that are not white space.
-        p: probability that a word is hit, a fraction in [0, 1].
-        vocabulary: words to draw from, uniformly.
-        seed: decides everything, together with the text: the same text gets the same noise wherever it stands, and the
-            words hit at a small `p` are hit in the same way at a larger one.
-
-    Returns:
-        The perturbed text, empty only if `text` holds no word: where every word was deleted, one random word is left.
-
-    Raises:
-        InputError: `p` outside [0, 1], or an empty vocabulary.
-    """
-    _check_noise(p, vocabulary)
-    rng = random.Random(stable_hash(text, seed))
-    kept: list[str] = []
-    drawn = ""
-    for token in re.findall(r"\s*\S+", text):
-        # Three draws a word whether or not it is hit, so that severities of one text are nested.
-        hit, action, drawn = rng.random() < p, rng.random(), vocabulary[rng.randrange(len(vocabulary))]
-        word = token.lstrip()
-        space = token[: len(token) - len(word)]
-        if not hit:
-            kept.append(token)
-        elif action < _INSERT:
-            kept.append(f"{space}{drawn} {word}")
-        elif action >= _DELETE:
-            kept.append(space + drawn)
-    noisy = "".join(kept)
-    return text if noisy == text.rstrip() else noisy.strip() or drawn
 
 
 def paper_word_perturbation(text: str, p: float, vocabulary: Sequence[str], seed: int = 0) -> str:
@@ -87,7 +46,7 @@ def paper_word_perturbation(text: str, p: float, vocabulary: Sequence[str], seed
         LeVine et al., "A Baseline Analysis of Reward Models' Ability To Accurately Analyze Foundation Models Under
         Distribution Shift", arXiv 2311.14743, its released code.
     """
-    _check_noise(p, vocabulary)
+    check_noise(p, vocabulary)
     key = stable_hash(text, seed) % 2**32
     hits, draws = np.random.RandomState(key), random.Random(key)
     for i in range(len(text.split())):
@@ -95,8 +54,8 @@ def paper_word_perturbation(text: str, p: float, vocabulary: Sequence[str], seed
             continue
         action = hits.rand()
         words = text.split()
-        drawn = [] if _INSERT < action <= _DELETE else [draws.choice(vocabulary)]
-        rest = words[i:] if action <= _INSERT else words[i + 1 :]
+        drawn = [] if INSERT < action <= DELETE else [draws.choice(vocabulary)]
+        rest = words[i:] if action <= INSERT else words[i + 1 :]
         text = " ".join([*words[:i], *drawn, *rest])
     return text
 
@@ -118,7 +77,7 @@ def character_noise(text: str, p: float, seed: int = 0) -> str:
     Raises:
         InputError: `p` outside [0, 1].
     """
-    _check_fraction(p)
+    check_fraction(p)
     own = [c for c in text if not c.isspace()]
     rng = random.Random(stable_hash(text, seed))
     kept: list[str] = []
@@ -145,14 +104,14 @@ def character_noise(text: str, p: float, seed: int = 0) -> str:
 
 def truncated(text: str, share: float) -> str:
     """The text without the last `share` of its words (characters where a script has no spaces), at least one left."""
-    _check_fraction(share)
+    check_fraction(share)
     found = tokens(text)
     return "".join(found[: max(1, math.ceil((1 - share) * len(found)))]) if share and found else text
 
 
 def repeated_word(text: str, share: float) -> str:
     """The text whose last `share` of words is its longest word over and over, as a generation that got stuck."""
-    _check_fraction(share)
+    check_fraction(share)
     found = tokens(text)
     if not share or not found:
         return text
@@ -174,7 +133,7 @@ def inflated(text: str, copies: float) -> str:
 
 def shuffled(text: str, share: float, seed: int = 0) -> str:
     """A random `share` of the words (characters where a script has no spaces) in random order, white space collapsed."""
-    _check_fraction(share)
+    check_fraction(share)
     units = [token.strip() for token in tokens(text)]
     rng = random.Random(stable_hash(text, seed))
     where = [i for i in range(len(units)) if rng.random() < share]
@@ -183,19 +142,3 @@ def shuffled(text: str, share: float, seed: int = 0) -> str:
     moved = dict(zip(where, rng.sample(where, len(where)), strict=True))
     joint = "" if is_unspaced(text) else " "
     return joint.join(units[moved.get(i, i)] for i in range(len(units)))
-
-
-def tokens(text: str) -> list[str]:
-    """Words with the white space before them; characters where the script knows no spaces."""
-    return re.findall(r"\s*\S" if is_unspaced(text) else r"\s*\S+", text)
-
-
-def _check_fraction(p: float) -> None:
-    if not 0 <= p <= 1:
-        raise InputError(f"p={p}: expected a fraction in [0, 1]")
-
-
-def _check_noise(p: float, vocabulary: Sequence[str]) -> None:
-    _check_fraction(p)
-    if not vocabulary:
-        raise InputError("vocabulary: got no words. Pass some of the text's language.")

@@ -14,8 +14,8 @@ from dataclasses import replace
 from rm_ood.canaries import CODE, EVERYDAY, SCRIPTS, Pair
 from rm_ood.dialogue import Dialogue, Message, Text, content_text
 from rm_ood.preferences import stable_hash
+from rm_ood.rewriting import letters
 from rm_ood.study.noise import repeated_word, shuffled
-from rm_ood.study.scripts import letters
 
 OTHER_SCRIPT, EMPTY_RESPONSE = "other script", "empty response"
 # Share of the items' letters from which a script belongs to them.

@@ -7,7 +7,6 @@ apart and put together here, so no shift touches a role.
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,18 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rm_ood.dialogue import Dialogue, Message, Response, Text, parse_dialogue
+from rm_ood.dialogue import Response, Text
 from rm_ood.errors import InputError
 from rm_ood.preferences import stable_hash
+from rm_ood.rewriting import change_prompt, change_response, prompt_texts
 from rm_ood.study.pairs import Pair
 
 SIDES = ("prompt", "response", "both")
 
 # (n,) prompts, (n,) responses -> (n,) rewards
 Reward = Callable[[Sequence[Text], Sequence[Response]], ArrayLike]
-
-_TURN = re.compile(r"(?:\A\n*|\n\n)(?:Human|Assistant):[ \t]?")
-_MARKER = re.compile(r"\n\n+(?=(?:Human|Assistant):)")
 
 
 @dataclass(frozen=True)
@@ -225,70 +222,6 @@ def map_texts(row: Pair, change: Callable[[str], str], side: str) -> Pair:
         return replace(row, prompt=prompt)
     chosen, *rejected = (change_response(response, change) for response in row.responses)
     return replace(row, prompt=prompt, chosen=chosen, rejected=tuple(rejected))
-
-
-def change_prompt(prompt: Text, change: Callable[[str], str]) -> Text:
-    """The prompt with the text of each of its turns changed."""
-    if isinstance(prompt, Dialogue):
-        return replace(prompt, messages=[_change_message(message, change) for message in prompt.messages])
-    if not isinstance(prompt, str):
-        return [_change_message(message, change) for message in prompt]
-    if parse_dialogue(prompt) is None:
-        return _change_core(prompt, change)
-    return _over_turns(prompt, lambda text: _MARKER.sub("\n", _change_core(text, change)))
-
-
-def change_response(response: Response, change: Callable[[str], str]) -> Response:
-    """The response with its text changed; tool calls and other fields of a message stay."""
-    return _change_core(response, change) if isinstance(response, str) else _change_message(response, change)
-
-
-def prompt_texts(prompt: Text) -> list[str]:
-    """The texts of a prompt that a shift sees."""
-    found: list[str] = []
-
-    def keep(text: str) -> str:
-        found.append(text)
-        return text
-
-    change_prompt(prompt, keep)
-    return found
-
-
-def response_texts(response: Response) -> list[str]:
-    """The texts of a response that a shift sees."""
-    found: list[str] = []
-
-    def keep(text: str) -> str:
-        found.append(text)
-        return text
-
-    change_response(response, keep)
-    return found
-
-
-def _over_turns(text: str, change: Callable[[str], str]) -> str:
-    marks = list(_TURN.finditer(text))
-    ends = [*(mark.start() for mark in marks[1:]), len(text)]
-    turns = [mark[0] + change(text[mark.end() : end]) for mark, end in zip(marks, ends, strict=True)]
-    return "".join([text[: marks[0].start()], *turns])
-
-
-def _change_message(message: Message, change: Callable[[str], str]) -> Message:
-    content = message.get("content")
-    if isinstance(content, str):
-        return {**message, "content": _change_core(content, change)}
-    if isinstance(content, list):
-        return {**message, "content": [{**block, "text": _change_core(block["text"], change)} for block in content]}
-    return message
-
-
-def _change_core(text: str, change: Callable[[str], str]) -> str:
-    core = text.strip()
-    if not core:
-        return text
-    start = text.index(core)
-    return text[:start] + change(core) + text[start + len(core) :]
 
 
 def _source(function: Any) -> str:

@@ -11,10 +11,10 @@ from dataclasses import replace
 from rm_ood.dialogue import Response
 from rm_ood.errors import InputError
 from rm_ood.preferences import stable_hash
-from rm_ood.study.noise import tokens, truncated, word_perturbation
+from rm_ood.rewriting import change_response, is_unspaced, response_texts, tokens, word_perturbation
+from rm_ood.study.noise import truncated
 from rm_ood.study.pairs import Pair
-from rm_ood.study.registry import ShiftContext, change_response, map_texts, response_texts, shift
-from rm_ood.study.scripts import is_unspaced
+from rm_ood.study.registry import ShiftContext, map_texts, shift
 
 _PADDING = (
     "I hope this helps!",

@@ -5,26 +5,9 @@ from __future__ import annotations
 import random
 import re
 import unicodedata
-from collections import Counter
 
 from rm_ood.errors import InputError
 from rm_ood.preferences import stable_hash
-
-# Written without spaces between words.
-_UNSPACED = frozenset({"CJK", "HIRAGANA", "KATAKANA", "THAI"})
-
-
-def letters(text: str) -> Counter[str]:
-    """Script, by the first word of the letters' Unicode names -> number of letters."""
-    return Counter(unicodedata.name(c, "?").split()[0] for c in text if c.isalpha())
-
-
-def is_unspaced(text: str) -> bool:
-    """Whether most letters are of a script that puts no spaces between words."""
-    if text.isascii():
-        return False
-    found = letters(text)
-    return 2 * sum(count for script, count in found.items() if script in _UNSPACED) > found.total()
 
 
 def _table(latin: str, other: str) -> dict[str, str]:

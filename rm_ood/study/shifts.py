@@ -15,18 +15,18 @@ from pathlib import Path
 
 from rm_ood.errors import InputError
 from rm_ood.preferences import stable_hash
+from rm_ood.rewriting import prompt_texts, response_texts, word_perturbation
+from rm_ood.rewriting import vocabulary as words_of
 from rm_ood.study import builtin, rewarding  # noqa: F401  (they register their shifts)
 from rm_ood.study.aligned import aligned
-from rm_ood.study.noise import paper_word_perturbation, word_perturbation
+from rm_ood.study.noise import paper_word_perturbation
 from rm_ood.study.pairs import Pair
 from rm_ood.study.registry import (
     SIDES,
     Reward,
     Shift,
     ShiftContext,
-    prompt_texts,
     registered_shifts,
-    response_texts,
     shift,
 )
 from rm_ood.study.translate import BACK, translated
@@ -105,7 +105,7 @@ def conditions(
 def vocabulary(rows: Sequence[Pair]) -> list[str]:
     """The distinct words of the rows that are letters only, lower case, in a fixed order."""
     texts = (text for row in rows for text in (*prompt_texts(row.prompt), *map_responses(row)))
-    return sorted({word.lower() for text in texts for word in text.split() if word.isalpha()})
+    return words_of(texts)
 
 
 def map_responses(row: Pair) -> list[str]:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from rm_ood.errors import InputError
+from rm_ood.rewriting import prompt_texts, response_texts
 from rm_ood.study.pairs import Pair
-from rm_ood.study.registry import map_texts, prompt_texts, response_texts
+from rm_ood.study.registry import map_texts
 
 # Translated once and back: the paper's fourth condition.
 BACK = "back"

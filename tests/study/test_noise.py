@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from rm_ood.errors import InputError
 from rm_ood.preferences import stable_hash
+from rm_ood.rewriting import word_perturbation
 from rm_ood.study.noise import (
     character_noise,
     inflated,
@@ -20,7 +21,6 @@ from rm_ood.study.noise import (
     repeated_word,
     shuffled,
     truncated,
-    word_perturbation,
 )
 
 WORDS = ["xa", "xb", "xc"]

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from rm_ood.dialogue import Dialogue, messages_of, parse_dialogue
 from rm_ood.errors import InputError
+from rm_ood.rewriting import change_prompt, prompt_texts
 from rm_ood.study import registry
 from rm_ood.study.pairs import Pair, read_pairs
-from rm_ood.study.registry import Shift, ShiftContext, change_prompt, map_texts, prompt_texts, registered_shifts, shift
+from rm_ood.study.registry import Shift, ShiftContext, map_texts, registered_shifts, shift
 
 HH = "\n\nHuman: how are you\n\nAssistant: I am  well\n\nHuman: and now?\n\nAssistant: "
 MESSAGES: list[dict[str, Any]] = [

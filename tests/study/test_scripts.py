@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rm_ood.errors import InputError
-from rm_ood.study.scripts import SWAPS, is_unspaced, letters, swapped
+from rm_ood.rewriting import is_unspaced, letters
+from rm_ood.study.scripts import SWAPS, swapped
 
 LATIN = "Shine on, Charlie: the Yellow box jumps quickly over my lazy Zebra"
 
