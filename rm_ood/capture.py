@@ -33,6 +33,10 @@ from rm_ood.reward_model import (
 from rm_ood.spans import Spans
 from rm_ood.wrappers import called_path, input_device, plain_path, refuse_unsupported, unwrap
 
+# Of `reward_direction`: length of the vectors that go through the head, and how many at once (a head may have a vocabulary of
+# outputs).
+_LONG, _UNITS = 256.0, 512
+
 
 @dataclass
 class Captured:
@@ -160,17 +164,22 @@ class Capture:
         """
         head = unwrap(self.model).get_submodule(called_path(unwrap(self.model), self.head_path))
         width = getattr(head, "in_features", None)
-        if not isinstance(width, int) or not isinstance(self.reward, str):
+        # A reader with a comparison of its own may make the reward of several outputs; of a single one it makes what it likes.
+        is_one = self._agrees is None or getattr(head, "out_features", None) == 1
+        if not isinstance(width, int) or not isinstance(self.reward, str) or not is_one:
             raise InputError(
                 f"project_out_reward: the reward is not one output of a Linear ({self.head_path!r} is a "
                 f"{type(head).__name__}), so it has no one direction"
             )
-        like = next((p for p in self.model.parameters() if p.is_floating_point()), torch.empty(0))
-        units = torch.eye(width + 1, width, dtype=like.dtype, device=input_device(self.model))
+        parameters = (*head.parameters(), *self.model.parameters())
+        like = next((p for p in parameters if p.is_floating_point()), torch.empty(0))
+        # Long, so that in half precision the rounding of the bias does not drown the weights.
+        units = _LONG * torch.eye(width + 1, width, dtype=like.dtype, device=input_device(self.model))
+        column = reward_column(self.reward)
         with torch.inference_mode():
-            outputs = head(units)[:, reward_column(self.reward)].double()
+            outputs = torch.cat([head(part)[:, column].double() for part in torch.split(units, _UNITS)])
         # The last row is the head's output at 0.
-        direction: Tensor = (outputs[:-1] - outputs[-1])[None].cpu().clone()
+        direction: Tensor = (outputs[:-1] - outputs[-1])[None].cpu().clone() / _LONG
         return direction
 
     def detach(self) -> None:

@@ -35,7 +35,8 @@ _CONDITIONAL = "Mahalanobis of the response given the prompt, one Gaussian of bo
 def _variant(detector: MahalanobisDetector, channel: str, project_out_reward: bool) -> str:
     """What sets a channel's distance apart, to be said after its name."""
     unit = ", of vectors of length 1 (Mahalanobis++)" if isinstance(detector, NormalisedMahalanobis) else ""
-    unit += ", weighed against noisy copies of the fit texts" if isinstance(detector, ContrastedMahalanobis) else ""
+    if isinstance(detector, ContrastedMahalanobis):
+        unit += f", weighed against {detector.noise_.n_samples_} noisy copies of the fit texts"
     return unit + (", without the direction of the reward" if project_out_reward and channel == FINAL else "")
 
 

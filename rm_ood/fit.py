@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -128,9 +129,6 @@ class Fitter:
                     self.config = replace(self.config, text_format=settled)
                     text = self.embedder.text(settled)
                     self._warn_of_grpo(items, text)
-                    self._words = vocabulary(
-                        t for i in items for t in (*prompt_texts(i.prompt), *response_texts(i.response))
-                    )
                 self._window(items, text)
                 bar.update(self.counts["rows"] - bar.n)
                 bar.set_postfix_str(f"{self.counts['items'] / (time.monotonic() - started):.1f} items/s")
@@ -171,7 +169,7 @@ class Fitter:
         work = self._chosen(items, text)
         for index, part in self.embedder.batches([w.encoded for w in work], text) if work else ():
             self._take([work[i] for i in index], part)
-        noisy = list(self._noisy([w.item for w in work if w.first], text))
+        noisy = self._noisy([w for w in work if not w.for_calibration], text)
         for _, part in self.embedder.batches(noisy, text) if noisy else ():
             self._take_noise(part)
 
@@ -194,24 +192,32 @@ class Fitter:
                 work.append(_Work(item, encoded, key, False, rank, self.fit_keys.add(key)))
         return [*work, *drawn.values()]
 
-    def _noisy(self, items: list[Item], text: TextEncoder) -> Iterator[Encoded]:
-        """Copies of fit items with noise on the words of prompt and response, where a detector is contrasted with them."""
+    def _noisy(self, work: list[_Work], text: TextEncoder) -> list[Encoded]:
+        """Copies of fit items, one a prompt, with noise on the words of prompt and response; none where none are needed.
+
+        The words come from the first fit items that have any, never from calibration prompts: what scores those must not
+        depend on them.
+        """
         wanted = any(issubclass(self.config.detector_type(n), ContrastedMahalanobis) for n in self.moments.channels)
-        room = NOISY_PROMPTS - (self.noise.reward.n_samples if wanted else NOISY_PROMPTS)
+        room = NOISY_PROMPTS - self.noise.reward.n_samples
+        if not wanted or room <= 0:
+            return []
+        self._words = self._words or vocabulary(
+            t for w in work for t in (*prompt_texts(w.item.prompt), *response_texts(w.item.response))
+        )
         if not self._words:
-            return
-        for item in items[: max(room, 0)]:
+            return []
 
-            def change(core: str) -> str:
-                return word_perturbation(core, _NOISE, self._words, self.config.seed)
+        def change(core: str) -> str:
+            return word_perturbation(core, _NOISE, self._words, self.config.seed)
 
-            try:
-                yield text.encode(
-                    change_prompt(item.prompt, change), change_response(item.response, change), item.where
-                )
-            except InputError:
-                # Of a length that is an error: this copy is one of many.
-                continue
+        noisy: list[Encoded] = []
+        for item in [w.item for w in work if w.first][:room]:
+            prompt, response = change_prompt(item.prompt, change), change_response(item.response, change)
+            # A copy that became too long, where that is an error, is one of many.
+            with contextlib.suppress(InputError):
+                noisy.append(text.encode(prompt, response, item.where))
+        return noisy
 
     def _take_noise(self, part: Embedded) -> None:
         good = [i for i, failed in enumerate(part.failed) if failed is None]
@@ -307,10 +313,13 @@ class Fitter:
                 )
                 for name, moments in self.moments.channels.items()
             }
+        with warnings.catch_warnings(record=True) as of_noise:
+            warnings.simplefilter("always")
             for name, detector in detectors.items():
                 if isinstance(detector, ContrastedMahalanobis):
                     detector.fit_noise(self._noise_of(name))
-        notes = list(dict.fromkeys(str(w.message) for w in caught))
+        found = [*(str(w.message) for w in caught), *(f"noisy copies: {w.message}" for w in of_noise)]
+        notes = list(dict.fromkeys(found))
         for note in notes:
             warnings.warn(note, CalibrationWarning, stacklevel=4)
         notes = [*self.notes, *notes]

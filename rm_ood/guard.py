@@ -45,7 +45,7 @@ from rm_ood.wrappers import adapters
 class OODGuard:
     """Out-of-distribution guard of a reward model.
 
-    Hooks read the tensor that enters the reward head (and, for the default channels, the span means two thirds up the
+    Hooks read the tensor that enters the reward head (and, for the default channels, span means in the upper half of the
     stack) from the same forward pass that gives the reward; a class-conditional Mahalanobis detector per channel, fitted
     on in-distribution preference data, scores them; conformal calibration on held-out prompts turns scores into p-values
     whose false-alarm rate holds. The reward model's own outputs are bit-identical with and without the guard.

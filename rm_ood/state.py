@@ -142,8 +142,9 @@ class FittedState:
         return ChannelScores(tuple(names), np.stack(columns, 1), classes)
 
     def distances(self, vectors: Mapping[str, Tensor]) -> Floats:
-        """Squared distance to the nearest class of n items, (n, channels), in the order of the detectors."""
-        return self.score(vectors, None).scores
+        """Squared distance to the nearest class of n items, (n, channels), in the order of the detectors; not weighed."""
+        own = (d.own_sq_distances(vectors[name]) for name, d in self.detectors.items() if name in vectors)
+        return np.stack([distances.double().cpu().numpy().min(1) for distances in own], 1)
 
     def profile(self, joined: tuple[str, ...], *, with_lengths: bool = True) -> Profile:
         """Standardisation and ranks for a set of joined channels, made on first use.

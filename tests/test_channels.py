@@ -99,9 +99,9 @@ def test_the_final_layer_is_no_block() -> None:
 def test_default_channels_follow_the_axes() -> None:
     assert resolve_channels("default", AXES) == DEFAULT_CHANNELS
     assert resolve_channels("default", ("response_given_prompt",)) == ("response_given_prompt/mean@0.67",)
-    assert resolve_channels("default", ("prompt", "response")) == DEFAULT_CHANNELS[:3]
-    assert resolve_channels("default", ["prompt"]) == ("prompt/mean@0.67",)
-    assert resolve_channels("default", ("response",)) == ("final", "response/mean@0.67")
+    assert resolve_channels("default", ("prompt", "response")) == DEFAULT_CHANNELS[:5]
+    assert resolve_channels("default", ["prompt"]) == ("prompt/mean@0.67", "prompt/mean@0.83")
+    assert resolve_channels("default", ("response",)) == ("final", "response/mean@0.67", "response/mean@0.83")
 
 
 def test_listed_channels_come_out_canonical_once_and_final_first() -> None:

@@ -44,7 +44,7 @@ def state() -> FittedState:
         groups=tuple("ab"[i % 2] for i in range(150)),
     )
     return FittedState(
-        config=GuardConfig(alpha=0.05, channels=CHANNELS, text_format="plain"),
+        config=GuardConfig(alpha=0.05, channels=CHANNELS, text_format="plain", span_means="raw"),
         detectors=detectors,
         reward_mean=0.5,
         reward_sd=2.0,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from rm_ood.detectors.gaussian import NormalisedMahalanobis
 from rm_ood.detectors.learned import part
-from rm_ood.detectors.mahalanobis import Shrinkage
+from rm_ood.detectors.mahalanobis import Shrinkage, check_factor
 from rm_ood.errors import FormatError, MismatchError, NotFittedError
 from rm_ood.moments import ClassMoments
 
@@ -92,6 +93,22 @@ class ContrastedMahalanobis(NormalisedMahalanobis):
         own = super().state_tensors()
         return {**own, **{f"{_PREFIX}.{name}": tensor for name, tensor in self.noise_.state_tensors().items()}}
 
+    def scaled(self, factor: float) -> Self:
+        """The detector for vectors that are all `factor` > 0 times as long: it is the same one. Raises as the others'."""
+        check_factor(factor)
+        return self.from_state(
+            self.state_tensors(),
+            shrinkage=self.shrinkage,
+            floor=self.floor,
+            classes=self.classes_,
+            effective_shrinkage=self.shrinkage_,
+            effective_rank=self.effective_rank_,
+        )
+
+    def own_sq_distances(self, x: Any) -> Tensor:
+        """Squared distance to every class before it is weighed, (n, k); otherwise as `sq_distances`."""
+        return super()._distances(x)[0]
+
     def to(self, device: Any) -> Self:
         """Move the fitted state, and with it the scoring, to a device; returns itself."""
         self._check_fitted()
@@ -102,10 +119,11 @@ class ContrastedMahalanobis(NormalisedMahalanobis):
 
     def _distances(self, x: Any) -> tuple[Tensor, Tensor, Tensor]:
         distances, nearest, index = super()._distances(x)
-        ratio = (nearest / self.noise_.score(x).clamp(min=_NEAREST)) ** _POWER
-        # inf / inf of a row that cannot be scored.
-        ratio = ratio.nan_to_num(nan=math.inf, posinf=math.inf)
-        return distances * ratio[:, None], nearest * ratio, index
+        noise = self.noise_.score(x).clamp(min=_NEAREST)
+        # A row that cannot be scored, by either Gaussian, is infinitely far, whatever the other one says.
+        ratio = torch.where(noise.isfinite(), (nearest / noise) ** _POWER, math.inf)
+        weighed = (distances * ratio[:, None]).nan_to_num(nan=math.inf, posinf=math.inf)
+        return weighed, (nearest * ratio).nan_to_num(nan=math.inf, posinf=math.inf), index
 
     def _check_fitted(self) -> None:
         super()._check_fitted()

@@ -153,6 +153,10 @@ class MahalanobisDetector:
         """Squared distance to every class, (n, k), columns in the order of `classes_`; otherwise as `score`."""
         return self._distances(x)[0]
 
+    def own_sq_distances(self, x: Any) -> Tensor:
+        """`sq_distances` as they move with the vectors: of a detector that weighs its distances, those before."""
+        return self.sq_distances(x)
+
     def clone(self) -> Self:
         """An unfitted detector with the same settings."""
         return type(self)(shrinkage=self.shrinkage, floor=self.floor, dtype=self.dtype)
