@@ -9,7 +9,9 @@ from scipy import stats
 from sklearn.covariance import OAS, EmpiricalCovariance
 
 from rm_ood import covariance
+from rm_ood.detectors import MahalanobisDetector
 from rm_ood.errors import CalibrationError, InputError
+from rm_ood.moments import ClassMoments
 
 
 def centred_rows(n, d, seed, spread=2.0):
@@ -212,3 +214,37 @@ def test_effective_rank_of_sphere_and_line():
     assert covariance.effective_rank(torch.eye(7, dtype=torch.float64)) == pytest.approx(7)
     assert covariance.effective_rank(torch.ones(7, 7, dtype=torch.float64)) == pytest.approx(1)
     assert math.isnan(covariance.effective_rank(torch.zeros(2, 2, dtype=torch.float64)))
+
+
+# Blind directions.
+
+
+@settings(max_examples=20, derandomize=True, deadline=None)
+@given(st.integers(3, 12), st.integers(1, 2), st.integers(0, 2**16), st.sampled_from([1e-6, 1.0, 1e5]))
+def test_blinded_distances_are_those_of_the_vectors_without_the_directions(d, c, seed, length):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(12 * d, d)) @ rng.normal(size=(d, d)) + 2
+    directions = torch.from_numpy(length * rng.normal(size=(c, d)))
+    given = ClassMoments(d).update(x)
+    options = {"shrinkage": 0.1, "floor": 0.0, "dtype": torch.float64}
+    blind = MahalanobisDetector.from_moments(given, blind_to=directions, **options)
+    cov = covariance.shrunk_covariance(given.within_scatter(), 12 * d, 1, 0.1)
+    # The part that is left of each vector, under its own covariance: by projecting both.
+    rest = torch.linalg.svd(directions).Vh[c:]
+    probe = torch.from_numpy(rng.normal(size=(20, d)) + 2)
+    gaps = (probe - given.means[0]) @ rest.T
+    expected = (gaps @ torch.linalg.inv(rest @ cov @ rest.T) * gaps).sum(1)
+    torch.testing.assert_close(blind.score(probe), expected, rtol=1e-3, atol=1e-3)
+    moved = probe + 3 * torch.nn.functional.normalize(directions, dim=1).sum(0)
+    torch.testing.assert_close(blind.score(moved), blind.score(probe), rtol=2e-3, atol=2e-3)
+
+
+def test_blinding_leaves_the_covariance_as_it_was_and_takes_any_dtype():
+    cov = covariance.shrunk_covariance(scatter_of(centred_rows(30, 4, 0)), 30, 1, 0.1)
+    before = cov.clone()
+    one = covariance.blinded(cov, torch.tensor([[1.0, 2.0, 0.0, 0.0]]))
+    two = covariance.blinded(cov, torch.tensor([[-3.0, -6.0, 0.0, 0.0]], dtype=torch.bfloat16))
+    assert torch.equal(cov, before)
+    torch.testing.assert_close(one, two)
+    w = torch.tensor([1.0, 2.0, 0.0, 0.0], dtype=torch.float64) / math.sqrt(5)
+    assert float(w @ one @ w) == pytest.approx((1e6 + 1) * float(w @ cov @ w))

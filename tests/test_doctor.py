@@ -19,9 +19,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::rm_ood.CalibrationWarning")
 SHIFTS = ("other script", "shuffled words", "code", "one word repeated", "random characters")
 
 
-def own(n: int, seed: int = 9) -> list[tuple[Any, str]]:
-    """Clean items of the kind that the guards here are fitted on."""
-    return [(r["prompt"], r["chosen"]) for r in preference_rows(n, seed=seed)]
+def own(n: int) -> list[tuple[Any, str]]:
+    """Clean items of the kind that the guards here are fitted on: of the same seed, which their prompts name."""
+    return [(r["prompt"], r["chosen"]) for r in preference_rows(700 + n)[700:]]
 
 
 def made(model_and_tokenizer: Any, rows: Any = None, **options: Any) -> OODGuard:
@@ -85,7 +85,7 @@ def test_more_than_60_items_are_drawn_from_and_nothing_warns(guard: OODGuard) ->
 
 
 def test_items_the_guard_was_not_calibrated_on_are_called_so(guard: OODGuard) -> None:
-    foreign = [(p + " " + p, r) for p, r in SCRIPTS["CJK"] * 6]
+    foreign = [(p * 4, r * 4) for p, r in SCRIPTS["CJK"] * 6]
     findings = plant(guard, foreign)
     assert findings.clean["combined"].count == 12
     assert not findings.as_calibrated

@@ -14,6 +14,7 @@ from rm_ood.covariance import likelihood_shrinkage
 from rm_ood.fit import Fitter
 from rm_ood.fitting import in_other_half
 from rm_ood.preferences import hash_fraction, prompt_key
+from rm_ood.vectors import unit_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::rm_ood.CalibrationWarning")
 
@@ -36,7 +37,9 @@ def halves(guard: OODGuard, rows: list[dict[str, Any]], name: str) -> list[Class
         for index, part in scoring.column.batches(encoded, scoring.text):
             for i, x in zip(index, part.vectors[name], strict=True):
                 half = in_other_half(prompt_key(fitted[i]["prompt"]), 0)
-                kept[half].update(x[None].float(), torch.tensor([label]))
+                # Span means count at length 1.
+                x = x[None].float() if name == "final" else unit_rows(x[None])
+                kept[half].update(x, torch.tensor([label]))
     return kept
 
 

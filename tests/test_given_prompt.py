@@ -64,7 +64,7 @@ def guard(shared_decoder: Any, decoder_tokenizer: Any) -> OODGuard:
 def test_it_joins_the_verdict_only_when_asked_for(guard: OODGuard, tiny_decoder: Any) -> None:
     assert OODGuard(*tiny_decoder).config.axes == ("prompt", "response")
     assert PAIR not in OODGuard(*tiny_decoder).config.joined
-    assert guard.config.joined == ("final", *HALVES, PAIR)
+    assert guard.config.joined == ("final", *HALVES, "prompt/mean@0.83", "response/mean@0.83", PAIR)
     decision = guard.check(*(column[0] for column in texts(answering(1, seed=5))))
     assert list(decision.axes) == list(decision.to_dict()["axes"]) == list(AXES)
     assert list(decision.axes[GIVEN].channels) == [PAIR]
@@ -114,8 +114,8 @@ def test_its_score_is_standardised_by_the_responses_length_and_ranked_in_b(guard
 
 
 def test_an_answer_to_another_prompt_is_seen_best_by_this_axis(minilm: Any) -> None:
-    # An encoder's response span sees the prompt as well, so the other axes are not blind.
-    made = OODGuard(*minilm, axes=AXES, channels=[*HALVES, PAIR], alpha=0.05, max_length=64)
+    # An encoder's response span sees the prompt as well, so the other axes are not blind; weighed, they see it all.
+    made = OODGuard(*minilm, axes=AXES, channels=[*HALVES, PAIR], span_means="raw", alpha=0.05, max_length=64)
     made.fit(answering(700), calibration=0.35, progress=False)
     prompts, responses = texts(answering(100, seed=3))
     own, other = made.check(prompts, responses), made.check(prompts, responses[1:] + responses[:1])

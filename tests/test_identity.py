@@ -140,7 +140,7 @@ def test_a_hook_one_layer_earlier_is_refused(saved: tuple[Path, Any, Any], monke
         OODGuard.from_pretrained(folder, model, tokenizer)
     # And if the place were told wrongly too, the canaries see it.
     monkeypatch.setattr("rm_ood.capture.Capture.hook_points", lambda self: {})
-    with pytest.raises(MismatchError, match=r"tier 2\): canaries: they differ in (prompt|response)/mean@0.67 by"):
+    with pytest.raises(MismatchError, match=r"tier 2\): canaries: they differ in (prompt|response)/mean@0.(67|83) by"):
         OODGuard.from_pretrained(folder, model, tokenizer)
 
 

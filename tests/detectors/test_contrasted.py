@@ -242,7 +242,7 @@ def test_it_sees_word_noise_that_a_distance_does_not(minilm: Any) -> None:
     for name, detector in (("plain", plain), ("contrasted", contrasted)):
         clean, noisy = detector.score(vectors["held"]), detector.score(vectors["noisy"])
         caught[name] = float((noisy[:, None] > clean).float().mean())
-    print(len(texts),caught)
+    print(len(texts), caught)
     assert caught["contrasted"] > caught["plain"] + 0.1
     assert caught["contrasted"] > 0.7
 
@@ -253,7 +253,9 @@ def span_means(minilm: Any, texts: list[str]) -> torch.Tensor:
     means = []
     with torch.inference_mode():
         for start in range(0, len(texts), 64):
-            batch = tokenizer(texts[start : start + 64], padding=True, truncation=True, max_length=48, return_tensors="pt")
+            batch = tokenizer(
+                texts[start : start + 64], padding=True, truncation=True, max_length=48, return_tensors="pt"
+            )
             hidden = model(**batch, output_hidden_states=True).hidden_states[4]
             mask = batch["attention_mask"][:, :, None]
             means.append((hidden * mask).sum(1) / mask.sum(1))
