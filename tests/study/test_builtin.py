@@ -11,9 +11,10 @@ from conftest import preference_rows, sentence
 
 from rm_ood.dialogue import content_text, messages_of
 from rm_ood.errors import InputError
+from rm_ood.rewriting import response_texts
 from rm_ood.study.builtin import another_prompt
 from rm_ood.study.pairs import Pair, read_pairs
-from rm_ood.study.registry import ShiftContext, registered_shifts, response_texts
+from rm_ood.study.registry import ShiftContext, registered_shifts
 from rm_ood.study.shifts import vocabulary
 
 RNG = random.Random(0)
