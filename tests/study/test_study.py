@@ -25,7 +25,10 @@ from rm_ood.study.study import Study, run_study
 
 SHIFTS = ("word noise:response:0.5", "character noise:prompt:0.2", "repeated token:response:1")
 FLAGS = ("combined", "prompt", "response")
-CHANNELS = {"prompt": {"prompt/mean@0.67"}, "response": {"final", "response/mean@0.67", "reward", "low reward"}}
+CHANNELS = {
+    "prompt": {"prompt/mean@0.67", "prompt/mean@0.83"},
+    "response": {"final", "response/mean@0.67", "response/mean@0.83", "reward", "low reward"},
+}
 
 
 @pytest.fixture(scope="module")

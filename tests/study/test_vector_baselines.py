@@ -9,6 +9,7 @@ import torch
 from conftest import preference_rows
 
 from rm_ood import InputError, OODGuard
+from rm_ood.channels import DEFAULT_CHANNELS
 from rm_ood.detectors.relative import RelativeMahalanobis
 from rm_ood.study.vector_baselines import fit_baselines
 
@@ -31,7 +32,7 @@ def vectors(guard: OODGuard, items: list[tuple[Any, Any]], channel: str) -> torc
 
 
 def test_every_detector_on_every_channel(fitted: dict[str, Any]) -> None:
-    channels = ("final", "prompt/mean@0.67", "response/mean@0.67")
+    channels = DEFAULT_CHANNELS[:5]
     expected = {f"{kind} {channel}": channel for kind in KINDS for channel in channels}
     assert {name: on for name, (on, _) in fitted.items() if name != "response given prompt"} == expected
     assert fitted["response given prompt"][0] == ("prompt/mean@0.67", "final")
