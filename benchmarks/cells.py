@@ -18,7 +18,8 @@ from train_reward_model import Recipe
 from rm_ood.preferences import hash_fraction, prompt_key, stable_hash
 
 Row = dict[str, Any]
-Item = tuple[str, str]
+# Prompt, the response that is judged, and the other response of the pair where there is one.
+Item = tuple[str, str, str | None]
 HALVES = ("development", "sealed")
 SIDES = ("prompt", "response", "both")
 # The sealed reward models are trained on other prompts, from other seeds, for longer or shorter, with larger adapters.
@@ -27,13 +28,13 @@ REWARD_MODELS = {
     "sealed": (Recipe("smollm2", seed=1, epochs=3, rank=32), Recipe("minilm", seed=1, epochs=3, rank=32)),
 }
 # Items in a cell, and clean prompts, of one response each.
-CELL_SIZE, CLEAN_SHARE = 100, 0.45
+CELL_SIZE, CLEAN_SHARE = 50, 0.45
 _CLEAN_SALT = 77
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One kind of shift on one side. `english` names the cell of the same rows in English, where there is one."""
+    """One kind of shift on one side, with its items."""
 
     half: str
     side: str
@@ -54,11 +55,11 @@ def split(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
 def clean_items(rows: Sequence[Row], seed: int) -> list[Item]:
     """One response a prompt, chosen or rejected by a seeded coin: as independent as calibration items."""
     one = {prompt_key(row["prompt"]): row for row in rows}
-    return [(row["prompt"], row[_side(key, seed)]) for key, row in sorted(one.items())]
-
-
-def _side(key: int, seed: int) -> str:
-    return "chosen" if hash_fraction(key, seed + 31) < 0.5 else "rejected"
+    found = []
+    for key, row in sorted(one.items()):
+        sides = ("chosen", "rejected") if hash_fraction(key, seed + 31) < 0.5 else ("rejected", "chosen")
+        found.append((row["prompt"], row[sides[0]], row[sides[1]]))
+    return found
 
 
 class Data:
@@ -74,21 +75,20 @@ class Data:
         return [row for row in found if all(row.get(key) == value for key, value in want.items())]
 
     def items(self, name: str, **want: str) -> list[Item]:
-        """(prompt, right or only answer)."""
-        return [(row["prompt"], row.get("chosen", row.get("response"))) for row in self.rows(name, **want)]
+        """Prompts with the right or only answer, and the wrong one."""
+        rows = self.rows(name, **want)
+        return [(row["prompt"], row.get("chosen", row.get("response")), row.get("rejected")) for row in rows]
 
     def aligned(self, name: str, language: str, side: str) -> list[Item]:
         """Items whose prompt, response or both are in another language, the rest in English; same content."""
         english = {row["id"]: row for row in self.rows(name, lang="en")}
         other = [row for row in self.rows(name, lang=language) if row["id"] in english]
-        answer = "chosen" if "chosen" in other[0] else "response"
-        return [
-            (
-                (row if side != "response" else english[row["id"]])["prompt"],
-                (row if side != "prompt" else english[row["id"]])[answer],
-            )
-            for row in other
-        ]
+        found = []
+        for row in other:
+            asked, answered = (english[row["id"]] if side == s else row for s in ("response", "prompt"))
+            response = answered.get("chosen", answered.get("response"))
+            found.append((asked["prompt"], response, answered.get("rejected")))
+        return found
 
     def background(self) -> list[Item]:
         """Plain text in twelve languages, each passage cut in two: the background corpus of relative Mahalanobis."""
@@ -98,7 +98,7 @@ class Data:
             for row in self.rows(f"text/{name}")
         ]
         halves = [(text[: len(text) // 2], text[len(text) // 2 :]) for text in texts]
-        return [(a.strip(), b.strip()) for a, b in halves if a.strip() and b.strip()]
+        return [(a.strip(), b.strip(), None) for a, b in halves if a.strip() and b.strip()]
 
 
 def drawn(items: Sequence[Item], size: int = CELL_SIZE) -> tuple[Item, ...]:
@@ -106,17 +106,13 @@ def drawn(items: Sequence[Item], size: int = CELL_SIZE) -> tuple[Item, ...]:
     return tuple(sorted(items, key=lambda item: stable_hash(f"{item[0]}\n{item[1]}", 3))[:size])
 
 
-# (half, family, side, name, items): one line a cell.
-_Plan = tuple[str, str, str, str, Callable[[], Sequence[Item]]]
-
-
-def cells(data: Data, clean: Sequence[Item], half: str, noise: Callable[[str, str, str, float], str]) -> Iterator[Cell]:
+def cells(data: Data, clean: Sequence[Item], half: str, noise: Callable[[str, str, float], str]) -> Iterator[Cell]:
     """The cells of one half.
 
     Args:
         data: the files. clean: clean items, the start of noise and of one-sided domain shifts.
         half: `"development"` or `"sealed"`.
-        noise: (kind, text, side, severity) -> text.
+        noise: (name of a shift of the study, text, severity) -> text.
     """
     for family, side, name, items in (
         _development(data, clean, noise) if half == HALVES[0] else _sealed(data, clean, noise)
@@ -154,7 +150,7 @@ def _development(data: Data, clean: Sequence[Item], noise: Any) -> Iterator[tupl
     for severity in (0.1, 0.3, 0.5):
         yield from noised(clean, "word noise", severity, noise)
     yield from noised(clean, "repeated token", 0.5, noise, sides=("response",))
-    yield from noised(clean, "flattery", 1.0, noise, sides=("response",))
+    yield from noised(clean, "flattery wrapper", 1.0, noise, sides=("response",))
 
 
 def _sealed(data: Data, clean: Sequence[Item], noise: Any) -> Iterator[tuple[str, str, str, Sequence[Item]]]:
@@ -188,15 +184,15 @@ def _sealed(data: Data, clean: Sequence[Item], noise: Any) -> Iterator[tuple[str
     yield "domain", "response", "debate argument", crossed(clean, debate)
     for severity in (0.1, 0.3):
         yield from noised(clean, "character noise", severity, noise)
-    yield from noised(clean, "script swap", 0.3, noise)
+    yield from noised(clean, "script swap cyrillic", 0.3, noise)
     yield from noised(clean, "length inflation", 0.5, noise, sides=("response",))
-    yield from noised(clean, "markdown", 1.0, noise, sides=("response",))
+    yield from noised(clean, "markdown wrapper", 1.0, noise, sides=("response",))
 
 
 def crossed(prompts: Sequence[Item], responses: Sequence[Item]) -> list[Item]:
     """The prompts of some items with the responses of others: a shift of one side, and a mismatch."""
     n = min(len(prompts), len(responses))
-    return [(prompts[i][0], responses[i][1]) for i in range(n)]
+    return [(prompts[i][0], *responses[i][1:]) for i in range(n)]
 
 
 def noised(
@@ -206,9 +202,9 @@ def noised(
     for side in sides:
         items = [
             (
-                noise(kind, prompt, "prompt", severity) if side != "response" else prompt,
-                noise(kind, response, "response", severity) if side != "prompt" else response,
+                noise(kind, prompt, severity) if side != "response" else prompt,
+                *(noise(kind, text, severity) if side != "prompt" and text else text for text in responses),
             )
-            for prompt, response in clean
+            for prompt, *responses in drawn(clean)
         ]
         yield "noise", side, f"{kind} {severity:g}", items

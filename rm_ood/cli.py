@@ -74,20 +74,32 @@ def _demo(a: argparse.Namespace) -> dict[str, Any]:
 
 
 def _fit(a: argparse.Namespace) -> dict[str, Any]:
+    from rm_ood.choice import fit_choosing, pool
     from rm_ood.config import GuardConfig
     from rm_ood.guard import OODGuard
     from rm_ood.reward_model import load_reward_model
 
     settings = {f.name: getattr(a, f.name) for f in fields(GuardConfig) if hasattr(a, f.name)}
+    automatic = settings.get("channels") == "auto"
+    if automatic:
+        del settings["channels"]
     GuardConfig.from_dict(settings)  # a wrong option is told before a model is loaded
     _check_target(Path(a.output), a.overwrite)
     model, tokenizer = load_reward_model(a.model, **_model_options(a))
+    if automatic:
+        settings["channels"] = pool(model, settings.get("axes", GuardConfig.axes), settings.get("layers"))
     guard = OODGuard(model, tokenizer, **settings)
     calibration = a.calibration_share if a.calibration_data is None else _dataset(a.calibration_data, a.split)
-    guard.fit(_dataset(a.data, a.split), calibration=calibration, progress=a.progress)
+    dataset, choice = _dataset(a.data, a.split), None
+    if automatic:
+        choice = fit_choosing(guard, dataset, calibration=calibration, progress=a.progress)
+    else:
+        guard.fit(dataset, calibration=calibration, progress=a.progress)
     guard.save_pretrained(a.output, overwrite=a.overwrite)
     card = guard.report()
-    return {"json": {"guard": str(a.output), **card.to_dict()}, "text": f"{card}\nSaved to {a.output}"}
+    found = {"guard": str(a.output), **card.to_dict(), **({} if choice is None else {"choice": choice.to_dict()})}
+    lines = [str(card), *([] if choice is None else [str(choice)]), f"Saved to {a.output}"]
+    return {"json": found, "text": "\n".join(lines)}
 
 
 def _calibrate(a: argparse.Namespace) -> dict[str, Any]:
@@ -270,6 +282,7 @@ def _parser() -> argparse.ArgumentParser:
         """
         rm-ood fit --model my-reward-model --data pairs.jsonl.gz --output guard
         rm-ood fit --model org/reward-model --data org/preferences --output guard --channels final --alpha 0.05
+        rm-ood fit --model my-reward-model --data pairs.jsonl.gz --output guard --channels auto
         """,
     )  # fmt: skip
     _model_arguments(fit)
@@ -429,7 +442,10 @@ def _settings(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("settings (kept in the guard)")
     # Absent unless given: the defaults are GuardConfig's.
     add = partial(group.add_argument, default=argparse.SUPPRESS)
-    add("--channels", help="default, final, or a list such as final,response/mean@0.67")
+    add(
+        "--channels",
+        help="default, final, auto (those that see planted shifts best here), or a list: final,response/mean@0.67",
+    )
     add(
         "--axes",
         type=lambda text: tuple(text.split(",")),

@@ -500,6 +500,18 @@ class OODGuard:
         """The guard card: what it was fitted and calibrated on, and what it promises."""
         return GuardCard.of(self._fitted())
 
+    def keep(self, channels: str | Sequence[str | Channel]) -> Self:
+        """Join these of the fitted channels into the verdict from now on, and forget the others but `final`.
+
+        Raises:
+            NotFittedError: before `fit`. InputError: a channel that was not fitted.
+        """
+        state = self._fitted().with_settings({"channels": channels})
+        state = state.restricted(needed_channels(state.config))
+        self.detach()
+        self._bind(self.model, self.tokenizer, state.config, state)
+        return self
+
     def annotate(self, **notes: Any) -> Self:
         """Keep JSON-able findings with the guard (the doctor's, as `doctor=`), for its card and its saved form."""
         state = self._fitted()

@@ -32,7 +32,7 @@ LINES = (
     "study.conversations study.planted study.svg study.plots study.findings study.report",
     "study.cache study.scorer study.judged study.numbers study.scored_rows study.study study.vector_baselines",
     "study.command study.terminal study",
-    "doctor batch demo",
+    "choice doctor batch demo",
 )
 ORDER = " ".join(LINES).split()
 # The package's own names come from all of the above; the command line is their reader.

@@ -1,278 +1,315 @@
-"""Detection quality on real preference data and a real decoder: one guard, fitted and run by the command line.
+"""Detection quality: every detector, ours and peers', on the same vectors of real reward models, under real shifts.
 
-The reward model comes from `benchmarks/train_reward_model.py`; the guard sees only dialogues that it was not trained on,
-40 % of which are kept back as clean test data. One guard is fitted with every channel under study; a guard with fewer
-channels is the same calibration matrix with fewer columns, so each join is read off the verdict rows exactly.
+    python benchmarks/run.py detection --half development
+    python benchmarks/run.py detection --half sealed
+
+`cells.py` says what is in either half, and was written before the first run: everything is chosen on the development half,
+the sealed half is reported. A provider is a detector on some channels; the channels are joined and ranked as the guard joins
+and ranks its own (standardised by length on part A of the calibration prompts, maximum, rank in part B), for peers as for
+ours. AUROC is against the clean prompts; flagged is the share with p <= alpha at 95 % confidence. Raw scores are kept in
+`--work`: minutes on a GPU, most of an hour for the decoder on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
+import itertools
 import json
-import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cells
+import detection_scores
 import numpy as np
+import train_reward_model as training
+from detection_scores import DEPTHS, GIVEN, Scores
+from numpy.typing import NDArray
+from scipy import stats
 
-from rm_ood import OODGuard
-from rm_ood.channels import Channel, resolve_channels
-from rm_ood.conformal import p_values
-from rm_ood.preferences import hash_fraction, prompt_key
-from rm_ood.rewriting import word_perturbation
-from rm_ood.rows import iter_rows
-from rm_ood.study.detection import auroc
+from rm_ood.calibration import CalibrationTable, split_parts
+from rm_ood.channels import AXES, FINAL, resolve_channels
+from rm_ood.conformal import guaranteed_rank
+from rm_ood.study.detection import auroc, fpr95_id_positive
+from rm_ood.study.rewards import energy_score, max_softmax_score
 
+TESTS = ("tests/detectors", "tests/test_calibration.py")
 ROOT = Path(__file__).resolve().parents[2]
-CHANNELS = (
-    "final", "prompt/prompt_end", "prompt/mean", "response/mean", "prompt/mean@0.33", "response/mean@0.33",
-    "prompt/mean@0.5", "response/mean@0.5", "prompt/mean@0.67", "response/mean@0.67", "prompt/mean@0.83",
-    "response/mean@0.83",
-)  # fmt: skip
-JOINS = {
-    "final": ("final",),
-    "default": resolve_channels("default", ("prompt", "response")),
-    "means@.33": ("prompt/mean@0.33", "response/mean@0.33"),
-    "means@.5": ("prompt/mean@0.5", "response/mean@0.5"),
-    "means@.67": ("prompt/mean@0.67", "response/mean@0.67"),
-    "means@.83": ("prompt/mean@0.83", "response/mean@0.83"),
-    "means (final layer)": ("prompt/mean", "response/mean"),
-    "final + means@.5": ("final", "prompt/mean@0.5", "response/mean@0.5"),
-    "final + means@.33": ("final", "prompt/mean@0.33", "response/mean@0.33"),
-    "final + prompt_end + means@.67": ("final", "prompt/prompt_end", "prompt/mean@0.67", "response/mean@0.67"),
-    "default + reward": ("final", "reward", "prompt/mean@0.67", "response/mean@0.67"),
-    "reward": ("reward",),
-}
-ALPHA = 0.05
-CLEAN_SHARE = 0.4
-# Salt of the clean split: neither the reward model's split nor the guard's own.
-SALT = 77
-
-Row = dict[str, Any]
+ALPHA, CONFIDENCE, DRAWS = 0.05, 0.95, 400
+DEFAULT = resolve_channels("default", ("prompt", "response"))
+PEERS = ("Mahalanobis", "RMD", "kNN (k=50)", "kNN (k=10)", "kNN (k=1)", "ViM")
+Floats = NDArray[np.float64]
 
 
-@dataclass
-class Verdicts:
-    """What `rm-ood check` wrote about one set: standardised scores (n,) per channel, rewards, spans of the text."""
+@dataclass(frozen=True)
+class Provider:
+    """One detector on some channels: the combined score of every item, and where it is calibrated its p-values."""
 
-    z: dict[str, np.ndarray]
-    reward: np.ndarray
-    length: np.ndarray
-    seconds: float = 0.0
-    joined: dict[tuple[str, ...], np.ndarray] = field(default_factory=dict)
+    score: Floats
+    p: Floats | None = None
+    axis_p: Mapping[str, Floats] | None = None
 
-    def join(self, channels: tuple[str, ...]) -> np.ndarray:
-        """Combined score of a guard that has these channels."""
-        return np.max([self.z[name] for name in channels], axis=0)
+
+def contrast(channels: Sequence[str]) -> dict[str, str]:
+    """Channel -> column of raw scores, as the guard's default takes it."""
+    return {c: f"{c}|mahalanobis" if c == FINAL else f"{c}|contrast" for c in channels}
+
+
+def spans(depths: Sequence[float]) -> list[str]:
+    return [FINAL, *(f"{axis}/mean@{depth}" for axis in ("prompt", "response") for depth in depths)]
+
+
+def providers(scores: Scores, seed: int) -> dict[str, Provider]:
+    """Name -> provider; ours first, then peers on the default's channels, then everybody on `final`, then the paper's."""
+    found = {
+        "default": joined(scores, contrast(DEFAULT), seed),
+        "auto": joined(scores, contrast(chosen_channels(scores, seed)), seed),
+        "span means: mahalanobis++": joined(scores, {**contrast(DEFAULT), **_all("mahalanobis++", DEFAULT[1:])}, seed),
+        "span means: mahalanobis": joined(scores, _all("mahalanobis", DEFAULT), seed),
+    }
+    for name in ("single Gaussian", "relative", "norm"):
+        found[name] = joined(scores, _all(name, DEFAULT), seed)
+    for name in PEERS:
+        found[f"peer {name}"] = joined(scores, _all(f"pytorch-ood {name}", DEFAULT), seed)
+    found["final"] = joined(scores, _all("mahalanobis", [FINAL]), seed)
+    found["final, project_out_reward"] = joined(scores, _all("project_out_reward", [FINAL]), seed)
+    for name in PEERS:
+        found[f"peer {name}, final"] = joined(scores, _all(f"pytorch-ood {name}", [FINAL]), seed)
+    mean, spread = scores.about["reward"]
+    found["low reward"] = Provider(-scores.rewards[:, 0])
+    found["odd reward"] = Provider(np.abs(scores.rewards[:, 0] - mean) / spread)
+    # One score a pair, in tables of their own: NaN where an item has no pair.
+    paired = np.isfinite(scores.rewards).all(1)
+    for name, function in (("energy (pairs)", energy_score), ("max softmax (pairs)", max_softmax_score)):
+        values = np.full(len(paired), np.nan)
+        values[paired] = function(*scores.rewards[paired].T)
+        found[name] = Provider(values)
+    return found
+
+
+def _all(detector: str, channels: Sequence[str]) -> dict[str, str]:
+    return {channel: f"{channel}|{detector}" for channel in channels}
+
+
+def joined(scores: Scores, columns: Mapping[str, str], seed: int) -> Provider:
+    """Channels calibrated and joined as the guard does it."""
+    channels = tuple(columns)
+    raw = np.stack([scores.raw[column] for column in columns.values()], 1)
+    calibration = scores.sets["calibration"]
+    n = calibration.stop - calibration.start
+    keys = np.arange(n, dtype=np.uint64)
+    table = CalibrationTable(raw[calibration], channels, scores.lengths[calibration], split_parts(keys, seed))
+    ranking = table.profile(channels, alpha=ALPHA, confidence=CONFIDENCE).rank(raw, channels, scores.lengths)
+    return Provider(ranking.score, ranking.p, ranking.axis_p)
+
+
+def chosen_channels(scores: Scores, seed: int) -> list[str]:
+    """The span means that see planted shifts of calibration prompts best: the rule of `rm-ood fit --channels auto`."""
+    planted = [rows for name, rows in scores.sets.items() if name.startswith("planted")]
+    first = scores.sets["calibration"]
+    clean = slice(first.start, first.start + detection_scores.N_PLANTED)
+
+    def seen(depths: Sequence[float]) -> float:
+        score = joined(scores, contrast(spans(depths)), seed).score
+        return float(np.mean([auroc(score[clean], score[rows]) for rows in planted]))
+
+    return spans(max((d for k in (1, 2, 3) for d in itertools.combinations(DEPTHS, k)), key=seen))
+
+
+def cell_table(scores: Scores, found: Mapping[str, Provider]) -> list[dict[str, Any]]:
+    """One row per cell: AUROC, FPR95 and flagged share of every provider."""
+    clean = scores.sets["clean"]
+    table = []
+    for name, rows in cell_sets(scores).items():
+        family, side, label = name.split("|")
+        row: dict[str, Any] = {"family": family, "side": side, "name": label, "n": rows.stop - rows.start}
+        for provider, p in found.items():
+            a, b = _finite(p.score[clean]), _finite(p.score[rows])
+            row[provider] = {
+                "auroc": auroc(a, b) if len(b) else None,
+                "missed_at_5": fpr95_id_positive(a, b) if len(b) else None,
+                "flagged": None if p.p is None else float((p.p[rows] <= ALPHA).mean()),
+                **({} if p.axis_p is None else {x: float((v[rows] <= ALPHA).mean()) for x, v in p.axis_p.items()}),
+            }
+        table.append(row)
+    return table
+
+
+def cell_sets(scores: Scores) -> dict[str, slice]:
+    return {n: rows for n, rows in scores.sets.items() if n.split("|")[0] in ("language", "domain", "noise")}
+
+
+def _finite(values: Floats) -> Floats:
+    return values[~np.isnan(values)]
+
+
+def side_means(scores: Scores, found: Mapping[str, Provider], seed: int) -> dict[str, dict[str, Any]]:
+    """Provider -> side -> mean AUROC over the cells with a 95 % interval over prompts, and the default's lead over it."""
+    rng = np.random.default_rng(seed)
+    clean = scores.sets["clean"]
+    n = clean.stop - clean.start
+    draws_clean = rng.integers(0, n, size=(DRAWS, n))
+    by_side: dict[str, list[tuple[slice, NDArray[np.int64]]]] = {}
+    for name, rows in cell_sets(scores).items():
+        size = rows.stop - rows.start
+        by_side.setdefault(name.split("|")[1], []).append((rows, rng.integers(0, size, size=(DRAWS, size))))
+    drawn: dict[str, dict[str, Floats]] = {}
+    for provider, p in found.items():
+        if np.isnan(p.score).any():
+            continue
+        a = p.score[clean]
+        drawn[provider] = {
+            side: np.mean([_resampled(a, p.score[rows], draws_clean, draws) for rows, draws in group], axis=0)
+            for side, group in by_side.items()
+        }
+        drawn[provider]["all"] = np.mean(list(drawn[provider].values()), axis=0)
+    report: dict[str, dict[str, Any]] = {}
+    for provider, sides in drawn.items():
+        report[provider] = {
+            side: {
+                # The first draw is the sample itself.
+                "auroc": float(values[0]),
+                "interval": np.quantile(values[1:], [0.025, 0.975]).tolist(),
+                "default_lead": np.quantile((drawn["default"][side] - values)[1:], [0.025, 0.975]).tolist(),
+            }
+            for side, values in sides.items()
+        }
+    return report
+
+
+def _resampled(clean: Floats, shifted: Floats, draws_clean: NDArray[Any], draws: NDArray[Any]) -> Floats:
+    """AUROC of the sample and of every draw, (1 + DRAWS,): half the sum of signs, weighed by how often each was drawn."""
+    signs = (np.sign(shifted[:, None] - clean[None, :]) + 1) / 2
+    times_clean = np.stack([np.bincount(d, minlength=len(clean)) for d in draws_clean]) / len(clean)
+    times = np.stack([np.bincount(d, minlength=len(shifted)) for d in draws]) / len(shifted)
+    return np.concatenate([[signs.mean()], np.einsum("bi,ij,bj->b", times, signs, times_clean, optimize=True)])
+
+
+def false_alarms(scores: Scores, provider: Provider) -> dict[str, Any]:
+    """Flags on the clean prompts, and the central 99.9 % of their exact beta-binomial law."""
+    if provider.p is None:
+        raise ValueError("a provider without calibration")
+    clean, calibration = scores.sets["clean"], scores.sets["calibration"]
+    n = clean.stop - clean.start
+    n_b = int((~split_parts(np.arange(calibration.stop - calibration.start, dtype=np.uint64), 0)).sum())
+    k = guaranteed_rank(n_b, ALPHA, CONFIDENCE)
+    law = stats.betabinom(n, k, n_b + 1 - k)
+    return {
+        "flags": int((provider.p[clean] <= ALPHA).sum()), "n": n, "n_calibration": n_b, "rank": k,
+        "band": [int(law.ppf(0.0005)), int(law.ppf(0.9995))], "expected": float(law.mean()),
+    }  # fmt: skip
+
+
+def attribution(scores: Scores, found: Mapping[str, Provider], seed: int) -> list[dict[str, Any]]:
+    """On aligned data and noise: how often the prompt's, the response's and the response-given-prompt's flag fires."""
+    given = joined(scores, {GIVEN: f"{GIVEN}|conditional"}, seed)
+    axes = found["default"].axis_p or {}
+    table = []
+    for name, rows in {"none||clean": scores.sets["clean"], **cell_sets(scores)}.items():
+        family, side, label = name.split("|")
+        if side in ("prompt", "response") or family == "none":
+            flags = {axis: float((p[rows] <= ALPHA).mean()) for axis, p in axes.items()}
+            flags["response_given_prompt"] = (
+                float((given.p[rows] <= ALPHA).mean()) if given.p is not None else float("nan")
+            )
+            table.append({"side": side or "none", "name": label, "family": family, **flags})
+    return table
+
+
+def print_report(half: str, results: Mapping[str, Any]) -> None:
+    """Markdown of everything a reader of the README sees."""
+    for model, result in results.items():
+        means, alarms = result["sides"], result["false_alarms"]
+        accuracy = result["about"]["accuracy"]
+        print(f"\n### {half}: {model}\n")
+        print("Reward model's held-out accuracy: " + ", ".join(f"{k} {v['accuracy']:.3f}" for k, v in accuracy.items()))
+        print(f"Auto chose {result['auto']}\n")
+        print("| provider | prompt | response | both | mean | flagged: prompt | response | both | clean |")
+        print("|---" * 9 + "|")
+        for provider, sides in means.items():
+            flagged = result["flagged"].get(provider)
+            cells_ = [
+                f"{sides[s]['auroc']:.3f} ({sides[s]['interval'][0]:.3f}-{sides[s]['interval'][1]:.3f})"
+                for s in cells.SIDES
+            ]
+            rates = ["-"] * 4 if flagged is None else [f"{flagged[s]:.3f}" for s in (*cells.SIDES, "clean")]
+            print(f"| {provider} | " + " | ".join([*cells_, f"{sides['all']['auroc']:.3f}", *rates]) + " |")
+        for provider in ("default", "final", "auto"):
+            a = alarms[provider]
+            print(
+                f"\nfalse alarms, {provider}: {a['flags']} of {a['n']}, expected {a['expected'] * 1:.1f}, band {a['band']}"
+            )
+        print("\n| shift | default | best peer | final | energy (pairs) | flagged: default | final |")
+        print("|---" * 7 + "|")
+        for row in result["cells"]:
+            peer = max(
+                row[p]["auroc"] for p in row if isinstance(row[p], dict) and p.startswith("peer") and "final" not in p
+            )
+            values = [row["default"]["auroc"], peer, row["final"]["auroc"], row["energy (pairs)"]["auroc"]]
+            values += [row["default"]["flagged"], row["final"]["flagged"]]
+            shown = " | ".join("-" if v is None else f"{v:.3f}" for v in values)
+            print(f"| {row['side']}: {row['name']} | {shown} |")
+        print("\n| shifted | shift | flagged: prompt | response | response given prompt |\n|---|---|---|---|---|")
+        for row in result["attribution"]:
+            print(f"| {row['side']} | {row['name']} | " + " | ".join(f"{row[a]:.2f}" for a in AXES if a in row) + " |")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Fit, check every set, print the tables as Markdown and write the rows."""
-    a = _arguments(argv)
-    work = Path(a.work)
-    work.mkdir(parents=True, exist_ok=True)
-    guard_rows, clean_rows = split(Path(a.model))
-    guard_folder = work / "guard"
-    if a.refit or not guard_folder.exists():
-        command("fit", "--model", a.model, "--data", dump(work / "fit.jsonl.gz", guard_rows), "--output", guard_folder,
-                "--overwrite", "--alpha", ALPHA, "--calibration-share", 0.4, "--channels", ",".join(CHANNELS),
-                "--max-length", 320, "--dtype", a.dtype)  # fmt: skip
-    sets = {"clean": both_sides(clean_rows), **dict(shifted_sets(Path(a.data), clean_rows, a.rows))}
-    verdicts = {name: check(a, work, guard_folder, name, rows) for name, rows in sets.items()}
-    report(OODGuard.from_pretrained(guard_folder), verdicts, Path(a.output))
+    """Train or find the reward models, score or find the scores, print the tables and write `detection-HALF.json`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--half", choices=cells.HALVES, default="sealed")
+    parser.add_argument("--base", choices=sorted(training.BASES), help="only the reward models of this base")
+    parser.add_argument(
+        "--data", type=Path, default=ROOT.parent / "shared/data", help="folder with preference/*.jsonl.gz"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "benchmarks/.cache", help="reward models and scores are kept here"
+    )
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results")
+    a = parser.parse_args(argv)
+    data, results = cells.Data(a.data), {}
+    for recipe in cells.REWARD_MODELS[a.half]:
+        if a.base not in (None, recipe.base):
+            continue
+        name = f"{recipe.base}-{recipe.seed}"
+        kept = a.work / f"scores-{a.half}-{recipe.base}.npz"
+        if not kept.exists():
+            folder = a.work / name
+            if not (folder / "model.safetensors").exists():
+                training.reward_model(recipe, training.hh_rows(a.data), folder)
+            detection_scores.score(recipe, folder, data, a.half).save(kept)
+        results[name] = result(Scores.load(kept), recipe.seed)
+    print_report(a.half, results)
+    a.output.mkdir(parents=True, exist_ok=True)
+    report = json.dumps({"alpha": ALPHA, "half": a.half, "reward_models": results}, indent=1) + "\n"
+    (a.output / f"detection-{a.half}.json").write_text(report, encoding="utf-8")
     return 0
 
 
-def split(model: Path) -> tuple[list[Row], list[Row]]:
-    """Rows for the guard, and clean rows that nobody has seen; by prompt."""
-    rows = [dict(row) for row in iter_rows(model / "heldout.jsonl.gz")]
-    clean = [hash_fraction(prompt_key(row["prompt"]), SALT) < CLEAN_SHARE for row in rows]
-    return (
-        [row for row, c in zip(rows, clean, strict=True) if not c],
-        [row for row, c in zip(rows, clean, strict=True) if c],
-    )
-
-
-def both_sides(rows: list[Row]) -> list[Row]:
-    return [
-        {"id": f"{row['id']}#{side}", "prompt": row["prompt"], "response": row[side]}
-        for row in rows
-        for side in ("chosen", "rejected")
-    ]
-
-
-def shifted_sets(data: Path, clean: list[Row], limit: int) -> Iterator[tuple[str, list[Row]]]:
-    """(name, rows) of every shift; the name begins with the side that is shifted."""
-
-    def rows(name: str, **want: str) -> list[Row]:
-        path = data / f"{name}.jsonl.gz"
-        with gzip.open(path, "rt", encoding="utf-8") as lines:
-            found = [json.loads(line) for line in lines]
-        return [row for row in found if all(row.get(k) == v for k, v in want.items())]
-
-    def chosen(found: list[Row]) -> list[Row]:
-        step = max(1, len(found) // limit)
-        return [{"id": r["id"], "prompt": r["prompt"], "response": r["chosen"]} for r in found[::step][:limit]]
-
-    yield "both: maths (gsm8k)", chosen(rows("preference/gsm8k_en"))
-    yield "both: code (humanevalpack)", chosen(rows("preference/humanevalpack"))
-    for language in ("de", "es", "fr", "zh"):
-        yield (
-            f"prompt: maths in {language}, answers in English",
-            chosen(rows("preference/mgsm_prompt_shift", lang=language)),
-        )
-    english = {r["id"]: r for r in rows("preference/truthfulqa_multi", lang="en")}
-    for language in ("es", "ca"):
-        other = [r for r in rows("preference/truthfulqa_multi", lang=language) if r["id"] in english]
-        yield (
-            f"prompt: truthfulqa {language}",
-            chosen([{**r, "chosen": english[r["id"]]["chosen"]} for r in other]),
-        )
-        yield (
-            f"response: truthfulqa {language}",
-            chosen([{**r, "prompt": english[r["id"]]["prompt"]} for r in other]),
-        )
-        yield f"both: truthfulqa {language}", chosen(other)
-    yield "none: truthfulqa en (another domain)", chosen(list(english.values()))
-    words = sorted({word for row in clean for word in row["prompt"].split() if word.isalpha()})
-    for p in (0.1, 0.5):
-        for side in ("prompt", "response"):
-            name = "chosen" if side == "response" else "prompt"
-            noisy = [{**row, name: noise(row[name], p, words)} for row in clean]
-            yield f"{side}: word noise {p}", chosen(noisy)
-
-
-def noise(text: str, p: float, words: list[str]) -> str:
-    """Word noise that leaves the dialogue's turn markers alone."""
-    turns = text.split("\n\n")
-    return "\n\n".join(
-        f"{head}: {word_perturbation(body, p, words)}"
-        if sep and head in ("Human", "Assistant")
-        else word_perturbation(t, p, words)
-        for t in turns
-        for head, sep, body in [t.partition(": ")]
-    )
-
-
-def check(a: argparse.Namespace, work: Path, guard: Path, name: str, rows: list[Row]) -> Verdicts:
-    """Verdicts of one set, through the command line; kept in `work` and read again next time."""
-    stem = "".join(c if c.isalnum() else "-" for c in name)
-    out = work / f"{stem}.verdicts.jsonl.gz"
-    started = time.monotonic()
-    if a.refit or not out.exists():
-        command("check", "--guard", guard, "--model", a.model, "--data", dump(work / f"{stem}.jsonl.gz", rows),
-                "--output", out, "--dtype", a.dtype)  # fmt: skip
-    found = list(iter_rows(out))
-    z = {
-        channel: np.array([row["axes"][Channel.parse(channel).axis]["channels"][channel]["ood_score"] for row in found])
-        for channel in (*CHANNELS, "reward")
-    }
-    return Verdicts(
-        z=z,
-        reward=np.array([row["reward"] for row in found]),
-        length=np.array([len(row["response"]) for row in rows]),
-        seconds=time.monotonic() - started,
-    )
-
-
-def report(guard: OODGuard, verdicts: dict[str, Verdicts], output: Path) -> None:
-    """Print the tables and write every figure as one row."""
-    state = guard._fitted()
-    clean = verdicts["clean"]
-    table = []
-    calibration = {join: state.profile(c).calibration_scores() for join, c in JOINS.items()}
-    for name, found in verdicts.items():
-        row: Row = {"set": name, "n": len(found.reward)}
-        for join, channels in JOINS.items():
-            score = found.join(channels)
-            flagged = p_values(calibration[join], score, 0.95) <= ALPHA
-            row[f"{join} auroc"] = float("nan") if name == "clean" else auroc(clean.join(channels), score)
-            row[f"{join} flagged"] = float(flagged.mean())
-        for axis in ("prompt", "response"):
-            channels = tuple(n for n in JOINS["default"] if Channel.parse(n).axis == axis)
-            ranked = state.profile(channels).calibration_scores()
-            row[f"default {axis} flagged"] = float((p_values(ranked, found.join(channels), 0.95) <= ALPHA).mean())
-        table.append(row)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "detection.json").write_text(
-        json.dumps({"alpha": ALPHA, "rows": table, **_false_alarms(state, clean)}, indent=1)
-    )
-    print_main(table)
-    print_joins(table)
-
-
-def _false_alarms(state: Any, clean: Verdicts) -> dict[str, Any]:
-    """False alarms on clean data in all and by quintile of the response's length, per join."""
-    edges = np.quantile(clean.length, [0.2, 0.4, 0.6, 0.8])
-    quintile = np.searchsorted(edges, clean.length)
-    rates = {}
-    for join in ("final", "default"):
-        flagged = p_values(state.profile(JOINS[join]).calibration_scores(), clean.join(JOINS[join]), 0.95) <= ALPHA
-        rates[join] = {
-            "all": float(flagged.mean()),
-            "flags": int(flagged.sum()),
-            "n": len(flagged),
-            "n_calibration": state.table.n_b,
-            "by_length_quintile": [float(flagged[quintile == q].mean()) for q in range(5)],
+def result(scores: Scores, seed: int) -> dict[str, Any]:
+    """Everything about one reward model, JSON-able."""
+    found = providers(scores, seed)
+    table = cell_table(scores, found)
+    calibrated = {name: p for name, p in found.items() if p.p is not None}
+    alarms = {name: false_alarms(scores, p) for name, p in calibrated.items()}
+    flagged = {
+        name: {
+            **{s: float(np.mean([row[name]["flagged"] for row in table if row["side"] == s])) for s in cells.SIDES},
+            "clean": alarms[name]["flags"] / alarms[name]["n"],
         }
-        print(f"false alarms, {join}: {rates[join]}")
-    return {"false_alarms": rates}
-
-
-def print_main(table: list[Row]) -> None:
-    print("\n| set (shifted side first) | n | final: AUROC | flagged | default: AUROC | flagged | prompt | response |")
-    print("|---|---|---|---|---|---|---|---|")
-    for row in table:
-        cells = [row["final auroc"], row["final flagged"], row["default auroc"], row["default flagged"]]
-        cells += [row["default prompt flagged"], row["default response flagged"]]
-        print(f"| {row['set']} | {row['n']} | " + " | ".join("-" if np.isnan(c) else f"{c:.3f}" for c in cells) + " |")
-
-
-def print_joins(table: list[Row]) -> None:
-    """Means over the shifted sets, for every join."""
-    shifted = [row for row in table if row["set"].split(":")[0] in ("prompt", "response", "both")]
-    print("\n| channels | mean AUROC: prompt | response | both | all | mean flagged | clean flagged |")
-    print("|---" * 7 + "|")
-    for join in JOINS:
-        by_side = [
-            np.mean([r[f"{join} auroc"] for r in shifted if r["set"].startswith(side)])
-            for side in ("prompt", "response", "both")
-        ]
-        overall = np.mean([r[f"{join} auroc"] for r in shifted])
-        flagged = np.mean([r[f"{join} flagged"] for r in shifted])
-        clean = table[0][f"{join} flagged"]
-        cells = [*by_side, overall, flagged, clean]
-        print(f"| {join} | " + " | ".join(f"{c:.3f}" for c in cells) + " |")
-
-
-def command(*arguments: object) -> None:
-    """One `rm-ood` command in this interpreter's environment."""
-    subprocess.run([sys.executable, "-m", "rm_ood.cli", *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
-
-
-def dump(path: Path, rows: list[Row]) -> Path:
-    with gzip.open(path, "wt", encoding="utf-8") as out:
-        out.writelines(json.dumps(row) + "\n" for row in rows)
-    return path
-
-
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", default=str(ROOT / "benchmarks/.cache/smollm2-rm"), help="folder of train_reward_model.py"
-    )
-    parser.add_argument("--data", default=str(ROOT.parent / "shared/data"), help="folder with preference/*.jsonl.gz")
-    parser.add_argument("--work", default=str(ROOT / "benchmarks/.cache/detection"), help="verdicts are kept here")
-    parser.add_argument("--output", default=str(ROOT / "benchmarks/results"), help="where detection.json goes")
-    parser.add_argument("--rows", type=int, default=100, help="rows per shift (default: %(default)s)")
-    parser.add_argument("--dtype", default="bfloat16", help="dtype of the reward model (default: %(default)s)")
-    parser.add_argument("--refit", action="store_true", help="do not reuse what lies in --work")
-    return parser.parse_args(argv)
+        for name in calibrated
+    }
+    return {
+        "about": scores.about,
+        "auto": chosen_channels(scores, seed),
+        "sides": side_means(scores, found, seed),
+        "flagged": flagged,
+        "false_alarms": alarms,
+        "attribution": attribution(scores, found, seed),
+        "cells": table,
+    }
 
 
 if __name__ == "__main__":

@@ -6,18 +6,12 @@ alternating rounds; the ratio is the median of the rounds' own ratios.
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
-import importlib.util
-import sys
 from collections.abc import Iterator
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from typing import Any
-from unittest.mock import MagicMock
 
 import torch
 from harness import Row, alternate
+from peers import pytorch_ood
 
 from rm_ood import MahalanobisDetector
 
@@ -30,7 +24,7 @@ CLASSES = 2
 def measure() -> Iterator[Row]:
     """Two rows a shape: ours with its ratio, and the peer."""
     torch.set_num_threads(1)
-    peer_type = _peer_type()
+    peer_type = pytorch_ood().Mahalanobis
     peer_name = f"pytorch-ood {importlib.metadata.version('pytorch-ood')}"
     rng = torch.Generator().manual_seed(0)
     for d in WIDTHS:
@@ -72,23 +66,3 @@ def _check_agreement(ours: torch.Tensor, peer: torch.Tensor, n_fit: int) -> None
     worst = float(((scaled - ours).abs() / ours).max())
     if not worst < 1e-2:
         raise RuntimeError(f"the two detectors differ by up to {worst:.1%}: the timings would compare different work")
-
-
-def _peer_type() -> Any:
-    # pytorch-ood imports torchvision for its data sets; its Mahalanobis does not use it, so `--no-deps` is enough here.
-    if importlib.util.find_spec("torchvision") is None:
-        sys.meta_path.append(_Placeholder())
-    return importlib.import_module("pytorch_ood.detector").Mahalanobis
-
-
-class _Placeholder(MetaPathFinder, Loader):
-    """Lets `import torchvision...` pass; whatever is taken from it does nothing."""
-
-    def find_spec(self, name: str, *_: object) -> ModuleSpec | None:
-        return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] == "torchvision" else None
-
-    def create_module(self, spec: ModuleSpec) -> Any:
-        return MagicMock(name=spec.name)
-
-    def exec_module(self, module: Any) -> None:
-        pass
