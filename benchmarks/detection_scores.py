@@ -130,7 +130,9 @@ def all_sets(recipe: training.Recipe, data: cells.Data, half: str) -> tuple[dict
     return sets, [0, 1] * len(fit)
 
 
-def score(recipe: training.Recipe, folder: Path, data: cells.Data, half: str) -> Scores:
+def score(
+    recipe: training.Recipe, folder: Path, data: cells.Data, half: str, *, channels: Sequence[str] = CHANNELS
+) -> Scores:
     """Embed every set with the reward model in `folder`, fit every detector, score everything."""
     started = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -142,7 +144,7 @@ def score(recipe: training.Recipe, folder: Path, data: cells.Data, half: str) ->
     ends = np.cumsum([len(items) for items in sets.values()])
     rows = {name: slice(int(end) - len(items), int(end)) for (name, items), end in zip(sets.items(), ends, strict=True)}
     items = [item for group in sets.values() for item in group]
-    with OODGuard(model, tokenizer, channels=CHANNELS, max_length=recipe.max_tokens, batch_size=32) as guard:
+    with OODGuard(model, tokenizer, channels=channels, max_length=recipe.max_tokens, batch_size=32) as guard:
         vectors, rewards, lengths = _embed(guard, recipe, [(p, r) for p, r, _ in items])
         pairs = [i for i, item in enumerate(items) if item[2]]
         others = _embed(guard, recipe, [(items[i][0], str(items[i][2])) for i in pairs])[1]

@@ -37,7 +37,7 @@ from rm_ood.study.rewards import energy_score, max_softmax_score
 
 TESTS = ("tests/detectors", "tests/test_calibration.py")
 ROOT = Path(__file__).resolve().parents[2]
-ALPHA, CONFIDENCE, DRAWS = 0.05, 0.95, 400
+ALPHA, CONFIDENCE, DRAWS, SPLITS = 0.05, 0.95, 400, 5
 DEFAULT = resolve_channels("default", ("prompt", "response"))
 PEERS = ("Mahalanobis", "RMD", "kNN (k=50)", "kNN (k=10)", "kNN (k=1)", "ViM")
 Floats = NDArray[np.float64]
@@ -45,9 +45,15 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Provider:
-    """One detector on some channels: the combined score of every item, and where it is calibrated its p-values."""
+    """One detector on some channels.
 
-    score: Floats
+    Attributes:
+        scores: (n,) combined scores of every item, once per split of the calibration prompts into parts A and B: part A is
+            small, and AUROC is the mean over the splits. One where nothing is calibrated.
+        p, axis_p: p-values under the first split.
+    """
+
+    scores: tuple[Floats, ...]
     p: Floats | None = None
     axis_p: Mapping[str, Floats] | None = None
 
@@ -78,14 +84,14 @@ def providers(scores: Scores, seed: int) -> dict[str, Provider]:
     for name in PEERS:
         found[f"peer {name}, final"] = joined(scores, _all(f"pytorch-ood {name}", [FINAL]), seed)
     mean, spread = scores.about["reward"]
-    found["low reward"] = Provider(-scores.rewards[:, 0])
-    found["odd reward"] = Provider(np.abs(scores.rewards[:, 0] - mean) / spread)
+    found["low reward"] = Provider((-scores.rewards[:, 0],))
+    found["odd reward"] = Provider((np.abs(scores.rewards[:, 0] - mean) / spread,))
     # One score a pair, in tables of their own: NaN where an item has no pair.
     paired = np.isfinite(scores.rewards).all(1)
     for name, function in (("energy (pairs)", energy_score), ("max softmax (pairs)", max_softmax_score)):
         values = np.full(len(paired), np.nan)
         values[paired] = function(*scores.rewards[paired].T)
-        found[name] = Provider(values)
+        found[name] = Provider((values,))
     return found
 
 
@@ -99,10 +105,13 @@ def joined(scores: Scores, columns: Mapping[str, str], seed: int) -> Provider:
     raw = np.stack([scores.raw[column] for column in columns.values()], 1)
     calibration = scores.sets["calibration"]
     n = calibration.stop - calibration.start
-    keys = np.arange(n, dtype=np.uint64)
-    table = CalibrationTable(raw[calibration], channels, scores.lengths[calibration], split_parts(keys, seed))
-    ranking = table.profile(channels, alpha=ALPHA, confidence=CONFIDENCE).rank(raw, channels, scores.lengths)
-    return Provider(ranking.score, ranking.p, ranking.axis_p)
+    rankings = []
+    for split in range(SPLITS):
+        part_a = split_parts(np.arange(n, dtype=np.uint64), seed + split)
+        table = CalibrationTable(raw[calibration], channels, scores.lengths[calibration], part_a)
+        profile = table.profile(channels, alpha=ALPHA, confidence=CONFIDENCE)
+        rankings.append(profile.rank(raw, channels, scores.lengths))
+    return Provider(tuple(ranking.score for ranking in rankings), rankings[0].p, rankings[0].axis_p)
 
 
 def chosen_channels(scores: Scores, seed: int) -> list[str]:
@@ -112,8 +121,8 @@ def chosen_channels(scores: Scores, seed: int) -> list[str]:
     clean = slice(first.start, first.start + detection_scores.N_PLANTED)
 
     def seen(depths: Sequence[float]) -> float:
-        score = joined(scores, contrast(spans(depths)), seed).score
-        return float(np.mean([auroc(score[clean], score[rows]) for rows in planted]))
+        found = joined(scores, contrast(spans(depths)), seed).scores
+        return float(np.mean([auroc(score[clean], score[rows]) for score in found for rows in planted]))
 
     return spans(max((d for k in (1, 2, 3) for d in itertools.combinations(DEPTHS, k)), key=seen))
 
@@ -126,10 +135,11 @@ def cell_table(scores: Scores, found: Mapping[str, Provider]) -> list[dict[str, 
         family, side, label = name.split("|")
         row: dict[str, Any] = {"family": family, "side": side, "name": label, "n": rows.stop - rows.start}
         for provider, p in found.items():
-            a, b = _finite(p.score[clean]), _finite(p.score[rows])
+            both = [(_finite(score[clean]), _finite(score[rows])) for score in p.scores]
+            known = all(len(b) for _, b in both)
             row[provider] = {
-                "auroc": auroc(a, b) if len(b) else None,
-                "missed_at_5": fpr95_id_positive(a, b) if len(b) else None,
+                "auroc": float(np.mean([auroc(a, b) for a, b in both])) if known else None,
+                "missed_at_5": float(np.mean([fpr95_id_positive(a, b) for a, b in both])) if known else None,
                 "flagged": None if p.p is None else float((p.p[rows] <= ALPHA).mean()),
                 **({} if p.axis_p is None else {x: float((v[rows] <= ALPHA).mean()) for x, v in p.axis_p.items()}),
             }
@@ -157,11 +167,12 @@ def side_means(scores: Scores, found: Mapping[str, Provider], seed: int) -> dict
         by_side.setdefault(name.split("|")[1], []).append((rows, rng.integers(0, size, size=(DRAWS, size))))
     drawn: dict[str, dict[str, Floats]] = {}
     for provider, p in found.items():
-        if np.isnan(p.score).any():
+        if np.isnan(p.scores[0]).any():
             continue
-        a = p.score[clean]
         drawn[provider] = {
-            side: np.mean([_resampled(a, p.score[rows], draws_clean, draws) for rows, draws in group], axis=0)
+            side: np.mean(
+                [_resampled(s[clean], s[rows], draws_clean, draws) for s in p.scores for rows, draws in group], axis=0
+            )
             for side, group in by_side.items()
         }
         drawn[provider]["all"] = np.mean(list(drawn[provider].values()), axis=0)
