@@ -14,15 +14,13 @@ from rm_ood.detectors.mahalanobis import Shrinkage, check_factor
 from rm_ood.errors import FormatError, MismatchError, NotFittedError
 from rm_ood.moments import ClassMoments
 
-# Weight of the log ratio beside the log distance: chosen in benchmarks/README.md, "Channels".
-_POWER = 3.0
 # No vector of text comes so near to the mean of the noisy copies; a distance of 0 would make the score infinite.
 _NEAREST = 1e-3
 _PREFIX = "noise"
 
 
 class ContrastedMahalanobis(NormalisedMahalanobis):
-    """Score = d (d / d_noise)^3, with d the squared distance to the nearest class and d_noise that to the noisy copies.
+    """Score = d (d / d_noise), with d the squared distance to the nearest class and d_noise that to the noisy copies.
 
     Both of vectors of length 1. Noise on the words of a text often moves its vectors *towards* the centre of the fit
     data, where a distance alone sees nothing; the ratio asks whether noise explains the vector better. Its Gaussian is of
@@ -121,7 +119,7 @@ class ContrastedMahalanobis(NormalisedMahalanobis):
         distances, nearest, index = super()._distances(x)
         noise = self.noise_.score(x).clamp(min=_NEAREST)
         # A row that cannot be scored, by either Gaussian, is infinitely far, whatever the other one says.
-        ratio = torch.where(noise.isfinite(), (nearest / noise) ** _POWER, math.inf)
+        ratio = torch.where(noise.isfinite(), nearest / noise, math.inf)
         weighed = (distances * ratio[:, None]).nan_to_num(nan=math.inf, posinf=math.inf)
         return weighed, (nearest * ratio).nan_to_num(nan=math.inf, posinf=math.inf), index
 
