@@ -1,8 +1,8 @@
 """Clean and shifted items of the detection benchmark, split into a development and a sealed half.
 
 The split was written down before the first run: everything is chosen on the development half (its languages, domains, kinds
-of noise and reward models), and the sealed half is scored once. No domain or kind of noise is in both; of the languages French and Chinese are, in other
-data.
+of noise and reward models), and the sealed half is scored once. No domain or kind of noise is in both; of the languages
+French and Chinese are, in other data.
 """
 
 from __future__ import annotations
