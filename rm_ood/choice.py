@@ -8,8 +8,9 @@ The prompts that the choice is made on are neither fitted nor calibrated on, so 
 from __future__ import annotations
 
 import itertools
+import numbers
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from rm_ood.guard import OODGuard
 from rm_ood.preferences import Item, RowReader, hash_fraction, prompt_key
 from rm_ood.reward_model import find_blocks
 from rm_ood.rows import iter_rows
+from rm_ood.scoring import Scoring
 from rm_ood.study.detection import auroc
 from rm_ood.study.planted import EMPTY_RESPONSE, changed, changes
 
@@ -92,18 +94,22 @@ def fit_choosing(guard: OODGuard, dataset: Any, *, calibration: Any = 0.3, progr
         CalibrationError: fewer than 30 prompts to choose on (pass more data, or name the channels), and as `fit`.
         InputError: the guard has no span means to choose from.
     """
-    if not _depths(guard):
+    if not _depths(guard) or not set(guard.config.axes) & {"prompt", "response"}:
         raise InputError(
             f"channels: a choice is made from span means, as in pool(model, axes); this guard has {guard.config.joined}"
         )
     kept: dict[int, Clean] = {}
-    guard.fit(_others(guard, dataset, kept), calibration=calibration, progress=progress)
+    is_share = isinstance(calibration, numbers.Real)
+    # Read after the fit, when it is known which prompts were kept.
+    calibrates = calibration if is_share else _without(calibration, kept)
+    guard.fit(_others(guard, dataset, kept), calibration=calibrates, progress=progress)
     if len(kept) < LEAST_PROMPTS:
         raise CalibrationError(
             f"channels='auto': {len(kept)} prompts to choose on, at least {LEAST_PROMPTS} are needed, of a "
             f"{TUNING_SHARE:.0%} share of the data. Pass more data, or name the channels."
         )
-    choice = choose_channels(guard, list(kept.values()), progress=progress)
+    items = [item for item in kept.values() if _encodes(guard.scoring(), item)]
+    choice = choose_channels(guard, items, progress=progress)
     guard.keep(choice.channels)
     guard.annotate(choice=choice.to_dict())
     return choice
@@ -117,12 +123,14 @@ def choose_channels(guard: OODGuard, items: Sequence[Clean], *, progress: bool =
         items: clean (prompt, response), neither fitted nor calibrated on.
         progress: show a progress bar on stderr.
     """
-    scoring = guard.scoring()
+    # What is planted here is no traffic: the guard's own check still has to warn when it sees some.
+    scoring = replace(guard.scoring(), ends=None)
     axes, planted = scoring.state.config.axes, _planted(items, scoring.state.config.axes)
     candidates = [d for k in range(1, MOST_DEPTHS + 1) for d in itertools.combinations(_depths(guard), k)]
     profiles = {depths: scoring.state.profile(_channels(axes, depths)) for depths in candidates}
 
     def scores(group: Sequence[Clean]) -> dict[tuple[float, ...], NDArray[np.float64]]:
+        group = [item for item in group if _encodes(scoring, item)]
         raw, part = scoring.score(scoring.encode(list(group)))
         # Items come with their spans here, always.
         spans = np.zeros((len(group), 2), dtype=np.int64) if part.lengths is None else part.lengths
@@ -188,18 +196,40 @@ def _planted(items: Sequence[Clean], axes: Sequence[str]) -> list[list[Clean]]:
 
 def _others(guard: OODGuard, dataset: Any, kept: dict[int, Clean]) -> Iterator[Mapping[str, Any]]:
     """The rows that are fitted and calibrated on; the first response of each other prompt goes to `kept`."""
-    config = guard.config
+    config, passed = guard.config, set[int]()
     reader = RowReader(require_labels=False, allow_empty=config.allow_empty, max_chars=config.max_chars)
     for number, row in enumerate(iter_rows(dataset)):
         item = _readable(reader, row, number)
-        if item is not None and isinstance(item.response, str):
+        if item is not None:
             key = prompt_key(item.prompt)
+            wanted = hash_fraction(key, config.seed ^ _SALT) < TUNING_SHARE
             if key in kept:
                 continue
-            if len(kept) < MOST_PROMPTS and hash_fraction(key, config.seed ^ _SALT) < TUNING_SHARE:
+            # A prompt whose first row came when there was no room is fitted on with all its rows.
+            if wanted and key not in passed and len(kept) < MOST_PROMPTS and isinstance(item.response, str):
                 kept[key] = (item.prompt, item.response)
                 continue
+            if wanted:
+                passed.add(key)
         yield row
+
+
+def _without(dataset: Any, kept: Mapping[int, Clean]) -> Iterator[Mapping[str, Any]]:
+    """The rows of a calibration set whose prompts were not kept for the choice."""
+    reader = RowReader(require_labels=False)
+    for number, row in enumerate(iter_rows(dataset)):
+        item = _readable(reader, row, number)
+        if item is None or prompt_key(item.prompt) not in kept:
+            yield row
+
+
+def _encodes(scoring: Scoring, item: Clean) -> bool:
+    """Whether the guard can read an item; what is too long may be an error."""
+    try:
+        replace(scoring, ends=None).encode([item])
+    except InputError:
+        return False
+    return True
 
 
 def _readable(reader: RowReader, row: Mapping[str, Any], number: int) -> Item | None:

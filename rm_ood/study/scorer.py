@@ -237,7 +237,9 @@ class Scorer:
         columns = [part.rewards[:, None], lengths, part.truncated[:, None], scored.scores]
         columns += [scored.classes[name] for name in self._classes]
         for channels, detector in self.baselines.values():
-            vectors = torch.cat([part.vectors[name] for name in channels], dim=1)
+            # Layers of a model that is split over devices leave their vectors where they are.
+            found = [part.vectors[name].float() for name in channels]
+            vectors = torch.cat([x.to(found[0].device) for x in found], dim=1)
             columns.append(detector.score(vectors).double().cpu().numpy()[:, None])
         return np.concatenate(columns, axis=1).astype(np.float64)
 
@@ -289,10 +291,20 @@ def _identity(guard: OODGuard, baselines: Mapping[str, tuple[tuple[str, ...], De
         *((f"{n} {c}", d) for n, (c, d) in baselines.items()),
     ]
     for name, detector in fitted:
-        sha.update(f"{name} {type(detector).__qualname__}".encode())
+        sha.update(f"{name} {type(detector).__qualname__} {_settings(detector)}".encode())
         for key, tensor in sorted(detector.state_tensors().items()):
             sha.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.cpu().numpy().tobytes())
     return sha.digest()
+
+
+def _settings(detector: Any) -> str:
+    """A detector's settings: learned state ends in an underscore, and tensors among the settings are in that state."""
+    plain = {
+        name: value for name, value in vars(detector).items() if not name.endswith("_") and not name.startswith("_")
+    }
+    nested = {name: _settings(value) for name, value in plain.items() if isinstance(value, Detector)}
+    kept = {name: value for name, value in plain.items() if isinstance(value, str | int | float | bool | torch.dtype)}
+    return repr(sorted({**kept, **nested}.items(), key=lambda item: item[0]))
 
 
 def _text_key(item: Item) -> bytes:

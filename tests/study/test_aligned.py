@@ -115,3 +115,19 @@ def test_real_translations_are_matched() -> None:
     assert cells("gsm8k_en", None, "mgsm_prompt_shift", ":common") == [
         (lang, "prompt", 216) for lang in ("de", "es", "fr", "zh")
     ]
+
+
+def test_files_are_told_apart_by_what_stands_before_their_ending(tmp_path: Path) -> None:
+    rows = read_pairs([{"id": "a", "prompt": "what is it", "chosen": "a house", "rejected": "a horse"}])
+    for language in ("es", "de"):
+        row = {"id": "a", "prompt": f"{language} what", "chosen": f"{language} yes", "rejected": f"{language} no"}
+        (tmp_path / f"test.{language}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    names = {name for language in ("es", "de") for name, _, _ in aligned(rows, tmp_path / f"test.{language}.jsonl")}
+    assert names == {"test.es", "test.de"}
+
+
+def test_file_without_rows_is_refused_by_name(tmp_path: Path) -> None:
+    rows = read_pairs([{"id": "a", "prompt": "what is it", "chosen": "a house", "rejected": "a horse"}])
+    (tmp_path / "none.jsonl").write_text("", encoding="utf-8")
+    with pytest.raises(InputError, match=r"none\.jsonl: no rows"):
+        list(aligned(rows, tmp_path / "none.jsonl"))

@@ -177,3 +177,14 @@ def test_a_guard_s_traffic_does_not_count_what_a_study_reads(minilm_guard: OODGu
     with Scorer(minilm_guard) as scorer:
         scorer.score([("Ж" * 30, "Я" * 30 + str(i)) for i in range(40)])
     assert vars(minilm_guard._traffic) == vars(before)
+
+
+def test_scores_of_other_settings_are_other_scores() -> None:
+    from rm_ood.detectors import ConditionalMahalanobis, KNearestNeighbours, Projected
+    from rm_ood.study.scorer import _settings
+
+    assert _settings(KNearestNeighbours(1)) != _settings(KNearestNeighbours(10))
+    assert _settings(ConditionalMahalanobis(2)) != _settings(ConditionalMahalanobis(6))
+    ones = torch.ones(4)
+    assert _settings(Projected(KNearestNeighbours(1), ones)) != _settings(Projected(KNearestNeighbours(2), ones))
+    assert _settings(KNearestNeighbours(1)) == _settings(KNearestNeighbours(1))
