@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rm_ood.detectors.gaussian import NormalisedMahalanobis
 from rm_ood.detectors.learned import part
-from rm_ood.detectors.mahalanobis import Shrinkage, check_factor
+from rm_ood.detectors.mahalanobis import check_factor
 from rm_ood.errors import FormatError, MismatchError, NotFittedError
 from rm_ood.moments import ClassMoments
 
@@ -55,37 +55,6 @@ class ContrastedMahalanobis(NormalisedMahalanobis):
             raise MismatchError(f"noise: expected {self.n_features_in_} features, got {self.noise_.n_features_in_}")
         return self
 
-    @classmethod
-    def from_state(
-        cls,
-        tensors: dict[str, Tensor],
-        *,
-        shrinkage: Shrinkage = "oas",
-        floor: float = 1e-4,
-        classes: Any = None,
-        effective_shrinkage: float = math.nan,
-        effective_rank: float = math.nan,
-    ) -> Self:
-        """Rebuild a detector from `state_tensors()`; it scores bit-identically.
-
-        Raises:
-            FormatError: as `MahalanobisDetector.from_state`, for either Gaussian; or two that do not fit together.
-        """
-        noise = part(tensors, _PREFIX)
-        detector = super().from_state(
-            {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{_PREFIX}.")},
-            shrinkage=shrinkage,
-            floor=floor,
-            classes=classes,
-            effective_shrinkage=effective_shrinkage,
-            effective_rank=effective_rank,
-        )
-        detector.noise_ = NormalisedMahalanobis.from_state(noise, shrinkage=shrinkage, floor=floor)
-        own, other = detector.whitening_, detector.noise_.whitening_
-        if own.shape != other.shape or own.dtype != other.dtype or len(detector.noise_.classes_) != 1:
-            raise FormatError("noise: not one Gaussian of the width and dtype of the fit data's")
-        return detector
-
     def state_tensors(self) -> dict[str, Tensor]:
         """The state of both Gaussians; that of the copies as `noise.NAME`."""
         own = super().state_tensors()
@@ -122,6 +91,18 @@ class ContrastedMahalanobis(NormalisedMahalanobis):
         ratio = torch.where(noise.isfinite(), nearest / noise, math.inf)
         weighed = (distances * ratio[:, None]).nan_to_num(nan=math.inf, posinf=math.inf)
         return weighed, (nearest * ratio).nan_to_num(nan=math.inf, posinf=math.inf), index
+
+    def _load(
+        self, tensors: dict[str, Tensor], classes: Any, effective_shrinkage: float, effective_rank: float
+    ) -> Self:
+        own = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{_PREFIX}.")}
+        super()._load(own, classes, effective_shrinkage, effective_rank)
+        noise = NormalisedMahalanobis.from_state(part(tensors, _PREFIX), shrinkage=self.shrinkage, floor=self.floor)
+        same = noise.whitening_.shape == self.whitening_.shape and noise.dtype == self.dtype
+        if not same or len(noise.classes_) != 1:
+            raise FormatError("noise: not one Gaussian of the width and dtype of the fit data's")
+        self.noise_ = noise
+        return self
 
     def _check_fitted(self) -> None:
         super()._check_fitted()
