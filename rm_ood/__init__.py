@@ -9,6 +9,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from rm_ood.batch_tests import BatchTest, batch_test
 from rm_ood.calibration import CalibrationTable
 from rm_ood.card import GuardCard
 from rm_ood.channels import Channel
@@ -33,8 +34,11 @@ from rm_ood.errors import (
     SaveError,
     TokenisationWarning,
 )
+from rm_ood.flag_rate import FlagRate
 from rm_ood.guard import OODGuard
 from rm_ood.moments import ClassMoments
+from rm_ood.monitor import TrafficMonitor
+from rm_ood.monitor_state import AxisEvidence, MonitorState
 from rm_ood.readers import RewardReader, register_reader
 from rm_ood.recalibration import Recalibration
 from rm_ood.turns import TurnScore
@@ -47,6 +51,8 @@ except PackageNotFoundError:
 
 __all__ = [
     "AxisDecision",
+    "AxisEvidence",
+    "BatchTest",
     "CalibrationError",
     "CalibrationTable",
     "CalibrationWarning",
@@ -59,6 +65,7 @@ __all__ = [
     "Decisions",
     "Dialogue",
     "EngineError",
+    "FlagRate",
     "FormatError",
     "GuardCard",
     "GuardConfig",
@@ -66,6 +73,7 @@ __all__ = [
     "IntegrityError",
     "MahalanobisDetector",
     "MismatchError",
+    "MonitorState",
     "NonFiniteError",
     "NotFittedError",
     "OODGuard",
@@ -75,7 +83,9 @@ __all__ = [
     "RewardReader",
     "SaveError",
     "TokenisationWarning",
+    "TrafficMonitor",
     "TurnScore",
     "__version__",
+    "batch_test",
     "register_reader",
 ]

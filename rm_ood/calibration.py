@@ -67,13 +67,14 @@ def split_parts(keys: ArrayLike, seed: int) -> Bools:
     if repeated:
         raise CalibrationError(f"{repeated} of {values.size} calibration rows repeat a prompt: keep one row per prompt")
     # A bijection of 64-bit words, so that distinct prompts cannot tie.
-    hashed = _splitmix64(values ^ _splitmix64(np.array([seed % 2**64], dtype=np.uint64)))
+    hashed = splitmix64(values ^ splitmix64(np.array([seed % 2**64], dtype=np.uint64)))
     part_a = np.zeros(values.size, dtype=bool)
     part_a[np.argsort(hashed)[: part_a_size(values.size)]] = True
     return part_a
 
 
-def _splitmix64(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def splitmix64(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """A bijection of 64-bit words that looks like noise (Steele, Lea, Flood, OOPSLA 2014)."""
     z = words + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -158,6 +159,19 @@ class Profile:
     def calibration_scores(self) -> Floats:
         """Combined scores of part B, (n_b,): what every verdict is ranked among."""
         return np.concatenate([pool.scores for pool in {id(pool): pool for pool in self.pools.values()}.values()])
+
+    def axis_scores(self, axes: Sequence[str] | None = None) -> dict[str, Floats]:
+        """Axis -> scores of part B, (n_b,): what a traffic monitor compares an axis' `ood_score` with.
+
+        Raises:
+            InputError: an axis that is not judged.
+        """
+        judged = [axis for axis in AXES if _axis_key(axis) in self._ascending]
+        unknown = sorted(set(axes or ()) - set(judged))
+        if unknown or (axes is not None and not axes):
+            raise InputError(f"axes {unknown}: this guard judges {judged}")
+        by_group = {axis: self._ascending[_axis_key(axis)].values() for axis in axes or judged}
+        return {axis: np.concatenate(list({id(s): s for s in pools}.values())) for axis, pools in by_group.items()}
 
     def _p(self, key: str, values: Floats, labels: list[str]) -> Floats:
         return ranked_by_group(self._ascending[key], values, labels, self.confidence)

@@ -30,6 +30,7 @@ from rm_ood.errors import CalibrationWarning, InputError, MismatchError, NotFitt
 from rm_ood.fit import Fitter
 from rm_ood.identity import TIERS, Identity
 from rm_ood.inputs import Notes, read_inputs
+from rm_ood.monitor import TrafficMonitor
 from rm_ood.outputs import Observation, with_verdicts
 from rm_ood.recalibration import Recalibration, calibrated, recalibrated
 from rm_ood.reward_model import eval_mode
@@ -407,6 +408,22 @@ class OODGuard:
             NotFittedError, MismatchError: the guard is not fitted, or has no reward model.
         """
         return Scoring(self._on_this_model(), self._model_column(), self._ends)
+
+    def monitor(
+        self, path: str | Path | None = None, axes: Sequence[str] | None = None, **settings: Any
+    ) -> TrafficMonitor:
+        """An alarm on the traffic that may be watched for ever: feed it with `monitor.watch(decisions)`.
+
+        Args:
+            path: where `monitor.save(path)` wrote, to go on from there; a new monitor if there is no such file.
+            axes: the guard's axes that are watched, all by default.
+            settings: of `TrafficMonitor`; alpha and confidence are the guard's.
+        Raises:
+            NotFittedError, CalibrationError: the guard is not fitted or not calibrated. MismatchError: saved on another.
+        """
+        c = self._fitted().config
+        scores = self._fitted().profile(c.joined).axis_scores(axes)
+        return TrafficMonitor.open(path, scores, **{"alpha": c.alpha, "confidence": c.confidence, **settings})
 
     # -- life
 

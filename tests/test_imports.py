@@ -22,7 +22,7 @@ LINES = (
     "detectors.base detectors.learned detectors.mahalanobis detectors.gaussian detectors.contrasted detectors.sklearn",
     "detectors.relative detectors.conditional detectors.baselines detectors.subspace detectors.rewards detectors.projected",
     "detectors.registry detectors",
-    "length conformal calibration power traffic",
+    "length conformal calibration power batch_tests traffic bets flag_rate monitor_state monitor_file monitor",
     "config hooks capture embed identity fitting decision state fit card_values markup card_page card",
     "calls outputs inputs scoring turns recalibration guard",
     "integrations.transport integrations.read_out integrations.vllm_plugin integrations.engines integrations",
