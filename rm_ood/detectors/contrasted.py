@@ -13,6 +13,7 @@ from rm_ood.detectors.learned import part
 from rm_ood.detectors.mahalanobis import check_factor
 from rm_ood.errors import FormatError, MismatchError, NotFittedError
 from rm_ood.moments import ClassMoments
+from rm_ood.ops.metric import Gaussian
 
 # No vector of text comes so near to the mean of the noisy copies; a distance of 0 would make the score infinite.
 _NEAREST = 1e-3
@@ -74,7 +75,7 @@ class ContrastedMahalanobis(NormalisedMahalanobis):
 
     def own_sq_distances(self, x: Any) -> Tensor:
         """Squared distance to every class before it is weighed, (n, k); otherwise as `sq_distances`."""
-        return super()._distances(x)[0]
+        return self._measured(x)[0][0]
 
     def to(self, device: Any) -> Self:
         """Move the fitted state, and with it the scoring, to a device; returns itself."""
@@ -85,12 +86,15 @@ class ContrastedMahalanobis(NormalisedMahalanobis):
         return self
 
     def _distances(self, x: Any) -> tuple[Tensor, Tensor, Tensor]:
-        distances, nearest, index = super()._distances(x)
-        noise = self.noise_.score(x).clamp(min=_NEAREST)
+        (distances, nearest, index), (_, noise, _) = self._measured(x)
+        noise = noise.clamp(min=_NEAREST)
         # A row that cannot be scored, by either Gaussian, is infinitely far, whatever the other one says.
         ratio = torch.where(noise.isfinite(), nearest / noise, math.inf)
         weighed = (distances * ratio[:, None]).nan_to_num(nan=math.inf, posinf=math.inf)
         return weighed, (nearest * ratio).nan_to_num(nan=math.inf, posinf=math.inf), index
+
+    def _gaussians(self) -> list[Gaussian]:
+        return [*super()._gaussians(), *self.noise_._gaussians()]
 
     def _load(
         self, tensors: dict[str, Tensor], classes: Any, effective_shrinkage: float, effective_rank: float

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from torch import Tensor
@@ -10,7 +10,6 @@ from torch import Tensor
 from rm_ood.detectors.mahalanobis import MahalanobisDetector, check_factor
 from rm_ood.errors import CalibrationError
 from rm_ood.moments import ClassMoments
-from rm_ood.ops import whitened_sq_distance
 from rm_ood.vectors import as_vectors, check_finite, unit_rows
 
 
@@ -46,6 +45,8 @@ class NormalisedMahalanobis(MahalanobisDetector):
         Mueller and Hein, "Mahalanobis++: Improving OOD Detection via Feature Normalization", ICML 2025.
     """
 
+    _UNIT: ClassVar[bool] = True
+
     def fit(self, x: Any, y: Any = None) -> Self:
         """Fit on vectors (n, d) of any length above 0. Raises and warns as `MahalanobisDetector.fit`.
 
@@ -67,8 +68,3 @@ class NormalisedMahalanobis(MahalanobisDetector):
         """
         check_factor(factor)
         return super().scaled(1.0)
-
-    def _distances(self, x: Any) -> tuple[Tensor, Tensor, Tensor]:
-        self._check_fitted()
-        x = as_vectors(x, n_features=self.n_features_in_).to(self.whitening_.device)
-        return whitened_sq_distance(unit_rows(x), self.whitening_, self.center_, self.offsets_)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from rm_ood import covariance
 from rm_ood.errors import CalibrationError, CalibrationWarning, FormatError, InputError, NotFittedError
 from rm_ood.moments import ClassMoments
-from rm_ood.ops import whitened_sq_distance
+from rm_ood.ops.metric import Gaussian, Metric
 from rm_ood.vectors import as_labels, as_vectors
 
 Shrinkage = Literal["oas", "likelihood"] | float
@@ -40,6 +40,9 @@ class MahalanobisDetector:
         shrinkage_: weight that was used. n_samples_, n_features_in_: n, d. effective_rank_: of the covariance.
     """
 
+    # Whether vectors are scaled to length 1 first.
+    _UNIT: ClassVar[bool] = False
+
     classes_: np.ndarray[Any, Any]
     class_counts_: Tensor
     means_: Tensor
@@ -60,6 +63,7 @@ class MahalanobisDetector:
         self.shrinkage = shrinkage
         self.floor = floor
         self.dtype = dtype
+        self._metric = Metric()
 
     def fit(self, x: Any, y: Any = None) -> Self:
         """Fit on in-distribution vectors; for `"likelihood"`, halves are drawn by row, seeded.
@@ -194,9 +198,16 @@ class MahalanobisDetector:
         return self
 
     def _distances(self, x: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return self._measured(x)[0]
+
+    def _measured(self, x: Any) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(distances, their minimum, its class) under each Gaussian of this detector."""
         self._check_fitted()
-        x = as_vectors(x, n_features=self.n_features_in_).to(self.whitening_.device)
-        return whitened_sq_distance(x, self.whitening_, self.center_, self.offsets_)
+        x = as_vectors(x, n_features=self.n_features_in_)
+        return self._metric.distances(x, self._gaussians(), unit=self._UNIT)
+
+    def _gaussians(self) -> list[Gaussian]:
+        return [Gaussian(self.whitening_, self.center_, self.offsets_, self.means_)]
 
     def _check_fitted(self) -> None:
         if not hasattr(self, "whitening_"):

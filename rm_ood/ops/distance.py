@@ -1,6 +1,6 @@
 """`rm_ood::whitened_sq_distance`: squared Mahalanobis distances to all classes in one pass over x.
 
-The derivation is in ops/README.md. A CUDA kernel slots in with `register_kernel("cuda")`; callers do not change.
+The derivation is in ops/README.md. On a GPU the whitening comes packed, and `rm_ood::packed_sq_distance` is one launch.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+
+from rm_ood.ops import distance_launch
+from rm_ood.ops.packing import Packed, unpack
 
 # 512 rows of one block of z, and the 128 rows of W that make it, stay in the L2 cache.
 _CHUNK = 512
@@ -85,3 +88,87 @@ def _(x: Tensor, whitening: Tensor, center: Tensor, class_offsets: Tensor) -> tu
     n = x.shape[0]
     sq = whitening.new_empty(n, class_offsets.shape[0])
     return sq, whitening.new_empty(n), whitening.new_empty(n, dtype=torch.int64)
+
+
+def packed_sq_distance(
+    x: Tensor, packed: Packed, *, rows: Tensor | None = None, factors: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared distances of each row of `x` to the classes of g packed whitenings, in one launch where a kernel runs.
+
+    z = W_g x with the W_g that the packed form holds, d_gc = |z - t_gc|^2. A row that cannot be scored, or that leaves the
+    range of the mode (64 times the fit data's), is +inf.
+
+    Args:
+        x: (n, d) bfloat16, float16 or float32, any strides; or (n, T, d) with `rows`.
+        packed: from `pack`, on the device of x.
+        rows: (n,) int64, the token of each item to take; one outside [0, T) cannot be scored.
+        factors: (n,) float32 that the rows are multiplied by first, such as one over their lengths.
+
+    Returns:
+        Squared distances (g, n, k), their minimum (g, n), float32, and its class (g, n) int64, as `whitened_sq_distance`.
+    """
+    result: tuple[Tensor, Tensor, Tensor] = _packed_operator(
+        x.detach(), packed.tiles, packed.scales, packed.shifts, packed.center, rows, factors, packed.x_scale
+    )
+    return result
+
+
+def _packed(
+    x: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    shifts: Tensor,
+    center: Tensor | None,
+    rows: Tensor | None,
+    factors: Tensor | None,
+    x_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if distance_launch.unavailable(x.device) is None:
+        return distance_launch.launch(x, tiles, scales, shifts, center, rows, factors, x_scale)
+    return emulate(x, tiles, scales, shifts, center, rows, factors, x_scale)
+
+
+def emulate(
+    x: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    shifts: Tensor,
+    center: Tensor | None,
+    rows: Tensor | None,
+    factors: Tensor | None,
+    x_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the kernel computes, from the packed form, in plain PyTorch: unpacks W in every call, so slow."""
+    if rows is not None:
+        there = (rows >= 0) & (rows < x.shape[1])
+        x = x[torch.arange(len(x), device=x.device), torch.where(there, rows, 0)]
+        x = x.masked_fill(~there[:, None], torch.nan)
+    x = x.to(scales.dtype)
+    if factors is not None:
+        x = x * factors[:, None]
+    if center is not None:
+        x = x - center
+    if tiles.dtype == torch.float16:
+        x = x.masked_fill((x * x_scale).to(torch.float16).isinf(), torch.inf)
+    whitenings = unpack(tiles, scales, x_scale, dtype=scales.dtype)
+    each = [_forward(x, w, torch.zeros_like(w[0]), t) for w, t in zip(whitenings, shifts, strict=True)]
+    sq, lowest, nearest = zip(*each, strict=True)
+    return torch.stack(sq), torch.stack(lowest), torch.stack(nearest)
+
+
+_packed_operator = torch.library.custom_op("rm_ood::packed_sq_distance", _packed, mutates_args=())
+
+
+@_packed_operator.register_fake
+def _(
+    x: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    shifts: Tensor,
+    center: Tensor | None,
+    rows: Tensor | None,
+    factors: Tensor | None,
+    x_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (g, k), n = shifts.shape[:2], x.shape[0]
+    return shifts.new_empty(g, n, k), shifts.new_empty(g, n), shifts.new_empty(g, n, dtype=torch.int64)

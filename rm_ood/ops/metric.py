@@ -1,0 +1,79 @@
+"""Distances of the same vectors to several Gaussians: one launch where a kernel runs, a PyTorch call each elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rm_ood.ops.distance import packed_sq_distance, whitened_sq_distance
+from rm_ood.ops.distance_launch import INTERPRETED, unavailable, unsupported
+from rm_ood.ops.packing import Packed, pack
+from rm_ood.vectors import unit_rows
+
+# Why vectors went to PyTorch on a device that has a kernel, in this process.
+fallbacks: set[str] = set()
+
+
+class Gaussian(NamedTuple):
+    """What a distance is measured with: W (d, d), a centre (d,), W (means - centre) (k, d), and the means (k, d)."""
+
+    whitening: Tensor
+    center: Tensor
+    offsets: Tensor
+    means: Tensor
+
+
+class Metric:
+    """The distances of a detector; keeps its whitenings packed once a kernel has asked for them.
+
+    Args:
+        mode: of the packed form (see `pack`); None lets the certificate choose.
+    """
+
+    def __init__(self, mode: str | None = None) -> None:
+        self.mode = mode
+        self._packed: Packed | None = None
+        self._of: tuple[Tensor, ...] = ()
+
+    def distances(
+        self, x: Tensor, gaussians: Sequence[Gaussian], *, unit: bool = False
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """`whitened_sq_distance` of x (n, d) under each Gaussian, on their device.
+
+        Args:
+            unit: scale the rows of x to length 1 first; a row of zeros then scores +inf.
+        """
+        whitening = gaussians[0].whitening
+        x = x.to(whitening.device)
+        if not self._runs(x, gaussians):
+            rows = unit_rows(x) if unit else x
+            return [whitened_sq_distance(rows, g.whitening, g.center, g.offsets) for g in gaussians]
+        factors = None
+        if unit:
+            # In float64, whose range no square leaves.
+            factors = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).reciprocal().float()
+        sq, lowest, nearest = packed_sq_distance(x, self.packed(gaussians), factors=factors)
+        return [(sq[i, :, : len(g.offsets)].contiguous(), lowest[i], nearest[i]) for i, g in enumerate(gaussians)]
+
+    def packed(self, gaussians: Sequence[Gaussian]) -> Packed:
+        """The packed form of these Gaussians; made on first use, which waits for the device."""
+        whitenings = tuple(g.whitening for g in gaussians)
+        is_same = len(whitenings) == len(self._of) and all(a is b for a, b in zip(whitenings, self._of, strict=True))
+        if self._packed is None or not is_same:
+            self._packed = pack([(g.whitening, g.means) for g in gaussians], mode=self.mode)
+            self._of = whitenings
+        return self._packed
+
+    def _runs(self, x: Tensor, gaussians: Sequence[Gaussian]) -> bool:
+        if x.device.type == "cpu" and not INTERPRETED:
+            return False
+        whitening = gaussians[0].whitening
+        reason = unavailable(x.device) or unsupported(x, max(len(g.offsets) for g in gaussians))
+        if reason is None and whitening.dtype == torch.float64:
+            reason = "a float64 detector"
+        if reason is not None:
+            fallbacks.add(reason)
+        return reason is None
