@@ -1,0 +1,161 @@
+"""Kernels compiled ahead of time, without a GPU: registers, spills, shared memory and instructions from the machine code.
+
+`python tests_kernels/compiler/compiled.py` prints the table of `rm_ood/ops/README.md`.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from rm_ood.ops import distance_launch
+from rm_ood.ops.distance_kernel import distance_kernel
+from rm_ood.ops.distance_launch import Blocks, Device
+from rm_ood.ops.packing import MODES
+
+# KiB of shared memory that one program may have.
+SHARED = {80: 163, 86: 99, 90: 227, 100: 227, 120: 99}
+_TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+_FAMILIES = {"HMMA": r"\bHMMA", "HGMMA": r"\bHGMMA", "UTCMMA": r"\bUTC\w*MMA"}
+
+
+class Machine(NamedTuple):
+    """What one kernel became."""
+
+    registers: int
+    stack: int
+    spills: int
+    shared: float
+    mma: dict[str, int]
+    bulk_copies: int
+    ptx: str
+    sass: str
+
+
+class Case(NamedTuple):
+    """One compiled configuration of the distance kernel."""
+
+    cc: int
+    batch: str
+    mode: str
+    x: torch.dtype
+    k: int
+
+    @property
+    def changed(self) -> bool:
+        return self.x == torch.float32
+
+    @property
+    def blocks(self) -> Blocks:
+        tiles = MODES[self.mode].dtype
+        parts = distance_launch.x_parts(tiles, self.x, changed=self.changed)
+        n = {"<= 16": 16, "<= 64": 64, "> 64": 4096}[self.batch]
+        return distance_launch.blocks_for(Device(self.cc, 132), tiles, n, parts)
+
+
+def cases() -> list[Case]:
+    """What ships: every size of batch in the default mode, the other modes and vectors where registers are scarcest."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    found = []
+    for cc in (80, 90, 100):
+        found += [Case(cc, batch, "fp16x2", bf16, 2) for batch in ("<= 16", "<= 64", "> 64")]
+        found += [Case(cc, "> 64", "fp16x2", bf16, 16), Case(cc, "> 64", "fp16x2", fp32, 2)]
+        found += [
+            Case(cc, "> 64", "fp16", bf16, 2),
+            Case(cc, "> 64", "bf16x3", fp32, 2),
+            Case(cc, "> 64", "fp32", bf16, 2),
+        ]
+    return found + [Case(cc, "> 64", "fp16x2", x, 2) for cc in (86, 120) for x in (bf16, fp32)]
+
+
+@functools.cache
+def distance(case: Case, split: int = 4) -> Machine:
+    """The distance kernel as it is launched for a case; float32 vectors with factors and a centre."""
+    mode, blocks = MODES[case.mode], case.blocks
+    bulk_copy = case.cc >= distance_launch.BULK_COPY
+    constants = distance_launch.constants(
+        blocks,
+        split,
+        k=case.k,
+        parts=mode.parts,
+        x_parts=distance_launch.x_parts(mode.dtype, case.x, changed=case.changed),
+        rows=False,
+        factors=case.changed,
+        center=case.changed,
+        bulk_copy=bulk_copy,
+    )
+    x, tile = _NAMES[case.x], _NAMES[mode.dtype]
+    kinds = dict.fromkeys(("factors", "center", "scales", "shifts", "sq", "lowest", "partials"), "*fp32")
+    kinds |= {"x": f"*{x}", "rows": f"*{x}", "nearest": "*i64", "tickets": "*i32", "x_scale": "fp32"}
+    kinds |= dict.fromkeys(("n", "d", "n_tokens", "item_stride", "token_stride", "plane"), "i32")
+    kinds["tiles"] = f"tensordesc<{tile}[{blocks.columns}, 64]>" if bulk_copy else f"*{tile}"
+    aligned = [name for name, kind in kinds.items() if kind.startswith("*")] + ["d", "item_stride", "plane"]
+    return compiled(distance_kernel, kinds, constants, aligned, case.cc, blocks.warps, blocks.stages)
+
+
+def compiled(
+    kernel: Any, kinds: dict[str, str], constants: dict[str, Any], aligned: list[str], cc: int, warps: int, stages: int
+) -> Machine:
+    """Compile a kernel for a compute capability and take the machine code apart."""
+    names = kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature={name: kinds.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        # As a launch would find them: this decides the width of the copies.
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    made = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(made.asm["cubin"])
+        usage, sass = (
+            subprocess.run([_TOOL, option, cubin], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    found = dict(re.findall(r"(REG|STACK):(\d+)", usage))
+    return Machine(
+        registers=int(found["REG"]),
+        stack=int(found["STACK"]),
+        spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        shared=made.metadata.shared / 1024,
+        mma={name: count for name, pattern in _FAMILIES.items() if (count := len(re.findall(pattern, sass)))},
+        bulk_copies=len(re.findall(r"\bUTMALDG", sass)),
+        ptx=made.asm["ptx"],
+        sass=sass,
+    )
+
+
+HEADER = (
+    "| kernel | sm | rows of x | mode | x | k | block | registers | spills | shared KiB | tensor-core | bulk copies |"
+)
+
+
+def row(case: Case) -> list[str]:
+    """One line of the table, as cells."""
+    made, b = distance(case), case.blocks
+    mma = ", ".join(f"{count} {name}" for name, count in made.mma.items()) or "none"
+    shape = f"{b.rows}x{b.columns}, {b.warps} warps, {b.stages} stages"
+    cells = ["distance", case.cc, case.batch, case.mode, _NAMES[case.x], case.k, shape, made.registers, made.spills]
+    return [*map(str, cells), f"{made.shared:.0f}", mma, str(made.bulk_copies)]
+
+
+def table() -> str:
+    """The table of the README."""
+    lines = [HEADER, "|---" * HEADER.count(" | ") + "|---|", *("| " + " | ".join(row(c)) + " |" for c in cases())]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

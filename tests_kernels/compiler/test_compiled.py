@@ -1,0 +1,60 @@
+"""What the compiler makes of the kernels for three generations of GPUs: `python -m pytest tests_kernels/compiler`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import triton
+from compiled import HEADER, SHARED, Case, cases, distance, row, table
+
+import rm_ood.ops
+
+README = Path(rm_ood.ops.__file__).parent / "README.md"
+# Of the machine that the work runs on: tensor cores of Ampere, Hopper and Blackwell.
+FAMILY = {80: "HMMA", 86: "HMMA", 90: "HGMMA", 100: "UTCMMA", 120: "HMMA"}
+
+
+def named(case: Case) -> str:
+    return "-".join(map(str, (case.cc, case.batch, case.mode, case.x, case.k)))
+
+
+@pytest.mark.parametrize("case", cases(), ids=named)
+def test_distance_kernel_fits_and_uses_the_tensor_cores(case):
+    made = distance(case)
+    assert made.stack == 0
+    assert made.spills == 0
+    assert made.shared <= SHARED[case.cc]
+    if case.mode == "fp32":
+        assert made.mma == {}
+    else:
+        # Warp groups multiply 64 rows at least. A kernel that the compiler gives up on is a trap without any products.
+        family = FAMILY[case.cc] if case.blocks.rows >= 64 else "HMMA"
+        assert set(made.mma) == {family}
+    assert bool(made.bulk_copies) == (case.cc >= 90)
+    assert ".tf32" not in made.ptx
+
+
+@pytest.mark.parametrize("cc", [80, 90, 100])
+def test_partial_sums_are_seen_by_the_last_program(cc):
+    case = next(c for c in cases() if c.cc == cc and c.batch == "<= 16")
+    # Partial sums, all threads, one ticket for all of them, all threads, sums that no cache has kept.
+    order = r"st\.global.*bar\.sync.*atom\.(?:acq_rel\.gpu\.global|global\.gpu\.acq_rel)\.add.*bar\.sync.*ld\.volatile\.global"
+    assert re.search(order, distance(case).ptx, re.DOTALL)
+    assert "atom" not in distance(case, split=1).ptx
+
+
+def test_readme_has_the_table(capsys):
+    made = {tuple(cells[:7]): cells[7:] for cells in map(row, cases())}
+    text = README.read_text(encoding="utf-8")
+    lines = text[text.index(HEADER) :].split("\n\n")[0].splitlines()[2:]
+    written = {tuple(cells[:7]): cells[7:] for cells in ([c.strip() for c in line.split("|")[1:-1]] for line in lines)}
+    with capsys.disabled():
+        print(f"\nTriton {triton.__version__}\n{table()}")
+    assert written.keys() == made.keys()
+    same = f"Triton {triton.__version__}" in text
+    for key, cells in made.items():
+        assert int(cells[0]) <= 1.1 * int(written[key][0]), f"{key}: more registers than the README says"
+        # Another Triton counts otherwise.
+        assert not same or cells == written[key], f"{key}: write the table anew with tests_kernels/compiler/compiled.py"
