@@ -40,8 +40,7 @@ def check_file(guard: OODGuard, dataset: Any, output: str, *, progress: bool = T
         SaveError: the disk refuses.
     """
     c = guard.config
-    column = None if c.groups in (None, "length") else c.groups
-    reader = RowReader(require_labels=False, group_column=column, allow_empty=c.allow_empty, max_chars=c.max_chars)
+    column, reader = c.group_column, c.reader(labelled=False)
     judged = [axis for axis in c.axes if any(Channel.parse(name).axis == axis for name in c.joined)]
     flagged = dict.fromkeys(("combined", *judged), 0)
     count = 0

@@ -23,7 +23,7 @@ from rm_ood.errors import CalibrationError, InputError
 from rm_ood.guard import OODGuard
 from rm_ood.preferences import Item, RowReader, hash_fraction, prompt_key
 from rm_ood.reward_model import find_blocks
-from rm_ood.rows import iter_rows
+from rm_ood.rows import NumberedRows, numbered_rows
 from rm_ood.scoring import Scoring
 from rm_ood.study.detection import auroc
 from rm_ood.study.planted import EMPTY_RESPONSE, changed, changes
@@ -39,6 +39,7 @@ _SALT = 0x7C1
 _GIVEN = f"{GIVEN_PROMPT}/mean@0.67"
 
 Clean = tuple[Text, str]
+_Row = tuple[int, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -99,15 +100,13 @@ def fit_choosing(guard: OODGuard, dataset: Any, *, calibration: Any = 0.3, progr
             f"channels: a choice is made from span means, as in pool(model, axes); this guard has {guard.config.joined}"
         )
     kept: dict[int, Clean] = {}
+    others = _others(guard, dataset, kept)
+    # Too few is known before the first forward: what is read to know it is fitted on afterwards.
+    first = _until_enough(others, kept)
     is_share = isinstance(calibration, numbers.Real)
     # Read after the fit, when it is known which prompts were kept.
-    calibrates = calibration if is_share else _without(calibration, kept)
-    guard.fit(_others(guard, dataset, kept), calibration=calibrates, progress=progress)
-    if len(kept) < LEAST_PROMPTS:
-        raise CalibrationError(
-            f"channels='auto': {len(kept)} prompts to choose on, at least {LEAST_PROMPTS} are needed, of a "
-            f"{TUNING_SHARE:.0%} share of the data. Pass more data, or name the channels."
-        )
+    calibrates = calibration if is_share else NumberedRows(_without(guard, calibration, kept))
+    guard.fit(NumberedRows(itertools.chain(first, others)), calibration=calibrates, progress=progress)
     items = [item for item in kept.values() if _encodes(guard.scoring(), item)]
     choice = choose_channels(guard, items, progress=progress)
     guard.keep(choice.channels)
@@ -194,33 +193,59 @@ def _planted(items: Sequence[Clean], axes: Sequence[str]) -> list[list[Clean]]:
     ]
 
 
-def _others(guard: OODGuard, dataset: Any, kept: dict[int, Clean]) -> Iterator[Mapping[str, Any]]:
-    """The rows that are fitted and calibrated on; the first response of each other prompt goes to `kept`."""
+def _others(guard: OODGuard, dataset: Any, kept: dict[int, Clean]) -> Iterator[_Row]:
+    """The rows that are fitted and calibrated on; the first response of each other prompt goes to `kept`.
+
+    Raises:
+        InputError: an unusable row under `on_bad="error"`. Otherwise the fit drops and counts it.
+    """
     config, passed = guard.config, set[int]()
-    reader = RowReader(require_labels=False, allow_empty=config.allow_empty, max_chars=config.max_chars)
-    for number, row in enumerate(iter_rows(dataset)):
-        item = _readable(reader, row, number)
-        if item is not None:
+    reader = config.reader(labelled=True)
+    for number, row in numbered_rows(dataset):
+        try:
+            item = reader.items(row, number)[0]
             key = prompt_key(item.prompt)
-            wanted = hash_fraction(key, config.seed ^ _SALT) < TUNING_SHARE
             if key in kept:
                 continue
+            wanted = hash_fraction(key, config.seed ^ _SALT) < TUNING_SHARE
             # A prompt whose first row came when there was no room is fitted on with all its rows.
-            if wanted and key not in passed and len(kept) < MOST_PROMPTS and isinstance(item.response, str):
+            room = wanted and key not in passed and len(kept) < MOST_PROMPTS
+            if room and isinstance(item.response, str):
                 kept[key] = (item.prompt, item.response)
                 continue
             if wanted:
                 passed.add(key)
-        yield row
+        except InputError:
+            if config.on_bad == "error":
+                raise
+        yield number, row
 
 
-def _without(dataset: Any, kept: Mapping[int, Clean]) -> Iterator[Mapping[str, Any]]:
+def _until_enough(others: Iterator[_Row], kept: Mapping[int, Clean]) -> list[_Row]:
+    """The rows up to the one by which enough prompts are kept for the choice.
+
+    Raises:
+        CalibrationError: the data end before.
+    """
+    rows: list[_Row] = []
+    while len(kept) < LEAST_PROMPTS:
+        row = next(others, None)
+        if row is None:
+            raise CalibrationError(
+                f"channels='auto': {len(kept)} prompts to choose on, at least {LEAST_PROMPTS} are needed, of a "
+                f"{TUNING_SHARE:.0%} share of the data ({len(rows)} rows beside them). Pass more data, or name the channels."
+            )
+        rows.append(row)
+    return rows
+
+
+def _without(guard: OODGuard, dataset: Any, kept: Mapping[int, Clean]) -> Iterator[_Row]:
     """The rows of a calibration set whose prompts were not kept for the choice."""
-    reader = RowReader(require_labels=False)
-    for number, row in enumerate(iter_rows(dataset)):
+    reader = guard.config.reader(labelled=False)
+    for number, row in numbered_rows(dataset):
         item = _readable(reader, row, number)
         if item is None or prompt_key(item.prompt) not in kept:
-            yield row
+            yield number, row
 
 
 def _encodes(scoring: Scoring, item: Clean) -> bool:
@@ -236,5 +261,5 @@ def _readable(reader: RowReader, row: Mapping[str, Any], number: int) -> Item | 
     try:
         return reader.items(row, number)[0]
     except InputError:
-        # The fit says what is wrong with it, or drops it.
+        # The calibration says what is wrong with it, or drops it.
         return None

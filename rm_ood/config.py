@@ -15,6 +15,7 @@ from rm_ood.detectors.contrasted import ContrastedMahalanobis
 from rm_ood.detectors.gaussian import NormalisedMahalanobis
 from rm_ood.detectors.mahalanobis import MahalanobisDetector
 from rm_ood.errors import InputError
+from rm_ood.preferences import RowReader
 from rm_ood.readers import READ_OUTS
 from rm_ood.text import FORMATS, ON_TOO_LONG
 
@@ -145,6 +146,20 @@ class GuardConfig:
     def joined(self) -> tuple[str, ...]:
         """Channels that make the verdict, `final` first where it is among them."""
         return tuple(self.channels)
+
+    @property
+    def group_column(self) -> str | None:
+        """The column that the guard is calibrated by; None where it is by none, or by length."""
+        return None if self.groups in (None, "length") else self.groups
+
+    def reader(self, *, labelled: bool) -> RowReader:
+        """How rows are read, wherever the guard reads some: to fit (`labelled`), to calibrate or to check."""
+        return RowReader(
+            require_labels=labelled and not self.one_class,
+            group_column=self.group_column,
+            allow_empty=self.allow_empty,
+            max_chars=self.max_chars,
+        )
 
     def detector_type(self, channel: str) -> type[MahalanobisDetector]:
         """The detector of a channel: that of `span_means` for means over one span, else plain or conditional Mahalanobis."""

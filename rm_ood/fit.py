@@ -54,7 +54,7 @@ from rm_ood.preferences import (
     stable_hash,
 )
 from rm_ood.rewriting import change_prompt, change_response, prompt_texts, response_texts, vocabulary, word_perturbation
-from rm_ood.rows import dataset_length, iter_rows
+from rm_ood.rows import dataset_length, numbered_rows
 from rm_ood.skew import Ends, grpo_difference
 from rm_ood.state import ChannelScores, FittedState, class_log_odds
 from rm_ood.text import Encoded, TextEncoder, resolve_format
@@ -113,12 +113,7 @@ class Fitter:
             InputError, NonFiniteError, CaptureError: an unusable row under `on_bad="error"`.
             CalibrationError: no rows.
         """
-        reader = RowReader(
-            require_labels=labelled and not self.config.one_class,
-            group_column=None if self.config.groups in (None, "length") else self.config.groups,
-            allow_empty=self.config.allow_empty,
-            max_chars=self.config.max_chars,
-        )
+        reader = self.config.reader(labelled=labelled)
         text: TextEncoder | None = None
         started = time.monotonic()
         description = "fit" if self.share < 1 else "calibrate"
@@ -156,7 +151,7 @@ class Fitter:
             warnings.warn(difference, TokenisationWarning, stacklevel=4)
 
     def _items(self, dataset: Any, reader: RowReader) -> Iterator[Item]:
-        for number, row in enumerate(iter_rows(dataset)):
+        for number, row in numbered_rows(dataset):
             self.counts["rows"] += 1
             try:
                 items = reader.items(row, number)

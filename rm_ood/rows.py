@@ -7,6 +7,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -39,6 +40,22 @@ def iter_rows(dataset: Any) -> Iterator[Mapping[str, Any]]:
         if not isinstance(row, Mapping):
             raise InputError(f"rows[{number}]: expected a mapping of columns, got {type(row).__name__}")
         yield row
+
+
+@dataclass(frozen=True)
+class NumberedRows:
+    """Some of the rows of a source, each with its number there: what an error about a row names, whoever reads them.
+
+    Attributes:
+        pairs: (number, row), one pass.
+    """
+
+    pairs: Iterable[tuple[int, Mapping[str, Any]]]
+
+
+def numbered_rows(dataset: Any) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """The rows of a dataset with their numbers in the user's own source. Accepts and raises as `iter_rows`."""
+    yield from dataset.pairs if isinstance(dataset, NumberedRows) else enumerate(iter_rows(dataset))
 
 
 def dataset_length(dataset: Any) -> int | None:

@@ -54,7 +54,7 @@ def test_chosen_guard_is_the_one_with_these_channels_fitted_on_the_other_rows(ch
     from rm_ood.choice import _others
 
     kept: dict[int, Any] = {}
-    others = list(_others(guard, rows, kept))
+    others = [row for _, row in _others(guard, rows, kept)]
     assert len(kept) == choice.n_prompts >= 30
     assert not set(kept) & {prompt_key(row["prompt"]) for row in others}
     again = made(*tiny_decoder, channels=choice.channels).fit(others, calibration=0.4, progress=False)
@@ -95,9 +95,37 @@ def test_choice_is_saved_with_the_guard(chosen: Any, tiny_decoder: Any, tmp_path
     assert choice.channels[1] in str(choice)
 
 
-def test_too_few_prompts_to_choose_on(tiny_decoder: Any) -> None:
+@pytest.mark.parametrize("source", [list, iter])
+def test_too_few_prompts_to_choose_on_are_told_before_the_first_forward(tiny_decoder: Any, source: Any) -> None:
+    forwards: list[Any] = []
+    tiny_decoder[0].register_forward_pre_hook(lambda *inputs: forwards.append(inputs))
     with pytest.raises(CalibrationError, match="prompts to choose on, at least 30"):
-        fit_choosing(made(*tiny_decoder), sentences(200), calibration=0.6, progress=False)
+        fit_choosing(made(*tiny_decoder), source(sentences(200)), calibration=0.6, progress=False)
+    assert not forwards
+
+
+def test_what_was_read_to_count_prompts_is_fitted_on_and_unusable_rows_are_dropped(
+    chosen: Any, tiny_decoder: Any
+) -> None:
+    guard = made(*tiny_decoder, on_bad="drop")
+    unusable = [{"prompt": "x"}, {"prompt": "", "chosen": "a", "rejected": "b"}]
+    choice = fit_choosing(guard, iter([*unusable, *sentences(500)]), calibration=0.4, progress=False)
+    assert choice == chosen[1]
+    assert guard.state.record["rows"] == 2 + 500 - choice.n_prompts
+    assert (guard.state.record["dropped"], chosen[0].state.record["dropped"]) == (2, 0)
+
+
+def test_an_error_names_the_row_of_the_file(tiny_decoder: Any) -> None:
+    # Of the rows before these, some are kept for the choice.
+    rows, wrong = sentences(500), {"prompt": "x"}
+    long = {"prompt": "question " * 200, "chosen": "an answer", "rejected": "another"}
+    with pytest.raises(InputError, match=r"rows\[470\]: needs columns"):
+        fit_choosing(made(*tiny_decoder), [*rows[:470], wrong, *rows[470:]], progress=False)
+    strict = made(*tiny_decoder, on_too_long="error")
+    with pytest.raises(InputError, match=r"rows\[470\]"):
+        fit_choosing(strict, [*rows[:470], long, *rows[470:]], progress=False)
+    with pytest.raises(InputError, match=r"rows\[100\]: needs columns"):
+        fit_choosing(made(*tiny_decoder), rows, calibration=[*rows[:100], wrong], progress=False)
 
 
 def test_guard_without_span_means_has_nothing_to_choose_from(tiny_decoder: Any) -> None:
