@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -18,11 +17,12 @@ from tqdm.auto import tqdm
 from rm_ood.calibration import CalibrationTable, split_parts
 from rm_ood.channels import FINAL, REWARD
 from rm_ood.config import GuardConfig
+from rm_ood.copies import NOISY_PROMPTS, NoisyCopies
 from rm_ood.detectors.contrasted import ContrastedMahalanobis
 from rm_ood.detectors.gaussian import NormalisedMahalanobis
 from rm_ood.detectors.mahalanobis import MahalanobisDetector
 from rm_ood.dialogue import response_text
-from rm_ood.embed import Embedded, Embedder
+from rm_ood.embed import Embedded, Embedder, needed_channels
 from rm_ood.errors import (
     CalibrationError,
     CalibrationWarning,
@@ -33,11 +33,11 @@ from rm_ood.errors import (
 )
 from rm_ood.fitting import (
     WINDOW_BATCHES,
-    CalibrationReservoir,
     DuplicateSketch,
     FitMoments,
     Kept,
     KeySet,
+    Reservoir,
     in_other_half,
     windows,
 )
@@ -53,15 +53,12 @@ from rm_ood.preferences import (
     prompt_key,
     stable_hash,
 )
-from rm_ood.rewriting import change_prompt, change_response, prompt_texts, response_texts, vocabulary, word_perturbation
 from rm_ood.rows import dataset_length, numbered_rows
 from rm_ood.skew import Ends, grpo_difference
 from rm_ood.state import ChannelScores, FittedState, class_log_odds
 from rm_ood.text import Encoded, TextEncoder, resolve_format
 
 _MANY_DUPLICATES = 0.2
-# Copies with word noise, the paper's shift, at most; and the probability that a word is hit.
-NOISY_PROMPTS, _NOISE = 4_000, 0.4
 # Rank-sum p-value, over all channels, under which two calibration sets are called different.
 _SHIFTED = 1e-3
 
@@ -98,8 +95,9 @@ class Fitter:
         # Told before the forwards, not after them.
         self._blind_to = embedder.capture.reward_direction() if config.project_out_reward and share < 1 else None
         self.noise = FitMoments(1, normalised=self.moments.normalised)
-        self._words: list[str] = []
-        self.reservoir = CalibrationReservoir(config.max_calibration, config.seed)
+        self.copies = NoisyCopies(NOISY_PROMPTS, config.seed)
+        self._copied = any(issubclass(config.detector_type(n), ContrastedMahalanobis) for n in needed_channels(config))
+        self.reservoir = Reservoir[Kept](config.max_calibration, config.seed)
         self.fit_keys = KeySet()
         self.duplicates = DuplicateSketch()
         self.ends = Ends(embedder.tokenizer)
@@ -133,6 +131,7 @@ class Fitter:
             raise CalibrationError(
                 f"{description}: no usable rows ({self.counts['rows']} read, {self.counts['dropped']} dropped)"
             )
+        self._copy(text, progress)
         if self.duplicates.share > _MANY_DUPLICATES:
             warnings.warn(
                 f"{self.duplicates.share:.0%} of the items are repeats of others: they add weight, not information",
@@ -166,9 +165,6 @@ class Fitter:
         work = self._chosen(items, text)
         for index, part in self.embedder.batches([w.encoded for w in work], text) if work else ():
             self._take([work[i] for i in index], part)
-        noisy = self._noisy([w for w in work if not w.for_calibration], text)
-        for _, part in self.embedder.batches(noisy, text) if noisy else ():
-            self._take_noise(part)
 
     def _chosen(self, items: list[Item], text: TextEncoder) -> list[_Work]:
         """Items that are worth a forward: all fit items, and the one response drawn for a calibration prompt."""
@@ -187,34 +183,17 @@ class Fitter:
                     drawn[key] = _Work(item, encoded, key, True, rank, False)
             else:
                 work.append(_Work(item, encoded, key, False, rank, self.fit_keys.add(key)))
+                if self._copied:
+                    self.copies.offer(key, item)
         return [*work, *drawn.values()]
 
-    def _noisy(self, work: list[_Work], text: TextEncoder) -> list[Encoded]:
-        """Copies of fit items, one a prompt, with noise on the words of prompt and response; none where none are needed.
-
-        The words come from the first fit items that have any, never from calibration prompts: what scores those must not
-        depend on them.
-        """
-        wanted = any(issubclass(self.config.detector_type(n), ContrastedMahalanobis) for n in self.moments.channels)
-        room = NOISY_PROMPTS - self.noise.reward.n_samples
-        if not wanted or room <= 0:
-            return []
-        self._words = self._words or vocabulary(
-            t for w in work for t in (*prompt_texts(w.item.prompt), *response_texts(w.item.response))
-        )
-        if not self._words:
-            return []
-
-        def change(core: str) -> str:
-            return word_perturbation(core, _NOISE, self._words, self.config.seed)
-
-        noisy: list[Encoded] = []
-        for item in [w.item for w in work if w.first][:room]:
-            prompt, response = change_prompt(item.prompt, change), change_response(item.response, change)
-            # A copy that became too long, where that is an error, is one of many.
-            with contextlib.suppress(InputError):
-                noisy.append(text.encode(prompt, response, item.where))
-        return noisy
+    def _copy(self, text: TextEncoder, progress: bool) -> None:
+        """The noisy copies through the model, when it is known which texts they are of."""
+        encoded = list(self.copies.encoded(text))
+        with tqdm(total=len(encoded), desc="noisy copies", unit="item", disable=not progress or not encoded) as bar:
+            for index, part in self.embedder.batches(encoded, text) if encoded else ():
+                self._take_noise(part)
+                bar.update(len(index))
 
     def _take_noise(self, part: Embedded) -> None:
         good = [i for i, failed in enumerate(part.failed) if failed is None]
@@ -396,7 +375,7 @@ class Fitter:
         return table, record
 
 
-def check_overlap(reservoir: CalibrationReservoir, fit_keys: NDArray[np.uint64]) -> None:
+def check_overlap(reservoir: Reservoir[Kept], fit_keys: NDArray[np.uint64]) -> None:
     """Refuse calibration prompts that were fitted on.
 
     Raises:

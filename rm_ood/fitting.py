@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -70,17 +70,27 @@ class Kept:
     lengths: tuple[int, int]
 
 
-class CalibrationReservoir:
-    """At most `size` prompts, drawn by a seeded hash of the prompt; for each, the response with the smallest seeded hash.
+class Drawn(Protocol):
+    """What a reservoir keeps: something of one prompt and one of its responses."""
 
-    The draw depends on the data alone, never on their order, and one response a prompt keeps the calibration prompts
-    independent of each other.
+    key: int
+    response_hash: int
+
+
+D = TypeVar("D", bound=Drawn)
+
+
+class Reservoir(Generic[D]):
+    """At most `size` prompts, drawn by a seeded hash of the prompt; for each, the response with the smallest hash.
+
+    The draw depends on the data alone, never on their order, and one response a prompt keeps the prompts independent of
+    each other.
     """
 
     def __init__(self, size: int, seed: int) -> None:
         self.size = size
         self.seed = seed
-        self._kept: dict[int, Kept] = {}
+        self._kept: dict[int, D] = {}
         # Largest rank first, so that the prompt to give up is at hand.
         self._heap: list[tuple[int, int]] = []
 
@@ -95,7 +105,7 @@ class CalibrationReservoir:
             return response_hash < kept.response_hash
         return len(self._kept) < self.size or self._rank(key) < -self._heap[0][0]
 
-    def offer(self, item: Kept) -> None:
+    def offer(self, item: D) -> None:
         """Keep the item if it is still wanted."""
         if not self.wants(item.key, item.response_hash):
             return
@@ -113,7 +123,7 @@ class CalibrationReservoir:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def items(self) -> list[Kept]:
+    def items(self) -> list[D]:
         """What was kept, in the order of the keys."""
         return [self._kept[key] for key in sorted(self._kept)]
 

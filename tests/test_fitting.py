@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rm_ood import fitting
-from rm_ood.fitting import CalibrationReservoir, DuplicateSketch, FitMoments, Kept, KeySet, in_other_half, windows
+from rm_ood.fitting import DuplicateSketch, FitMoments, Kept, KeySet, Reservoir, in_other_half, windows
 from rm_ood.preferences import hash_fraction, prompt_key, stable_hash
 
 KEYS = st.integers(0, 2**64 - 1)
@@ -53,7 +53,7 @@ def test_the_draw_depends_on_the_data_and_never_on_their_order(
     offers: list[tuple[int, int]], rng: random.Random
 ) -> None:
     def draw(order: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        reservoir = CalibrationReservoir(4, seed=3)
+        reservoir = Reservoir[Kept](4, seed=3)
         for key, response_hash in order:
             reservoir.offer(kept(key, response_hash))
         return [(k.key, k.response_hash) for k in reservoir.items()]
@@ -68,7 +68,7 @@ def test_the_draw_depends_on_the_data_and_never_on_their_order(
 
 
 def test_what_is_not_wanted_would_not_be_kept() -> None:
-    reservoir = CalibrationReservoir(3, seed=0)
+    reservoir = Reservoir[Kept](3, seed=0)
     rng = random.Random(0)
     for _ in range(300):
         item = kept(rng.randrange(40), rng.randrange(20))
@@ -81,7 +81,7 @@ def test_what_is_not_wanted_would_not_be_kept() -> None:
 
 @pytest.mark.parametrize("seed", [-(2**63), -1, 0, 2**63 - 1])
 def test_every_64_bit_seed_draws(seed: int) -> None:
-    reservoir = CalibrationReservoir(2, seed)
+    reservoir = Reservoir[Kept](2, seed)
     for key in range(5):
         reservoir.offer(kept(key, reservoir.response_hash(key, str(key))))
     assert len(reservoir) == 2
@@ -90,7 +90,7 @@ def test_every_64_bit_seed_draws(seed: int) -> None:
 def test_the_draw_is_uniform_over_prompts_and_moves_with_the_seed() -> None:
     drawn = []
     for seed in range(40):
-        reservoir = CalibrationReservoir(50, seed)
+        reservoir = Reservoir[Kept](50, seed)
         for key in range(200):
             reservoir.offer(kept(key))
         drawn.append({k.key for k in reservoir.items()})
@@ -201,6 +201,6 @@ def test_windows_are_lazy() -> None:
 
 
 def test_one_canned_answer_is_drawn_anew_for_every_prompt() -> None:
-    reservoir = CalibrationReservoir(size=10, seed=0)
+    reservoir = Reservoir[Kept](size=10, seed=0)
     first = [reservoir.response_hash(key, "canned") < reservoir.response_hash(key, "other") for key in range(400)]
     assert 150 < sum(first) < 250

@@ -95,7 +95,7 @@ def test_the_copies_are_of_fit_prompts_alone_with_their_own_words(model: Any) ->
         if row["prompt"] not in fit:
             row["chosen"], row["rejected"] = "alpha omega delta", "sigma kappa"
     guard = made(model, rows)
-    words = vocabulary(text for row in of_fit(rows) for text in row.values())
+    words = vocabulary(row[name] for row in of_fit(rows) for name in ("prompt", "chosen"))
 
     def noisy(text: str) -> str:
         return word_perturbation(text, 0.4, words, guard.config.seed)
@@ -119,12 +119,32 @@ def test_there_are_no_more_copies_than_the_cap(model: Any, monkeypatch: pytest.M
     assert "weighed against 50 noisy copies" in str(guard.report())
 
 
-def test_rows_in_another_order_give_the_same_copies(model: Any) -> None:
-    shuffled = random.Random(0).sample(ROWS, len(ROWS))
-    one, two = made(model).state, made(model, shuffled).state
-    for name, detector in one.detectors.items():
+def test_rows_in_another_order_give_the_same_copies(model: Any, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Fewer copies than prompts, over several windows; a sorted file; answers of several rows to one prompt.
+    monkeypatch.setattr(fitting, "NOISY_PROMPTS", 40)
+    rows = [*ROWS, *({**row, "chosen": f"also {row['chosen']}"} for row in ROWS[::3])]
+    given = {text for row in rows for text in row.values()} | {text for pair in CANARIES for text in pair}
+    copies, states = [], []
+    for order in (sorted(rows, key=lambda row: row["chosen"]), random.Random(0).sample(rows, len(rows))):
+        seen.clear()
+        states.append(made(model, order, batch_size=2).state)
+        copies.append(sorted(pair for pair in seen if not given & set(pair)))
+    assert copies[0] == copies[1]
+    assert 30 <= len(copies[0]) <= 40
+    for name, detector in states[0].detectors.items():
         if isinstance(detector, ContrastedMahalanobis):
-            torch.testing.assert_close(two.detectors[name].noise_.means_, detector.noise_.means_, rtol=1e-5, atol=1e-6)
+            other = states[1].detectors[name].noise_
+            torch.testing.assert_close(other.means_, detector.noise_.means_, rtol=1e-5, atol=1e-6)
+
+
+def test_a_sorted_file_gives_copies_of_all_of_it(model: Any, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "NOISY_PROMPTS", 40)
+    rows = [{**row, "prompt": f"{'early' if i < 80 else 'late'} {row['prompt']}"} for i, row in enumerate(ROWS)]
+    made(model, rows, batch_size=1)
+    given = {row["prompt"] for row in rows}
+    heads = [prompt.split()[0] for prompt, _ in seen if prompt not in given]
+    assert heads.count("early") > 5
+    assert heads.count("late") > 5
 
 
 def test_texts_without_letters_have_no_copies(model: Any) -> None:
@@ -137,9 +157,9 @@ def test_texts_without_letters_have_no_copies(model: Any) -> None:
     with pytest.raises(CalibrationError, match=r"hold no words of letters. Pass span_means='unit'"):
         made(model, rows)
     assert made(model, rows, span_means="unit").state.record["noisy_copies"] == 0
-    # Windows of 32 items: the first words come in a later one.
+    # Windows of 32 items: the first words come in a later one, and still every text has its copy.
     later = made(model, rows + FRESH[:60], batch_size=1).state.record
-    assert 15 < later["noisy_copies"] < later["fit_prompts"]
+    assert later["noisy_copies"] == later["fit_prompts"] > 90
 
 
 def test_copies_that_become_too_long_are_left_out(model: Any, seen: Seen) -> None:
