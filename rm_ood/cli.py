@@ -172,14 +172,12 @@ def _report(a: argparse.Namespace) -> dict[str, Any]:
 
 def _doctor(a: argparse.Namespace) -> dict[str, Any]:
     from rm_ood.doctor import plant
-    from rm_ood.preferences import RowReader
     from rm_ood.rows import iter_rows
 
     guard = _load(a)
     items = groups = None
     if a.data is not None:
-        column = guard.config.groups if guard.config.groups not in (None, "length") else None
-        reader = RowReader(require_labels=False, group_column=column, allow_empty=guard.config.allow_empty)
+        column, reader = guard.config.group_column, guard.config.reader(labelled=False)
         read = [reader.items(row, number)[0] for number, row in enumerate(iter_rows(_dataset(a.data, a.split)))]
         items = [(item.prompt, item.response) for item in read]
         groups = None if column is None else [str(item.group) for item in read]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rm_ood.calibration import LENGTH
 from rm_ood.errors import InputError
 from rm_ood.guard import OODGuard
 from rm_ood.study.pairs import Pair, read_pairs
@@ -39,12 +39,14 @@ class Plan:
 
     Attributes:
         rows: clean rows. shifts: specifications. words: where word noise draws from. seed: of everything.
+        dropped: what was left out as unusable, where the guard's `on_bad` says so.
     """
 
     rows: list[Pair]
     shifts: tuple[str, ...]
     words: str
     seed: int
+    dropped: Counter[str] = field(default_factory=Counter)
 
     @classmethod
     def of(
@@ -69,19 +71,28 @@ class Plan:
             words: `"rows"` or `"tokenizer"`.
 
         Raises:
-            InputError: rows that cannot be read, a specification that names nothing, matplotlib is missing.
+            InputError: rows that cannot be read (under the guard's `on_bad="error"`), a specification that names nothing,
+                matplotlib is missing.
         """
         require_matplotlib()
-        column = guard.config.groups if guard.config.groups != LENGTH else None
+        config, column = guard.config, guard.config.group_column
         if column is not None and subset not in (None, column):
             raise InputError(
                 f"subset={subset!r}: the guard is calibrated by the column {column!r}, so that is the subset"
             )
         if limit is not None and limit < 1:
             raise InputError(f"limit={limit}: expected at least 1 row")
-        rows = read_pairs(data, subset=subset or column, max_chars=guard.config.max_chars)[:limit]
-        plan = cls(rows, tuple(shifts), words, seed)
-        conditions(rows, shifts, seed=seed, words=["word"], reward=_no_reward)
+        dropped: Counter[str] = Counter()
+        rows = read_pairs(
+            data,
+            subset=subset or column,
+            on_bad=config.on_bad,
+            max_chars=config.max_chars,
+            allow_empty=config.allow_empty,
+            dropped=dropped,
+        )
+        plan = cls(rows[:limit], tuple(shifts), words, seed, Counter({"clean rows": dropped["rows"]}))
+        conditions(plan.rows, shifts, seed=seed, words=["word"], reward=_no_reward)
         return plan
 
     def run(
@@ -105,12 +116,14 @@ class Plan:
         if background is not None and fit_data is None:
             raise InputError("background: the relative distance is to the fit data as well: pass the fit data too")
         words = words_of(guard.tokenizer) if self.words == "tokenizer" else vocabulary(self.rows)
-        baselines = {}
+        baselines, dropped = {}, self.dropped.copy()
         if fit_data is not None:
-            baselines = fit_baselines(guard, fit_data, background=background, progress=progress)
+            baselines = fit_baselines(guard, fit_data, background=background, dropped=dropped, progress=progress)
         with Scorer(guard, cache=cache, baselines=baselines, progress=progress) as scorer:
             shifted = conditions(self.rows, self.shifts, seed=self.seed, words=words, reward=scorer.rewards)
-            return run_study(guard, self.rows, shifted, scorer=scorer, seed=self.seed, progress=progress, **options)
+            return run_study(
+                guard, self.rows, shifted, scorer=scorer, seed=self.seed, dropped=dropped, progress=progress, **options
+            )
 
 
 def words_of(tokenizer: Any) -> list[str]:

@@ -365,12 +365,18 @@ def how_made(doc: Doc) -> list[tuple[str, str]]:
         ("Channels in the verdict", ", ".join(at(doc, "channels") or [])),
         ("Alpha", f"{100 * doc['alpha']:g} %"),
         ("Calibration", _calibration(cal) if cal else None),
+        ("Left out as unusable", left_out(doc)),
         ("Seed", at(doc, "seed")),
         ("Command", at(doc, "command")),
         ("Time", None if at(doc, "seconds") is None else f"{doc['seconds']:,.0f} s"),
         ("Versions", ", ".join(f"{name} {value}" for name, value in (at(doc, "versions") or {}).items())),
     ]
     return [(name, str(fact)) for name, fact in found if fact not in (None, "")]
+
+
+def left_out(doc: Doc) -> str:
+    """`2 of the clean rows, 1 of the fit data`; nothing where every row was used."""
+    return ", ".join(f"{n} of the {what}" for what, n in (at(doc, "dropped") or {}).items())
 
 
 def _calibration(cal: Mapping[str, Any]) -> str:

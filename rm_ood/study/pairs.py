@@ -5,6 +5,7 @@ Three layouts: whatever `rm_ood.preferences` reads, and the rows of RM-Bench and
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +53,8 @@ def read_pairs(
     lang: str | None = None,
     on_bad: str = "error",
     max_chars: int = 200_000,
+    allow_empty: bool = False,
+    dropped: Counter[str] | None = None,
 ) -> list[Pair]:
     """Every preference of a dataset, in its order.
 
@@ -64,6 +67,8 @@ def read_pairs(
         lang: keep the rows whose `lang` column has this value; None keeps all.
         on_bad: `"error"`, or `"drop"` to leave out rows that cannot be used.
         max_chars: longest text accepted, in characters.
+        allow_empty: accept an empty or white-space prompt.
+        dropped: gets the number of rows that were left out under `"rows"`; rows that lack a partner count as well.
 
     Returns:
         One pair per chosen response. An RM-Bench row gives nine, each style of the chosen against each of the rejected
@@ -80,7 +85,11 @@ def read_pairs(
     if not rows:
         raise InputError(f"dataset: no rows{'' if lang is None else f' with lang={lang!r}'}")
     read = _LAYOUTS[_layout_of(rows[0][1]) if layout == "auto" else layout]
-    found = list(read(rows, subset, on_bad == "drop", max_chars))
+    reader = RowReader(require_labels=True, group_column=subset, max_chars=max_chars, allow_empty=allow_empty)
+    bad = _Bad(on_bad == "drop")
+    found = list(read(rows, reader, bad))
+    if dropped is not None:
+        dropped["rows"] += bad.count
     if not found:
         raise InputError(f"dataset: none of {len(rows)} rows can be used; on_bad='error' says why")
     return found
@@ -94,31 +103,46 @@ def _layout_of(row: Mapping[str, Any]) -> str:
 
 
 _Rows = Sequence[tuple[int, Mapping[str, Any]]]
-# (numbered rows, subset column, leave bad rows out, longest text) -> pairs
-_Layout = Callable[[_Rows, str | None, bool, int], Iterator[Pair]]
 
 
-def _preferences(rows: _Rows, subset: str | None, drop: bool, max_chars: int) -> Iterator[Pair]:
-    reader = RowReader(require_labels=True, group_column=subset, max_chars=max_chars)
+@dataclass
+class _Bad:
+    """What happens to rows that cannot be used."""
+
+    drop: bool
+    count: int = 0
+
+    def refuse(self, error: InputError, rows: int = 1) -> None:
+        """Raise, or count."""
+        if not self.drop:
+            raise error
+        self.count += rows
+
+
+_Layout = Callable[[_Rows, RowReader, _Bad], Iterator[Pair]]
+
+
+def _preferences(rows: _Rows, reader: RowReader, bad: _Bad) -> Iterator[Pair]:
     loose: dict[str, list[Item]] = {}
     for number, row in rows:
         try:
             items = reader.items(row, number)
-        except InputError:
-            if drop:
-                continue
-            raise
+        except InputError as error:
+            bad.refuse(error)
+            continue
         if len(items) > 1:
             yield from _joined(items)
         else:
             # One labelled response a row: its partners stand in other rows of the same prompt.
             loose.setdefault(repr(items[0].prompt), []).extend(items)
-    alone = [items[0] for items in loose.values() if len({item.label for item in items}) < 2]
-    if alone and not drop:
-        raise InputError(
-            f"{alone[0].where}: its prompt has no response of the other label, as {len(alone)} of {len(loose)} prompts have. "
+    alone = [items for items in loose.values() if len({item.label for item in items}) < 2]
+    if alone:
+        first = alone[0][0].where
+        lonely = InputError(
+            f"{first}: its prompt has no response of the other label, as {len(alone)} of {len(loose)} prompts have. "
             "A preference needs a chosen and a rejected response; on_bad='drop' leaves such prompts out."
         )
+        bad.refuse(lonely, sum(map(len, alone)))
     for items in loose.values():
         yield from _joined(items)
 
@@ -131,19 +155,20 @@ def _joined(items: Sequence[Item]) -> Iterator[Pair]:
         yield Pair(item.row_id, item.prompt, item.response, rejected, prompt_key(item.prompt), item.group)
 
 
-def _rm_bench(source: Mapping[str, Any], number: int, subset: str | None, max_chars: int) -> list[Pair]:
+def _rm_bench(source: Mapping[str, Any], number: int, reader: RowReader) -> list[Pair]:
     """Nine pairs a row.
 
     Reference:
         Liu et al., "RM-Bench: Benchmarking Reward Models of Language Models with Subtlety and Style", ICLR 2025: accuracy
         in a 3 x 3 matrix of styles; hard is the mean above the diagonal (chosen in the plainer style), easy below it.
     """
-    row = _listed(source, number, subset, max_chars)
+    row = _listed(source, number, reader)
     for name, texts in (("chosen", row.chosen), ("rejected", row.rejected)):
         if len(texts) != len(STYLES):
             raise InputError(
                 f"{row.where}.{name}: expected {len(STYLES)} styles ({', '.join(STYLES)}), got {len(texts)} responses"
             )
+    subset = reader.group_column
     domain = row.group if subset else _column(source, "domain", row.where)
     pairs = []
     for i, chosen in enumerate(row.chosen):
@@ -155,19 +180,19 @@ def _rm_bench(source: Mapping[str, Any], number: int, subset: str | None, max_ch
     return pairs
 
 
-def _reward_bench_2(source: Mapping[str, Any], number: int, subset: str | None, max_chars: int) -> list[Pair]:
+def _reward_bench_2(source: Mapping[str, Any], number: int, reader: RowReader) -> list[Pair]:
     """One pair per correct response, with all incorrect ones.
 
     Reference:
         Malik et al., "RewardBench 2: Advancing Reward Model Evaluation", 2025: best of four, and a subset `Ties` with many
         correct responses.
     """
-    row = _listed(source, number, subset, max_chars)
+    row = _listed(source, number, reader)
     for name, column in (("chosen", "num_correct"), ("rejected", "num_incorrect")):
         stated, found = source.get(column), len(source[name])
         if stated is not None and stated != found:
             raise InputError(f"{row.where}.{column}: says {stated}, but {name} holds {found} responses")
-    label = row.group if subset else _column(source, "subset", row.where)
+    label = row.group if reader.group_column else _column(source, "subset", row.where)
     key, rejected = prompt_key(row.prompt), tuple(row.rejected)
     return [
         Pair(row.id if len(row.chosen) == 1 else f"{row.id}#{i}", row.prompt, chosen, rejected, key, label)
@@ -187,20 +212,22 @@ class _Listed:
     group: str | None
 
 
-def _listed(row: Mapping[str, Any], number: int, subset: str | None, max_chars: int) -> _Listed:
+def _listed(row: Mapping[str, Any], number: int, reader: RowReader) -> _Listed:
     where = f"rows[{number}]"
-    prompt = check_prompt(row.get("prompt"), f"{where}.prompt", max_chars=max_chars)
+    prompt = check_prompt(
+        row.get("prompt"), f"{where}.prompt", allow_empty=reader.allow_empty, max_chars=reader.max_chars
+    )
     texts: dict[str, list[Response]] = {}
     for name in ("chosen", "rejected"):
         values = row.get(name)
         if not isinstance(values, (list, tuple)) or not values:
             raise InputError(f"{where}.{name}: expected a list of responses, got {type(values).__name__}")
         texts[name] = [
-            check_response(value, f"{where}.{name}[{i}]", max_chars=max_chars) for i, value in enumerate(values)
+            check_response(value, f"{where}.{name}[{i}]", max_chars=reader.max_chars) for i, value in enumerate(values)
         ]
     if {response_text(text) for text in texts["chosen"]} & {response_text(text) for text in texts["rejected"]}:
         raise InputError(f"{where}: a text is both chosen and rejected; on_bad='drop' leaves such rows out")
-    group = None if subset is None else _column(row, subset, where)
+    group = None if reader.group_column is None else _column(row, reader.group_column, where)
     row_id = str(row["id"]) if row.get("id") is not None else str(number)
     return _Listed(where, row_id, prompt, texts["chosen"], texts["rejected"], group)
 
@@ -211,14 +238,13 @@ def _column(row: Mapping[str, Any], name: str, where: str) -> str:
     return str(row[name])
 
 
-def _by_row(read: Callable[[Mapping[str, Any], int, str | None, int], list[Pair]]) -> _Layout:
-    def layout(rows: _Rows, subset: str | None, drop: bool, max_chars: int) -> Iterator[Pair]:
+def _by_row(read: Callable[[Mapping[str, Any], int, RowReader], list[Pair]]) -> _Layout:
+    def layout(rows: _Rows, reader: RowReader, bad: _Bad) -> Iterator[Pair]:
         for number, row in rows:
             try:
-                yield from read(row, number, subset, max_chars)
-            except InputError:
-                if not drop:
-                    raise
+                yield from read(row, number, reader)
+            except InputError as error:
+                bad.refuse(error)
 
     return layout
 

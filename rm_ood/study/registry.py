@@ -127,8 +127,8 @@ class Shift:
             replace(new, id=row.id, cluster=row.cluster, subset=row.subset)
             for row, new in zip(rows, found, strict=True)
         ]
-        for row in kept:
-            if not prompt_texts(row.prompt):
+        for clean, row in zip(rows, kept, strict=True):
+            if prompt_texts(clean.prompt) and not prompt_texts(row.prompt):
                 raise InputError(f"shift {self.name!r}: left no text in the prompt of row {row.id!r}")
         if context.severity != 0 and kept == list(rows):
             raise InputError(

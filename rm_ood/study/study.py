@@ -6,7 +6,7 @@ import json
 import platform
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -90,6 +90,7 @@ def run_study(
     title: str | None = None,
     model: str | None = None,
     command: str | None = None,
+    dropped: Mapping[str, int] | None = None,
     progress: bool = True,
 ) -> Study:
     """Score clean and shifted rows, and compare: accuracy, calibration, detection, flags.
@@ -111,6 +112,7 @@ def run_study(
         n_bootstrap: draws of the prompts for each 95 % interval; 0 leaves intervals out.
         n_examples: flagged texts to show per condition, smallest p-value first. Texts are sensitive.
         title, model, command: for the report.
+        dropped: for the report: what was left out as unusable before -> how often (see `read_pairs`).
         progress: show progress bars on stderr.
 
     Raises:
@@ -146,6 +148,7 @@ def run_study(
         "seed": seed,
         "versions": _versions(),
         "command": command,
+        "dropped": {what: n for what, n in (dropped or {}).items() if n},
         "calibration": guard.report().to_dict()["calibration"],
         "threshold": _threshold(guard),
         "id": id_numbers(clean, settings),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from rm_ood.study.findings import Doc, at, label
+from rm_ood.study.findings import Doc, at, label, left_out
 
 _COLUMNS = (
     ("n", "n"), ("accuracy", "acc"), ("ece", "ECE"), ("auroc.combined.default", "any"), ("auroc.prompt.default", "prompt"),
@@ -47,6 +47,7 @@ def _summary(doc: Doc, rows: str) -> list[str]:
     else:
         told = f"accuracy {clean['accuracy']:.3f}, ECE {clean['ece']:.3f}"
     lines = [f"Reward model on {clean['n']} {rows}: {told}."]
+    lines += [f"Left out as unusable: {out}."] if (out := left_out(doc)) else []
     flagged = f"measured {100 * clean['false_alarm_rate']:.1f} %."
     if cal["by_group"]:
         return [*lines, f"Guard: alpha {doc['alpha']:g}, calibrated in {len(cal['by_group'])} groups; {flagged}"]

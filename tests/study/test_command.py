@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from conftest import POISON, preference_rows
 
-from rm_ood import InputError, OODGuard
+from rm_ood import InputError, OODGuard, artifact
 from rm_ood.cli import main
 from rm_ood.study.cache import ScoreCache
 from rm_ood.study.command import DEFAULT_SHIFTS, Plan, words_of
@@ -104,6 +104,27 @@ def test_what_is_wrong_is_told_before_a_model_is_loaded(place: Path, tmp_path: P
     assert "pass the fit data too" in capsys.readouterr().err
     assert run(place, tmp_path / "out", "--fit-data", place / "clean.jsonl", *SHIFTS, "--no-progress") == 1
     assert "none of these rows has a prompt that the guard was fitted on" in capsys.readouterr().err
+
+
+def test_rows_that_the_fit_would_drop_are_left_out_and_counted(place: Path, tmp_path: Path, capsys: Any) -> None:
+    tensors, config = artifact.read_guard(place / "guard")
+    config["settings"] |= {"on_bad": "drop", "allow_empty": True}
+    artifact.write_guard(tmp_path / "guard", tensors, config)
+    good = preference_rows(12, seed=3)
+    unusable = [{"prompt": "x"}, {"prompt": "y", "chosen": "same", "rejected": "same"}]
+    empty = {"prompt": "", "chosen": "an answer", "rejected": "another"}
+    for name, rows in (("some", [*unusable, *good, empty]), ("fit", [*unusable[:1], *preference_rows(100)])):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    given = ["--guard", tmp_path / "guard", "--data", tmp_path / "some.jsonl", "--fit-data", tmp_path / "fit.jsonl"]
+    options = [*given, *SHIFTS[:2], "--bootstrap", 0, "--no-progress"]
+    assert run(place, tmp_path / "out", *options) == 0
+    assert "Left out as unusable: 2 of the clean rows, 1 of the fit data." in capsys.readouterr().out
+    doc = json.loads((tmp_path / "out" / "study.json").read_text())
+    assert doc["dropped"] == {"clean rows": 2, "fit data": 1}
+    assert doc["id"]["n"] == 13
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "2 of the clean rows, 1 of the fit data" in page
 
 
 def test_another_model_exits_3(place: Path, tmp_path: Path, minilm: Any, capsys: Any) -> None:

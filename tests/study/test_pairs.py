@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,30 @@ def test_a_preference_row_is_a_pair() -> None:
 def test_several_rejected_responses_stay_together() -> None:
     row = {"id": 5, "prompt": "p", "chosen": "a", "rejected": ["b", "c"], "kind": "math"}
     assert read_pairs([row], subset="kind") == [Pair("5", "p", "a", ("b", "c"), prompt_key("p"), "math")]
+
+
+def test_what_is_left_out_is_counted() -> None:
+    labelled = [
+        {"prompt": p, "completion": c, "label": y}
+        for p, c, y in (("p", "a", True), ("p", "b", False), ("q", "c", True))
+    ]
+    for rows, n in (
+        ([{"prompt": "p"}, {"prompt": "p", "chosen": "a", "rejected": "b"}], 1),
+        ([*labelled, labelled[2]], 2),
+        ([RM_BENCH, {**RM_BENCH, "chosen": ["one"]}, {**RM_BENCH, "prompt": ""}], 2),
+    ):  # fmt: skip
+        dropped: Counter[str] = Counter()
+        assert read_pairs(rows, on_bad="drop", dropped=dropped)
+        assert dropped == {"rows": n}
+        with pytest.raises(InputError):
+            read_pairs(rows)
+
+
+def test_empty_prompts_are_read_where_they_are_allowed() -> None:
+    for row in ({"prompt": " ", "chosen": "a", "rejected": "b"}, {**RM_BENCH, "prompt": ""}):
+        assert read_pairs([row], allow_empty=True)[0].prompt == row["prompt"]
+        with pytest.raises(InputError, match=r"rows\[0\]\.prompt: empty"):
+            read_pairs([row])
 
 
 def test_rows_of_one_prompt_stay_apart_in_one_cluster() -> None:

@@ -57,7 +57,7 @@ def test_the_document_is_that_of_the_specification(study: Study, rows: list[Pair
     doc = json.loads(json.dumps(study.to_dict(), allow_nan=False))
     assert set(doc) == {
         "title", "model", "channels", "alpha", "confidence", "seed", "versions", "seconds", "command", "calibration",
-        "threshold", "id", "shifts", "examples",
+        "dropped", "threshold", "id", "shifts", "examples",
     }  # fmt: skip
     _check_pairs(doc["id"], paired=True)
     _check_flags(doc["id"])
