@@ -81,9 +81,34 @@ def flags(doc: Doc) -> dict[str, str]:
     return {name: _axis(name) for name in _known_first(["combined", "prompt", "response", *judged])}
 
 
+def base(doc: Doc, row: Doc) -> Doc:
+    """Numbers of the clean rows that a condition is compared with: those that it has a row for, or all."""
+    found: Doc = at(row, "baseline") or doc["id"]
+    return found
+
+
+def clean_lines(doc: Doc, rows: Sequence[Doc]) -> list[tuple[str, Doc]]:
+    """`clean`, and `clean rows of es, de` for conditions that have some of them alone."""
+    names: list[tuple[list[str], Doc]] = []
+    for row in rows:
+        if (found := at(row, "baseline")) is not None:
+            same = next((listed for listed, known in names if known == found), None)
+            if same is None:
+                names.append(([name_of(row)], found))
+            elif name_of(row) not in same:
+                same.append(name_of(row))
+    return [("clean", doc["id"]), *((f"clean rows of {', '.join(listed)}", found) for listed, found in names)]
+
+
+def lines(doc: Doc) -> list[tuple[str, str, Doc]]:
+    """Name, side and numbers of the clean rows and of every condition."""
+    clean = [(name, "–", found) for name, found in clean_lines(doc, doc["shifts"])]
+    return [*clean, *((name_of(row), str(row["side"]), row) for row in doc["shifts"])]
+
+
 def fall(doc: Doc, row: Doc) -> float | None:
-    """By how much accuracy is below that of the clean pairs."""
-    clean, shifted = at(doc, "id", "accuracy"), at(row, "accuracy")
+    """By how much accuracy is below that of the clean pairs that the condition is compared with."""
+    clean, shifted = at(base(doc, row), "accuracy"), at(row, "accuracy")
     return None if clean is None or shifted is None else clean - shifted
 
 
@@ -184,7 +209,7 @@ def _parted(doc: Doc) -> list[str]:
 
 def overview(doc: Doc) -> Table:
     """By shift and side: the reward model's accuracy and calibration beside what the guard sees and flags."""
-    rows, clean = doc["shifts"], doc["id"]
+    rows = doc["shifts"]
     axes = _keys(rows, "auroc", lambda found: [axis for axis, by in found.items() if "default" in by])
     flags = _keys(rows, "flag_rate", list)
     head = ["shift", "side", "n", "accuracy", "ECE", *(_axis(a) for a in axes)]
@@ -193,10 +218,12 @@ def overview(doc: Doc) -> Table:
         "shifted let through where 95 % of clean are kept",
         *(_axis(name) for name in flags),
     ]
-    first = ["clean", "–", clean["n"], *_pair(clean), *[Cell(None)] * (len(axes) + 2)]
-    rates = {"combined": at(clean, "false_alarm_rate")} | dict(at(clean, "flag_rate") or {})
-    first += [Cell(rates.get(f), at(clean, "intervals", "flag_rate", f), percent=True) for f in flags]
-    body = [first]
+    body = []
+    for name, clean in clean_lines(doc, rows):
+        first = [name, "–", clean["n"], *_pair(clean), *[Cell(None)] * (len(axes) + 2)]
+        rates = {"combined": at(clean, "false_alarm_rate")} | dict(at(clean, "flag_rate") or {})
+        first += [Cell(rates.get(f), at(clean, "intervals", "flag_rate", f), percent=True) for f in flags]
+        body.append(first)
     for row in rows:
         line = [name_of(row), str(row["side"]), row["n"], *_pair(row)]
         line += [Cell(at(row, "auroc", a, "default"), at(row, "intervals", "auroc", a, "default")) for a in axes]
@@ -252,7 +279,6 @@ def detectors(doc: Doc, what: str, caption: str, *path: str) -> Table | None:
 
 def selective(doc: Doc) -> Table | None:
     """Accuracy and ECE of flagged against unflagged pairs."""
-    named = [("clean", "–", doc["id"]), *((name_of(row), str(row["side"]), row) for row in doc["shifts"])]
     body = [
         [name, side]
         + [
@@ -264,7 +290,7 @@ def selective(doc: Doc) -> Table | None:
                 Cell(at(row, "selective", part, "ece")),
             )
         ]
-        for name, side, row in named
+        for name, side, row in lines(doc)
         if at(row, "selective")
     ]
     head = ("shift", "side", *("pairs", "accuracy", "ECE") * 2)
@@ -290,7 +316,6 @@ def attribution(doc: Doc) -> Table | None:
 
 def subsets(doc: Doc) -> Table | None:
     """Accuracy, ECE and share flagged by subset of the rows."""
-    named = [("clean", "–", doc["id"]), *((name_of(row), str(row["side"]), row) for row in doc["shifts"])]
     body = [
         [
             name,
@@ -301,7 +326,7 @@ def subsets(doc: Doc) -> Table | None:
             Cell(at(found, "ece")),
             Cell(_flagged(at(found, "flag_rate")), percent=True),
         ]
-        for name, side, row in named
+        for name, side, row in lines(doc)
         for subset, found in (at(row, "subsets") or {}).items()
     ]
     head = ("shift", "side", "subset", "n", "accuracy", "ECE", "flagged")
@@ -323,8 +348,7 @@ _METRICS = (
 
 def calibration_numbers(doc: Doc) -> Table | None:
     """Every number of the reward model's calibration, and what the shift did to the reward; what no row has is left out."""
-    named = [("clean", "–", doc["id"]), *((name_of(row), str(row["side"]), row) for row in doc["shifts"])]
-    rows = [entry for entry in named if at(entry[2], "metrics") or at(entry[2], "reward_change")]
+    rows = [entry for entry in lines(doc) if at(entry[2], "metrics") or at(entry[2], "reward_change")]
     columns = [
         entry for entry in _METRICS if _tells([at(row, *entry[2].split(".")) for _, _, row in rows], entry[2], rows)
     ]

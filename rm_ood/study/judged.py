@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -90,6 +90,21 @@ class Judged:
     def combined(self) -> Floats:
         """(n,) largest standardised score over the axes: what the verdict ranks."""
         return _closed(np.max([axis.ood_scores for axis in self.decisions.axes.values()], axis=0))
+
+    def matching(self, shifted: Judged) -> Judged:
+        """The verdicts on the rows that a shifted condition has, by id: what it is compared with.
+
+        Itself, where that condition has a row of every id, or has rows of its own.
+        """
+        wanted, mine = {row.id for row in shifted.rows}, {row.id for row in self.rows}
+        if wanted >= mine or not wanted <= mine:
+            return self
+        kept = np.array([row.id in wanted for row in self.rows])
+        items = np.flatnonzero(kept[self.row_of])
+        rows = [row for row, keep in zip(self.rows, kept, strict=True) if keep]
+        baselines = {name: scores[items] for name, scores in self.baselines.items()}
+        condition = replace(self.condition, rows=rows)
+        return Judged(condition, self.decisions[items], self.lengths[items], baselines, self.seed)
 
     @cached_property
     def draw(self) -> Draw:

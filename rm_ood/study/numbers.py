@@ -73,7 +73,7 @@ def id_numbers(clean: Judged, settings: Settings) -> Doc:
 
 
 def shift_numbers(clean: Judged, shifted: Judged, settings: Settings) -> Doc:
-    """One entry of the document's `shifts`."""
+    """One entry of the document's `shifts`; `clean` holds the rows that it is compared with (`Judged.matching`)."""
     condition = shifted.condition
     pairs = _pair_numbers(shifted, settings)
     if not condition.paired:

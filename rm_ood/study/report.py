@@ -8,7 +8,7 @@ from typing import Any
 
 from rm_ood.markup import Markup, Text, escaped, fact_table, table, whole_page
 from rm_ood.study import findings, plots, svg
-from rm_ood.study.findings import Cell, Doc, Table, at, label, name_of, telling
+from rm_ood.study.findings import Cell, Doc, Table, at, base, label, name_of, telling
 
 # Figures of one kind on a page; a study of many conditions shows those that tell most.
 _PANELS, _FAMILIES, _DOTS, _CURVES = 9, 6, 24, 5
@@ -101,33 +101,41 @@ def _bird_view(doc: Doc) -> str:
     models, flags = [], []
     for side in findings.sides(doc):
         rows = telling(doc, [row for row in doc["shifts"] if row["side"] == side], _DOTS)
-        known = [doc["id"], *(row for row in rows if at(row, "accuracy") is not None)]
-        if len(known) > 1:
-            names = ["clean", *(name_of(row) for row in known[1:])]
+        measured = [row for row in rows if at(row, "accuracy") is not None]
+        if measured:
+            clean = findings.clean_lines(doc, measured)
+            known, names = _with_clean(clean, measured)
             series = {
                 title: [(at(row, key), _span(at(row, "intervals", key))) for row in known]
                 for key, title in (("accuracy", "accuracy"), ("ece", "ECE"))
             }
             drawn = plots.dots(f"dots-{_key(side)}", side, "accuracy and ECE", names, series, ("chance", 0.5))
             models.append(_figure(f"Reward model, {side} shifted", drawn))
-        known, names = [doc["id"], *rows], ["clean", *(name_of(row) for row in rows)]
+        clean = findings.clean_lines(doc, rows)
+        known, names = _with_clean(clean, rows)
         rates = {
             title: [(_rate(row, key), _flag_span(row, key)) for row in known]
             for key, title in findings.flags(doc).items()
         }
-        if any(value is not None for values in rates.values() for value, _ in values[1:]):
+        if any(value is not None for values in rates.values() for value, _ in values[len(clean) :]):
             drawn = plots.dots(f"flags-{_key(side)}", side, "share flagged", names, rates, ("alpha", doc["alpha"]))
             flags.append(_figure(f"Flagged, {side} shifted", drawn))
     return _grid(models) + _grid(flags)
 
 
+def _with_clean(clean: list[tuple[str, Doc]], rows: list[Doc]) -> tuple[list[Doc], list[str]]:
+    return [*(found for _, found in clean), *rows], [*(name for name, _ in clean), *(name_of(row) for row in rows)]
+
+
 def _reliability(doc: Doc) -> str:
-    clean = at(doc, "id", "reliability")
-    rows = [row for row in doc["shifts"] if at(row, "reliability")]
-    if not clean or not rows:
+    rows = [row for row in doc["shifts"] if at(row, "reliability") and at(base(doc, row), "reliability")]
+    if not rows:
         return ""
     return _few(doc, rows) + _grid(
-        _figure(label(row), plots.reliability(f"rel-{number}", label(row), clean, row["reliability"]))
+        _figure(
+            label(row),
+            plots.reliability(f"rel-{number}", label(row), base(doc, row)["reliability"], row["reliability"]),
+        )
         for number, row in enumerate(telling(doc, rows, _PANELS))
     )
 
@@ -163,12 +171,14 @@ def _scores(doc: Doc) -> str:
         ("ood_scores", "OOD scores", "OOD score", line),
         ("margins", "Margins of the reward", "chosen minus rejected reward", ("tie", 0.0)),
     ):
-        clean = at(doc, "id", key)
-        rows = [row for row in doc["shifts"] if at(row, key)]
-        if clean and rows:
+        rows = [row for row in doc["shifts"] if at(row, key) and at(base(doc, row), key)]
+        if rows:
             ends = '<p class="soft">Outermost bars hold what lies beyond them.</p>'
             text += f"<h3>{title}</h3>{_few(doc, rows)}{ends}" + _grid(
-                _figure(label(row), plots.distributions(f"{key[:3]}-{number}", label(row), unit, clean, row[key], mark))
+                _figure(
+                    label(row),
+                    plots.distributions(f"{key[:3]}-{number}", label(row), unit, base(doc, row)[key], row[key], mark),
+                )
                 for number, row in enumerate(telling(doc, rows, _PANELS))
             )
     return text

@@ -152,15 +152,25 @@ def run_study(
         "calibration": guard.report().to_dict()["calibration"],
         "threshold": _threshold(guard),
         "id": id_numbers(clean, settings),
-        "shifts": [
-            shift_numbers(clean, shifted, settings)
-            for shifted in tqdm(judged[1:], desc="measure", unit="condition", disable=not progress)
-        ],
+        "shifts": _shifts(judged, settings, progress),
     }
     if n_examples:
         doc["examples"] = [example for j in judged for example in _examples(j, n_examples)]
     doc["seconds"] = round(time.perf_counter() - started, 1)
     return Study(doc, ScoredRows.of(judged), *counts)
+
+
+def _shifts(judged: Sequence[Judged], settings: Settings, progress: bool) -> list[dict[str, Any]]:
+    """The document's `shifts`. One that lacks some of the clean rows has the numbers of those it has as its `baseline`."""
+    clean, found = judged[0], []
+    known: dict[tuple[str, ...], dict[str, Any]] = {}
+    for shifted in tqdm(judged[1:], desc="measure", unit="condition", disable=not progress):
+        base = clean.matching(shifted)
+        ids = tuple(row.id for row in base.rows)
+        if base is not clean and ids not in known:
+            known[ids] = id_numbers(base, settings)
+        found.append({**shift_numbers(base, shifted, settings), "baseline": known.get(ids)})
+    return found
 
 
 def _check_groups(guard: OODGuard, rows: Sequence[Pair]) -> None:

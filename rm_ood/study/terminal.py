@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from rm_ood.study.findings import Doc, at, label, left_out
+from rm_ood.study.findings import Doc, at, clean_lines, label, left_out
 
 _COLUMNS = (
     ("n", "n"), ("accuracy", "acc"), ("ece", "ECE"), ("auroc.combined.default", "any"), ("auroc.prompt.default", "prompt"),
@@ -28,7 +28,8 @@ def table(doc: Doc, rows: str = "clean rows", notes: Sequence[str] = ()) -> str:
         rows: what the clean rows are, in words.
         notes: more to read below the table.
     """
-    lines = [("clean", {**doc["id"], "auroc": None}), *((label(row), row) for row in doc["shifts"])]
+    clean = [(name, {**found, "auroc": None}) for name, found in clean_lines(doc, doc["shifts"])]
+    lines = [*clean, *((label(row), row) for row in doc["shifts"])]
     width = min(_WIDE, max(_NARROW, *(len(name) for name, _ in lines)))
     head = f"{'':{width}}" + f"{'':>21}" + f"{'AUROC':^42}" + f"{'flagged':^21}"
     names = f"{'shift, side':{width}}" + "".join(f"{title:>7}" for _, title in _COLUMNS)

@@ -18,10 +18,13 @@ from sklearn.metrics import roc_auc_score
 
 from rm_ood import InputError, OODGuard
 from rm_ood.detectors.baselines import VectorNorm
+from rm_ood.study.findings import fall
 from rm_ood.study.pairs import Pair, read_pairs
+from rm_ood.study.report import html_page, markdown
 from rm_ood.study.scorer import Scorer
 from rm_ood.study.shifts import Condition, conditions
 from rm_ood.study.study import Study, run_study
+from rm_ood.study.terminal import table as terminal_table
 
 SHIFTS = ("word noise:response:0.5", "character noise:prompt:0.2", "repeated token:response:1")
 FLAGS = ("combined", "prompt", "response")
@@ -217,6 +220,52 @@ def test_the_coin_is_not_that_of_the_split() -> None:
     judged = Judged(Condition("clean", "none", None, made), None, None, {}, 0)  # type: ignore[arg-type]
     share = float(np.mean(judged.draw.items % 2 == 0))
     assert 0.4 < share < 0.6
+
+
+def test_rows_that_a_condition_lacks_are_no_part_of_its_baseline(minilm_guard: OODGuard, tmp_path: Path) -> None:
+    """A language with some of the ids alone has the numbers of a study of these rows, whatever the other rows are."""
+    common = [{"id": f"q{i}", "lang": "en", **row} for i, row in enumerate(preference_rows(24, seed=3))]
+    # Rows whose preference is the wrong way round, and far out.
+    extra = [
+        {
+            **row,
+            "id": f"x{i}",
+            "prompt": f"{i} какой сегодня день",
+            "chosen": row["rejected"],
+            "rejected": row["chosen"],
+        }
+        for i, row in enumerate(common)
+    ]
+    other = [
+        {**row, "lang": lang, "prompt": f"{lang} {row['prompt']} pregunta", "chosen": f"que {row['chosen']}"}
+        for lang, n in (("es", 24), ("ca", 24), ("de", 12))
+        for row in common[:n]
+    ]
+    path = tmp_path / "other.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in other), encoding="utf-8")
+    studies = []
+    for rows in (read_pairs([*extra, *common]), read_pairs(common)):
+        made = conditions(rows, [f"aligned={path}:common"])
+        # One cache: batches of other rows would move the scores by a rounding.
+        cache = tmp_path / "scores.sqlite"
+        studies.append(run_study(minilm_guard, rows, made, cache=cache, n_bootstrap=20, progress=False).to_dict())
+    mixed, alone = studies
+    assert [(r["name"], r["n"]) for r in mixed["shifts"][::3]] == [("ca", 24), ("de", 12), ("es", 24)]
+    names = ("accuracy", "ece", "auroc", "fpr95", "roc", "flag_rate", "intervals", "reward_change", "n_judged")
+    for one, two in zip(mixed["shifts"], alone["shifts"], strict=True):
+        for name in names:
+            assert one[name] == two[name], (one["name"], one["side"], name)
+    de, es = mixed["shifts"][3], mixed["shifts"][6]
+    assert alone["shifts"][6]["baseline"] is None
+    assert es["baseline"]["n"] == 24
+    assert de["baseline"]["n"] == 12
+    for name in ("accuracy", "ece", "flag_rate", "false_alarm_rate", "reliability", "intervals"):
+        assert es["baseline"][name] == alone["id"][name]
+    assert fall(mixed, es) == fall(alone, alone["shifts"][6])
+    for text in (terminal_table(mixed), markdown(mixed), html_page(mixed)):
+        assert "clean rows of ca, es" in text
+        assert "clean rows of de" in text
+    assert "clean rows of es" not in terminal_table(alone)
 
 
 def test_what_cannot_be_scored_counts_as_flagged(minilm_guard: OODGuard, rows: list[Pair]) -> None:
