@@ -1,7 +1,7 @@
 """What a guard catches and what it is blind to: shifts planted in items that it passes.
 
 Each clean item that the guard passes is changed in one known way (another script, shuffled words, code, one word
-repeated, random characters, no response) on one side or on both, and checked again.
+repeated, random characters, no response, the answer to another prompt) on one side or on both, and checked again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rm_ood.errors import CalibrationWarning, InputError
 from rm_ood.guard import OODGuard
 from rm_ood.power import share_interval
 from rm_ood.study.detection import auroc
-from rm_ood.study.planted import EMPTY_RESPONSE, OTHER_SCRIPT, Item, changed, changes
+from rm_ood.study.planted import EMPTY_RESPONSE, MISMATCHED, OTHER_SCRIPT, Item, changed, changes, mismatched
 
 MOST_ITEMS = 60
 CAUGHT = 0.5
@@ -197,22 +197,31 @@ def plant(
     # The guard warns that this is not the traffic it knows; here that is the purpose.
     with (
         warnings.catch_warnings(),
-        tqdm(total=len(steps) + 1, desc="doctor", unit="shift", disable=not progress) as bar,
+        tqdm(total=len(steps) + 2, desc="doctor", unit="shift", disable=not progress) as bar,
     ):
         warnings.simplefilter("ignore", CalibrationWarning)
         clean = _check(guard, pairs, labels)
         bar.update()
         passed = np.flatnonzero(~clean.is_ood).tolist()
-        for name, sides in steps:
-            after = {i: changed(pairs[i], i, shifts[name], sides, seed) for i in passed}
+        lonely = False
+
+        def measure(name: str, side: str, after: dict[int, Item]) -> None:
             # A text of one word has no other order.
             where = [i for i, item in after.items() if item != pairs[i]]
             if where:
                 shifted = _check(guard, [after[i] for i in where], labels and [labels[i] for i in where])
-                side = sides[0] if len(sides) == 1 else "both"
                 area = auroc(_combined(clean)[where], _combined(shifted))
                 planted.append(Planted(name, side, len(where), _shares(shifted), area))
             bar.update()
+
+        for name, sides in steps:
+            after = {i: changed(pairs[i], i, shifts[name], sides, seed) for i in passed}
+            measure(name, sides[0] if len(sides) == 1 else "both", after)
+        try:
+            others = mismatched([pairs[i] for i in passed], seed) if passed else []
+        except InputError:
+            others, lonely = [], True
+        measure(MISMATCHED, "response", dict(zip(passed, others, strict=False)))
     alpha, shares = guard.config.alpha, _shares(clean)
     p = float(stats.binom.sf(shares["combined"].count - 1, len(pairs), alpha))
     notes = [
@@ -221,6 +230,8 @@ def plant(
     ]
     if OTHER_SCRIPT not in shifts:
         notes.append("other script: the items hold every script that could be planted")
+    if lonely:
+        notes.append(f"{MISMATCHED}: more than half of the items that pass share one prompt")
     source = "built-in" if items is None else "given"
     return Findings(source, seed, alpha, shares, p, tuple(planted), tuple(notes))
 

@@ -14,6 +14,7 @@ from scipy import stats
 from rm_ood import InputError, MismatchError, NotFittedError, OODGuard
 from rm_ood.canaries import EVERYDAY, SCRIPTS
 from rm_ood.doctor import Findings, Planted, Share, plant
+from rm_ood.study.planted import mismatched
 
 pytestmark = pytest.mark.filterwarnings("ignore::rm_ood.CalibrationWarning")
 SHIFTS = ("other script", "shuffled words", "code", "one word repeated", "random characters")
@@ -41,7 +42,8 @@ def findings(guard: OODGuard) -> Findings:
 
 def test_every_shift_is_planted_on_every_side(findings: Findings) -> None:
     sides = [(row.name, row.side) for row in findings.planted]
-    assert sides == [*((n, s) for n in SHIFTS for s in ("prompt", "response", "both")), ("empty response", "response")]
+    last = [("empty response", "response"), ("answer to another prompt", "response")]
+    assert sides == [*((n, s) for n in SHIFTS for s in ("prompt", "response", "both")), *last]
     clean = findings.clean["combined"]
     assert clean.n == 24
     assert all(0 < row.n <= 24 - clean.count for row in findings.planted)
@@ -52,7 +54,7 @@ def test_the_numbers_are_those_of_check(guard: OODGuard, findings: Findings) -> 
     clean = guard.check([p for p, _ in items], [r for _, r in items])
     passed = [item for item, bad in zip(items, clean.is_ood, strict=True) if not bad]
     empty = guard.check([p for p, _ in passed], [""] * len(passed))
-    row = findings.planted[-1]
+    row = findings.planted[-2]
     assert row.n == len(passed)
     assert row.flagged["combined"] == Share(int(empty.is_ood.sum()), len(passed))
     for axis in ("prompt", "response"):
@@ -63,6 +65,28 @@ def test_the_numbers_are_those_of_check(guard: OODGuard, findings: Findings) -> 
     assert row.auroc == pytest.approx(wins, abs=1e-12)
     flags = findings.clean["combined"].count
     assert findings.clean_p == pytest.approx(stats.binomtest(flags, 24, 0.05, alternative="greater").pvalue)
+
+
+def test_an_answer_to_another_prompt_is_one_of_the_clean_answers(guard: OODGuard, findings: Findings) -> None:
+    items = own(24)
+    clean = guard.check([p for p, _ in items], [r for _, r in items])
+    passed = [item for item, bad in zip(items, clean.is_ood, strict=True) if not bad]
+    swapped = mismatched(passed, 0)
+    assert [p for p, _ in swapped] == [p for p, _ in passed]
+    assert sorted(r for _, r in swapped) == sorted(r for _, r in passed)
+    assert all(one[1] != other[1] for one, other in zip(passed, swapped, strict=True))
+    row = findings.planted[-1]
+    flags = guard.check([p for p, _ in swapped], [r for _, r in swapped]).is_ood
+    assert row.flagged["combined"] == Share(int(flags.sum()), len(passed))
+    # Hard to see: it is told like the others, and fails nothing.
+    assert any(name.startswith("answer to another prompt (response") for name in (*findings.caught, *findings.blind))
+
+
+def test_items_of_one_prompt_have_no_answer_to_another(guard: OODGuard) -> None:
+    (prompt, _), *_ = items = own(24)
+    findings = plant(guard, [(prompt, response) for _, response in items])
+    assert "answer to another prompt" not in {row.name for row in findings.planted}
+    assert any(note.startswith("answer to another prompt: more than half") for note in findings.notes)
 
 
 def test_findings_are_json_and_repeatable(guard: OODGuard, findings: Findings) -> None:
@@ -110,7 +134,7 @@ def test_built_in_items_by_default(guard: OODGuard) -> None:
 def test_items_of_every_script_leave_that_shift_out(guard: OODGuard) -> None:
     mixed = own(24) + [(p * 2, r) for talk in SCRIPTS.values() for p, r in talk[:2]]
     findings = plant(guard, mixed)
-    assert {row.name for row in findings.planted} == {*SHIFTS[1:], "empty response"}
+    assert {row.name for row in findings.planted} == {*SHIFTS[1:], "empty response", "answer to another prompt"}
     assert any(note.startswith("other script") for note in findings.notes)
 
 

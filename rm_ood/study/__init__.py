@@ -4,7 +4,7 @@
 `bootstrap` their intervals; `scorer` scores each text once, `study` puts all of it together, `report` and `plots` show it.
 """
 
-from rm_ood.study.bootstrap import auroc_interval, clustered_interval
+from rm_ood.study.bootstrap import auroc_interval, clustered_interval, ece_interval
 from rm_ood.study.conversations import Conversation, conversations, random_replies
 from rm_ood.study.detection import aupr, auroc, flag_rate, fpr95_id_positive, fpr95_ood_positive, roc_curve
 from rm_ood.study.metrics import (
@@ -49,6 +49,7 @@ __all__ = [
     "confidence",
     "conversations",
     "ece",
+    "ece_interval",
     "energy_score",
     "fit_temperature",
     "flag_rate",

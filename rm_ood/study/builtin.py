@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 from rm_ood.errors import InputError
@@ -78,22 +79,22 @@ for _name in ("look-alike", "cyrillic", "greek", "fullwidth"):
 @shift("mismatched", sides=("prompt", "response"), rows=True, paired=False)
 def mismatched(rows: list[Pair], context: ShiftContext) -> list[Pair]:
     """Prompt and responses of different rows, and of different prompts: each side is as ever, only they do not belong."""
-    others = [rows[i] for i in another_prompt(rows, context.seed)]
+    others = [rows[i] for i in another_prompt([row.cluster for row in rows], context.seed)]
     if context.side == "prompt":
         return [replace(row, prompt=other.prompt) for row, other in zip(rows, others, strict=True)]
     return [replace(row, chosen=other.chosen, rejected=other.rejected) for row, other in zip(rows, others, strict=True)]
 
 
-def another_prompt(rows: list[Pair], seed: int) -> list[int]:
-    """For each row the number of a row of another cluster: a seeded permutation.
+def another_prompt(clusters: Sequence[int], seed: int) -> list[int]:
+    """For each row, by its cluster, the number of a row of another cluster: a seeded permutation.
 
     Raises:
         InputError: more than half of the rows share one prompt, so there is no such permutation.
     """
-    most = Counter(row.cluster for row in rows).most_common(1)[0][1]
-    if 2 * most > len(rows):
-        raise InputError(f"mismatched: {most} of {len(rows)} rows share one prompt; more than half have no partner")
+    most = Counter(clusters).most_common(1)[0][1]
+    if 2 * most > len(clusters):
+        raise InputError(f"mismatched: {most} of {len(clusters)} rows share one prompt; more than half have no partner")
     # Rows of a cluster stand together, so a turn by the largest cluster's size leaves none with its own.
-    order = sorted(range(len(rows)), key=lambda i: (stable_hash(f"{rows[i].cluster}", seed), rows[i].cluster, i))
+    order = sorted(range(len(clusters)), key=lambda i: (stable_hash(f"{clusters[i]}", seed), clusters[i], i))
     partners = dict(zip(order, order[most:] + order[:most], strict=True))
-    return [partners[i] for i in range(len(rows))]
+    return [partners[i] for i in range(len(clusters))]

@@ -415,7 +415,8 @@ def _calibration(cal: Mapping[str, Any]) -> str:
 
 def _small_print(doc: Doc) -> str:
     known = any(at(found, "intervals", "flag_rate", "combined") for found in (doc["id"], *doc["shifts"]))
-    return "In small print: 95 % intervals, by bootstrap over prompts. " if known else ""
+    text = "In small print: 95 % intervals, by bootstrap over prompts; that of ECE is for the error without its noise. "
+    return text if known else ""
 
 
 def _pair(found: Doc) -> list[Cell]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rm_ood.channels import SPANS
-from rm_ood.study.bootstrap import clustered_interval, detection_resamples, percentile_interval
+from rm_ood.study.bootstrap import clustered_interval, detection_resamples, ece_interval, percentile_interval
 from rm_ood.study.detection import auroc, fpr95_id_positive, fpr95_ood_positive, roc_curve
 from rm_ood.study.judged import Judged
 from rm_ood.study.metrics import (
@@ -126,7 +126,7 @@ def _pair_numbers(judged: Judged, settings: Settings) -> Doc:
         "selective": selective_metrics(chosen, rejected, flagged),
         "intervals": {
             "accuracy": _interval(settings, np.mean, clusters, credits),
-            "ece": _interval(settings, ece, clusters, chosen, rejected),
+            "ece": _ece_interval(settings, chosen, rejected, clusters),
         },
     }
 
@@ -251,6 +251,12 @@ def _interval(
     if not settings.n_bootstrap:
         return None
     return _ends(clustered_interval(statistic, clusters, *arrays, n_resamples=settings.n_bootstrap, seed=settings.seed))
+
+
+def _ece_interval(settings: Settings, chosen: Floats, rejected: Floats, clusters: Sequence[int]) -> list[float] | None:
+    if not settings.n_bootstrap:
+        return None
+    return _ends(ece_interval(chosen, rejected, clusters, n_resamples=settings.n_bootstrap, seed=settings.seed))
 
 
 def _ends(interval: tuple[float, float]) -> list[float] | None:

@@ -13,11 +13,12 @@ from dataclasses import replace
 
 from rm_ood.canaries import CODE, EVERYDAY, SCRIPTS, Pair
 from rm_ood.dialogue import Dialogue, Message, Text, content_text
-from rm_ood.preferences import stable_hash
+from rm_ood.preferences import prompt_key, stable_hash
 from rm_ood.rewriting import letters
+from rm_ood.study.builtin import another_prompt
 from rm_ood.study.noise import repeated_word, shuffled
 
-OTHER_SCRIPT, EMPTY_RESPONSE = "other script", "empty response"
+OTHER_SCRIPT, EMPTY_RESPONSE, MISMATCHED = "other script", "empty response", "answer to another prompt"
 # Share of the items' letters from which a script belongs to them.
 _OWN_SCRIPT = 0.01
 _NOISE = string.ascii_letters + string.digits + string.punctuation + " "
@@ -63,6 +64,18 @@ def changed(item: Item, i: int, change: Change, sides: Sequence[str], seed: int)
     if "response" in sides:
         response = change(response, i, 1, random.Random(stable_hash(response, seed)))
     return prompt, response
+
+
+def mismatched(items: Sequence[Item], seed: int) -> list[Item]:
+    """The items, each with the response to another prompt among them: nothing is strange but that the two do not belong.
+
+    Not one of `changes`: it is weak, and a reader has to follow both sides to see it.
+
+    Raises:
+        InputError: more than half of the items have one prompt.
+    """
+    partners = another_prompt([prompt_key(prompt) for prompt, _ in items], seed)
+    return [(prompt, items[other][1]) for (prompt, _), other in zip(items, partners, strict=True)]
 
 
 def _another(pairs: Sequence[Pair]) -> Change:

@@ -5,24 +5,27 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
+from rm_ood.channels import GIVEN_PROMPT
 from rm_ood.study.findings import Doc, at, clean_lines, label, left_out
 
 _COLUMNS = (
     ("n", "n"), ("accuracy", "acc"), ("ece", "ECE"), ("auroc.combined.default", "any"), ("auroc.prompt.default", "prompt"),
-    ("auroc.response.default", "resp."), ("auroc.response.final", "final"), ("auroc.response.reward", "reward"),
-    ("auroc.pair.energy", "energy"), ("flag_rate.combined", "any"), ("flag_rate.prompt", "prompt"),
-    ("flag_rate.response", "resp."),
+    ("auroc.response.default", "resp."), ("auroc.response_given_prompt.default", "given"),
+    ("auroc.response.final", "final"), ("auroc.response.reward", "reward"), ("auroc.pair.energy", "energy"),
+    ("flag_rate.combined", "any"), ("flag_rate.prompt", "prompt"), ("flag_rate.response", "resp."),
+    ("flag_rate.response_given_prompt", "given"),
 )  # fmt: skip
 _NOTES = (
     "AUROC against the clean rows, one response per prompt (energy: one pair); .5 is blind. any, prompt, resp.: the guard's "
-    "default channels, joined and by axis. final: the distance in what the head reads, alone. reward: |standardised "
-    "reward|, alone. energy: the paper's score of a reward pair. flagged: share of the items whose p-value is at most alpha.",
+    "default channels, joined and by axis; given: the response given the prompt. final: the distance in what the head "
+    "reads, alone. reward: |standardised reward|, alone. energy: the paper's score of a reward pair. flagged: share of the "
+    "items whose p-value is at most alpha.",
 )
 _NARROW, _WIDE, _WIDTH = 24, 44, 108
 
 
 def table(doc: Doc, rows: str = "clean rows", notes: Sequence[str] = ()) -> str:
-    """The document of a study as text of about 110 columns.
+    """The document of a study as text of about 110 columns, 125 where the guard judges the response given the prompt.
 
     Args:
         rows: what the clean rows are, in words.
@@ -31,11 +34,12 @@ def table(doc: Doc, rows: str = "clean rows", notes: Sequence[str] = ()) -> str:
     clean = [(name, {**found, "auroc": None}) for name, found in clean_lines(doc, doc["shifts"])]
     lines = [*clean, *((label(row), row) for row in doc["shifts"])]
     width = min(_WIDE, max(_NARROW, *(len(name) for name, _ in lines)))
-    head = f"{'':{width}}" + f"{'':>21}" + f"{'AUROC':^42}" + f"{'flagged':^21}"
-    names = f"{'shift, side':{width}}" + "".join(f"{title:>7}" for _, title in _COLUMNS)
+    columns = [entry for entry in _COLUMNS if GIVEN_PROMPT not in entry[0] or _is_judged(doc, GIVEN_PROMPT)]
+    n_areas, n_flags = (sum(path.startswith(kind) for path, _ in columns) for kind in ("auroc.", "flag_rate."))
+    head = f"{'':{width}}" + f"{'':>21}" + f"{'AUROC':^{7 * n_areas}}" + f"{'flagged':^{7 * n_flags}}"
+    names = f"{'shift, side':{width}}" + "".join(f"{title:>7}" for _, title in columns)
     body = [
-        f"{_cut(name, width):{width}}" + "".join(f"{_cell(row, path):>7}" for path, _ in _COLUMNS)
-        for name, row in lines
+        f"{_cut(name, width):{width}}" + "".join(f"{_cell(row, path):>7}" for path, _ in columns) for name, row in lines
     ]
     below = [line for note in (*_NOTES, *notes) for line in textwrap.wrap(note, _WIDTH)]
     return "\n".join([*_summary(doc, rows), "", head.rstrip(), names, "-" * len(names), *body, "", *below])
@@ -58,6 +62,10 @@ def _summary(doc: Doc, rows: str) -> list[str]:
         f"Guard: alpha {doc['alpha']:g}, calibrated on n = {cal['n']} prompts, rank k = {cal['k']}: expected "
         f"false-alarm rate {mean:.1f} % (90 % interval {low:.1f} to {high:.1f} %); {flagged}",
     ]
+
+
+def _is_judged(doc: Doc, axis: str) -> bool:
+    return any(at(found, "flag_rate", axis) is not None for found in (doc["id"], *doc["shifts"]))
 
 
 def _cut(name: str, width: int) -> str:

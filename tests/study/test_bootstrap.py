@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import special
 
 from rm_ood.errors import InputError, NonFiniteError
 from rm_ood.study import bootstrap, detection
@@ -84,6 +85,41 @@ def test_an_interval_covers_as_often_as_it_says():
         low, high = bootstrap.auroc_interval(clean, shifted, range(150), range(150, 300), n_resamples=200, level=0.9)
         missed += not low <= 0.7602 <= high
     assert 3 <= missed <= 20
+
+
+@pytest.mark.parametrize("n", [200, 2000])
+@pytest.mark.parametrize("temperature", [1.0, 1.3, 3.0, 0.6], ids=["calibrated", "slightly over", "over", "under"])
+def test_the_interval_of_ece_covers_as_often_as_it_says(temperature, n):
+    """Pairs whose chosen response wins with the probability that the margin divided by a temperature stands for."""
+
+    def drawn(n, rng):
+        margin = np.abs(rng.normal(0, 1.5, size=n))
+        right = rng.random(n) < special.expit(margin / temperature)
+        return np.where(right, margin, 0.0), np.where(right, 0.0, margin)
+
+    # Its own noise is .0004.
+    truth = 0.0 if temperature == 1 else ece(*drawn(2_000_000, np.random.default_rng(1)))
+    missed = 0
+    for seed in range(60):
+        pairs = drawn(n, np.random.default_rng(1000 + seed))
+        low, high = bootstrap.ece_interval(*pairs, range(n), n_resamples=200)
+        missed += not low <= truth <= high
+    # 3 are expected; 9 or more have a probability of .003. The percentile interval of a calibrated model misses all 60.
+    assert missed <= 8
+
+
+def test_the_interval_of_ece_is_symmetric_about_the_debiased_error():
+    rng = np.random.default_rng(0)
+    chosen, rejected = rng.normal(2, 2, size=300), rng.normal(0, 2, size=300)
+    prompts = np.repeat(np.arange(150), 2)
+    low, high = bootstrap.ece_interval(chosen, rejected, prompts, n_resamples=200, seed=5)
+    draws = np.random.default_rng(5).integers(150, size=(200, 150))
+    rows = [np.concatenate([np.flatnonzero(prompts == p) for p in np.sort(picked)]) for picked in draws]
+    again = [ece(chosen[r], rejected[r], debiased=True) for r in rows]
+    centre = ece(chosen, rejected, debiased=True)
+    assert high == pytest.approx(np.quantile(again, 0.975), abs=1e-12)
+    assert low == pytest.approx(max(0, 2 * centre - high), abs=1e-12)
+    assert np.isnan(bootstrap.ece_interval(chosen, rejected, [7] * 300, n_resamples=5)).all()
 
 
 def test_prompts_keys_of_64_bits_stay_apart():

@@ -126,4 +126,4 @@ def test_a_mismatch_takes_whole_sides_of_other_prompts() -> None:
     assert not FREE["mismatched"].paired
     lonely = [Pair(str(i), "p", f"a{i}", ("b",), min(i, 1)) for i in range(4)]
     with pytest.raises(InputError, match="3 of 4 rows share one prompt"):
-        another_prompt(lonely, 0)
+        another_prompt([row.cluster for row in lonely], 0)

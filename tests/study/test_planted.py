@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from rm_ood.canaries import CODE, EVERYDAY, SCRIPTS
-from rm_ood.study.planted import EMPTY_RESPONSE, OTHER_SCRIPT, changed, changes
+from rm_ood.study.planted import EMPTY_RESPONSE, MISMATCHED, OTHER_SCRIPT, changed, changes
 
 ENGLISH: list[tuple[Any, str]] = list(EVERYDAY[:4])
 RUSSIAN: list[tuple[Any, str]] = list(SCRIPTS["CYRILLIC"])
@@ -80,3 +80,7 @@ def test_in_a_dialogue_the_last_user_turn_is_changed() -> None:
     assert alone[0]["content"] != "be kind"
     assert one(EMPTY_RESPONSE, [], "y", ("response",)) == ([], "")
     assert one("shuffled words", [])[0] == ""
+
+
+def test_a_mismatch_is_no_shift_that_channels_are_chosen_by() -> None:
+    assert MISMATCHED not in changes(ENGLISH)

@@ -46,3 +46,23 @@ def test_what_a_document_lacks_is_a_dash(doc: dict[str, Any]) -> None:
     (line,) = (line for line in lines if line.startswith("a shift of a name"))
     assert line[44 - 3 : 44] == "..."
     assert line.split()[-8] == "-"
+
+
+def test_the_axis_of_the_response_given_the_prompt_has_columns_where_it_is_judged(doc: dict[str, Any]) -> None:
+    assert "given  " not in table(doc).split("AUROC against")[0]
+    third = copy.deepcopy(doc)
+    third["id"]["flag_rate"]["response_given_prompt"] = 0.011
+    for i, row in enumerate(third["shifts"]):
+        row["flag_rate"]["response_given_prompt"] = 0.5 + i / 1000
+        row["auroc"]["response_given_prompt"] = {"default": 0.6 + i / 1000}
+    lines = table(third).splitlines()
+    head = next(line for line in lines if line.startswith("shift, side")).split()
+    assert head[2:].count("given") == 2
+    (clean,) = (line for line in lines if line.startswith("clean "))
+    assert clean.split()[-1] == "0.011"
+    for i, row in enumerate(third["shifts"]):
+        (line,) = (line for line in lines if line.startswith(f"{label(row)} "))
+        cells = dict(zip(head[2:], line.removeprefix(label(row)).split(), strict=True))
+        assert cells["given"] == f"{0.5 + i / 1000:.3f}"
+        assert line.split().count(f"{0.6 + i / 1000:.3f}") >= 1
+    assert max(map(len, lines[2:])) <= 126

@@ -11,10 +11,11 @@ import torch
 from conftest import sentence
 from transformers import MarianConfig, MarianMTModel, MarianTokenizer
 
+from rm_ood.canaries import SCRIPTS
 from rm_ood.dialogue import parse_dialogue
 from rm_ood.errors import InputError
 from rm_ood.study import conditions, read_pairs
-from rm_ood.study.translate import Translator, sentences, translated
+from rm_ood.study.translate import Translator, _halves, sentences, translated
 
 RNG = random.Random(0)
 ROWS = read_pairs(
@@ -32,16 +33,30 @@ ROWS = read_pairs(
 )  # fmt: skip
 
 
-def make_model(folder: Path, seed: int) -> Path:
-    """A Marian model with random weights, saved as the hub's are."""
+def english() -> list[str]:
+    rng = random.Random(0)
+    return [sentence(rng) + ". " + sentence(rng) + "?" for _ in range(400)]
+
+
+def unspaced(letters: str, n: int, seed: int = 0) -> str:
+    rng = random.Random(seed)
+    return "".join(rng.choice(letters) for _ in range(n))
+
+
+def letters_of(script: str) -> str:
+    """Letters of a script, each with the marks that stand on it."""
+    return "".join(sorted({c for pair in SCRIPTS[script] for text in pair for c in text if c.isalpha()}))
+
+
+def make_model(folder: Path, seed: int, lines: list[str] | None = None) -> Path:
+    """A Marian model with random weights and a vocabulary from lines of text, saved as the hub's are."""
     import sentencepiece
 
     folder.mkdir(parents=True)
-    rng = random.Random(0)
-    (folder / "text").write_text("\n".join(sentence(rng) + ". " + sentence(rng) + "?" for _ in range(400)))
+    (folder / "text").write_text("\n".join(lines or english()), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text"), model_prefix=str(folder / "source"), vocab_size=120, hard_vocab_limit=False,
-        minloglevel=2,
+        input=str(folder / "text"), model_prefix=str(folder / "source"), vocab_size=120 if lines is None else 200,
+        hard_vocab_limit=False, character_coverage=1.0, minloglevel=2,
     )  # fmt: skip
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "source.model"))
     pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
@@ -111,6 +126,51 @@ def test_long_sentences_are_cut_at_words_and_every_word_is_read(models: tuple[Pa
     assert translator([long])[0]
 
 
+@pytest.fixture(scope="module")
+def eastern(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that knows Chinese and Thai letters: each is a token or so."""
+    pytest.importorskip("sentencepiece")
+    lines = [unspaced(letters_of(script), 30, seed) for script in ("CJK", "THAI") for seed in range(200)]
+    return make_model(tmp_path_factory.mktemp("eastern") / "opus-mt-zh-en", 3, [line + "，。" for line in lines])
+
+
+@pytest.mark.parametrize("script", ["CJK", "THAI"])
+def test_long_sentences_without_spaces_are_read_to_their_end(eastern: Path, script: str) -> None:
+    translator = Translator(eastern)
+    text = unspaced(letters_of(script), 400)
+    assert len(translator.tokenizer(text)["input_ids"]) > 128
+    pieces = translator._sentences(text)
+    assert "".join(pieces) == text
+    assert all(len(translator.tokenizer(piece)["input_ids"]) <= 64 for piece in pieces)
+    # Nothing is cut down to crumbs either.
+    assert len(pieces) <= 2 * len(translator.tokenizer(text)["input_ids"]) / 32
+    assert translator([text])[0] == " ".join(alone(eastern, piece) for piece in pieces)
+    changed = translator([text[:-8] + unspaced(letters_of(script), 8, seed=9)])[0]
+    assert changed != translator([text])[0]
+
+
+def test_a_long_sentence_without_spaces_is_cut_at_its_pauses(eastern: Path) -> None:
+    translator = Translator(eastern)
+    clauses = [unspaced(letters_of("CJK"), 20, seed) + "，" for seed in range(12)]
+    pieces = translator._sentences("".join(clauses))
+    assert len(pieces) > 3
+    assert all(piece.endswith("，") for piece in pieces)
+    assert "".join(pieces) == "".join(clauses)
+
+
+def test_marks_stay_with_their_letters_and_white_space_alone_is_lost() -> None:
+    rng = random.Random(0)
+    for _ in range(300):
+        text = "".join(rng.choice("ab ก\u0e34\u0e48，") for _ in range(rng.randint(2, 30))).strip()
+        if len(text) > 1:
+            halves = _halves(text)
+            assert "".join("".join(halves).split()) == "".join(text.split())
+            assert len(max(halves, key=len)) < len(text)
+    marked = "ก\u0e34\u0e48" * 9
+    assert all(not half.startswith(("\u0e34", "\u0e48")) for half in _halves(marked))
+    assert _halves("a\u0301\u0301\u0301") == ["a\u0301", "\u0301\u0301"]
+
+
 def test_the_papers_four_conditions(models: tuple[Path, Path]) -> None:
     found = list(conditions(ROWS, [f"translate={models[0]}"]))
     assert [(c.name, c.side, c.severity, c.paired) for c in found] == [
@@ -166,6 +226,8 @@ def test_a_model_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.
         ('He said "no." Then he left.', ['He said "no."', "Then he left."]),
         ("Dr. Smith met Mrs. Jones. They talked, e.g. of 3.5.", ["Dr. Smith met Mrs. Jones.", "They talked, e.g. of 3.5."]),
         ("今天天气很好。我们走吧！好吗？", ["今天天气很好。", "我们走吧！", "好吗？"]),
+        ("他说：“好。”我走了！！真的吗？！好", ["他说：“好。”", "我走了！！", "真的吗？！", "好"]),
+        ("ဒီနေ့ကောင်းတယ်။သွားမယ်။", ["ဒီနေ့ကောင်းတယ်။", "သွားမယ်။"]),
         ("no end", ["no end"]),
         ("  ", []),
         ("Wait... What? (Yes.) Ok", ["Wait...", "What?", "(Yes.)", "Ok"]),
