@@ -32,6 +32,7 @@ LOW_LEVELS = (0.05, 0.2)
 RATIOS = (1.5, 2.0, 4.0, 8.0, 16.0)
 _HIGHEST = 0.9
 _CLIP = 1e290
+_BLOCK, _STEP = 256, 16
 
 
 def tie_keys(count: int, start: int, seed: int) -> Words:
@@ -52,8 +53,18 @@ class Wealth:
     def __init__(self, bets: int) -> None:
         self.t = 0
         self.cash = 1.0
-        self.ever = np.zeros(bets)
-        self.recent = np.zeros(bets)
+        # Both kinds side by side: one array operation for the two of them.
+        self._both = np.zeros(2 * bets)
+
+    @property
+    def ever(self) -> Floats:
+        """(B,) capital of the bets that are financed from 1."""
+        return self._both[: self._both.size // 2]
+
+    @property
+    def recent(self) -> Floats:
+        """(B,) capital of the bets that get 1 at every request."""
+        return self._both[self._both.size // 2 :]
 
     @property
     def evidence(self) -> float:
@@ -62,7 +73,7 @@ class Wealth:
 
     def evidence_of(self, bets: slice) -> float:
         """The same by some of the bets alone."""
-        return _mean(self.ever[bets]) + self.cash
+        return float(_mean(self.ever[bets])) + self.cash
 
     def advance(self, factors: Floats, limit: float) -> tuple[Floats, Floats]:
         """Play m requests; `recent` starts anew after a request at which its mean reaches `limit`.
@@ -73,24 +84,42 @@ class Wealth:
             Evidence and mean of `recent` after each request, (m,) each.
         """
         evidence, recent = np.empty(len(factors)), np.empty(len(factors))
-        ever, since = self.ever, self.recent
-        for i, factor in enumerate(factors):
-            self.t += 1
-            x = self.t + math.e
-            share = 1 / (x * math.log(x) ** 2)
-            self.cash -= share
-            ever += share
-            ever *= factor
-            since += 1
-            since *= factor
-            evidence[i] = _mean(ever) + self.cash
-            recent[i] = _mean(since)
-            if recent[i] >= limit:
-                since[:] = 0
-            elif evidence[i] > _CLIP or recent[i] > _CLIP:
-                np.minimum(ever, _CLIP, out=ever)
-                np.minimum(since, _CLIP, out=since)
+        at, size = 0, _BLOCK
+        while at < len(factors):
+            e, r = self._block(factors[at : at + size], limit)
+            evidence[at : at + len(e)], recent[at : at + len(e)] = e, r
+            at += len(e)
+            # What follows an alarm is played again: in small steps, for the next one is near.
+            size = _STEP if r[-1] >= limit else min(2 * size, _BLOCK)
         return evidence, recent
+
+    def _block(self, factors: Floats, limit: float) -> tuple[Floats, Floats]:
+        """Play requests up to the first at which `recent` reaches the limit: evidence and mean of `recent` after each."""
+        m, bets = factors.shape
+        gains, cash = np.ones((m, 2 * bets)), np.empty(m)
+        left = self.cash
+        for i in range(m):
+            x = self.t + i + 1 + math.e
+            share = 1 / (x * math.log(x) ** 2)
+            left -= share
+            cash[i] = left
+            gains[i, :bets] = share
+        both = np.concatenate([factors, factors], axis=1)
+        before, played = self._both, np.empty((m, 2 * bets))
+        for gain, factor, after in zip(gains, both, played, strict=True):
+            np.add(before, gain, out=after)
+            np.multiply(after, factor, out=after)
+            np.minimum(after, _CLIP, out=after)
+            before = after
+        recent = _mean(played[:, bets:])
+        fired = np.flatnonzero(recent >= limit)
+        last = int(fired[0]) if fired.size else m - 1
+        self.t += last + 1
+        self.cash = float(cash[last])
+        self._both = played[last].copy()
+        if fired.size:
+            self.recent[:] = 0
+        return _mean(played[: last + 1, :bets]) + cash[: last + 1], recent[: last + 1]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able state; floats come back bit for bit."""
@@ -105,7 +134,7 @@ class Wealth:
         ever, recent = (np.array(saved[name], dtype=np.float64) for name in ("ever", "recent"))
         if ever.shape != self.ever.shape or recent.shape != ever.shape or min(ever.min(), recent.min()) < 0:
             raise FormatError(f"saved bets: expected {self.ever.size} of each kind, none negative")
-        self.t, self.cash, self.ever, self.recent = int(saved["t"]), float(saved["cash"]), ever, recent
+        self.t, self.cash, self._both = int(saved["t"]), float(saved["cash"]), np.concatenate([ever, recent])
 
 
 class PolyaBets:
@@ -192,5 +221,5 @@ class PolyaBets:
         self.hits = hits
 
 
-def _mean(values: Floats) -> float:
-    return float(np.add.reduce(values)) / values.size
+def _mean(values: Floats) -> Any:
+    return np.add.reduce(values, axis=-1) / values.shape[-1]
