@@ -39,8 +39,11 @@ from rm_ood.guard import OODGuard
 from rm_ood.moments import ClassMoments
 from rm_ood.monitor import TrafficMonitor
 from rm_ood.monitor_state import AxisEvidence, MonitorState
+from rm_ood.penalty import RewardPenalty
 from rm_ood.readers import RewardReader, register_reader
 from rm_ood.recalibration import Recalibration
+from rm_ood.selection import BestOfN, Regret, Winners, best_of_n, id_regret
+from rm_ood.suspects import Suspect
 from rm_ood.turns import TurnScore
 
 try:
@@ -53,6 +56,7 @@ __all__ = [
     "AxisDecision",
     "AxisEvidence",
     "BatchTest",
+    "BestOfN",
     "CalibrationError",
     "CalibrationTable",
     "CalibrationWarning",
@@ -80,12 +84,18 @@ __all__ = [
     "OODGuardError",
     "OODGuardWarning",
     "Recalibration",
+    "Regret",
+    "RewardPenalty",
     "RewardReader",
     "SaveError",
+    "Suspect",
     "TokenisationWarning",
     "TrafficMonitor",
     "TurnScore",
+    "Winners",
     "__version__",
     "batch_test",
+    "best_of_n",
+    "id_regret",
     "register_reader",
 ]

@@ -18,7 +18,7 @@ from rm_ood.channels import Channel
 from rm_ood.errors import SaveError
 from rm_ood.fitting import WINDOW_BATCHES, windows
 from rm_ood.guard import OODGuard
-from rm_ood.preferences import Item, RowReader
+from rm_ood.preferences import named_items
 from rm_ood.rows import dataset_length, iter_rows
 
 
@@ -48,7 +48,7 @@ def check_file(guard: OODGuard, dataset: Any, output: str, *, progress: bool = T
         _replacing(output) as out,
         tqdm(total=dataset_length(dataset), desc="check", unit="row", disable=not progress) as bar,
     ):
-        for window in windows(_named_items(dataset, reader, bar), c.batch_size * WINDOW_BATCHES):
+        for window in windows(named_items(iter_rows(dataset), reader, bar.update), c.batch_size * WINDOW_BATCHES):
             items = [item for _, item in window]
             groups = None if column is None else [str(item.group) for item in items]
             # A message is one answer in a list of its own.
@@ -61,15 +61,6 @@ def check_file(guard: OODGuard, dataset: Any, output: str, *, progress: bool = T
                     flagged[axis] += verdict.is_ood
             count += len(items)
     return {"items": count, "flagged": flagged, "alpha": c.alpha, "output": output}
-
-
-def _named_items(dataset: Any, reader: RowReader, bar: Any) -> Iterator[tuple[str, Item]]:
-    for number, row in enumerate(iter_rows(dataset)):
-        items = reader.items(row, number)
-        for item in items:
-            field = item.where.rpartition("].")[2]
-            yield (item.row_id if len(items) == 1 else f"{item.row_id}#{field}"), item
-        bar.update(1)
 
 
 @contextmanager

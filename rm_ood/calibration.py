@@ -21,6 +21,7 @@ from rm_ood.conformal import (
     Ints,
     Pool,
     check_groups,
+    guaranteed_rank,
     in_groups,
     minimum_calibration,
     pool_groups,
@@ -166,12 +167,24 @@ class Profile:
         Raises:
             InputError: an axis that is not judged.
         """
-        judged = [axis for axis in AXES if _axis_key(axis) in self._ascending]
-        unknown = sorted(set(axes or ()) - set(judged))
-        if unknown or (axes is not None and not axes):
-            raise InputError(f"axes {unknown}: this guard judges {judged}")
-        by_group = {axis: self._ascending[_axis_key(axis)].values() for axis in axes or judged}
-        return {axis: np.concatenate(list({id(s): s for s in pools}.values())) for axis, pools in by_group.items()}
+        wanted = [axis for axis in AXES if _axis_key(axis) in self._ascending] if axes is None else axes
+        if not wanted:
+            raise InputError("axes: got none")
+        return {axis: np.concatenate([scores for scores, _ in self.axis_pools(axis)]) for axis in wanted}
+
+    def axis_pools(self, axis: str | None) -> list[tuple[Floats, int]]:
+        """(scores in ascending order, k of alpha) of each group of one axis; of the whole verdict for None.
+
+        Raises:
+            InputError: an axis that is not judged.
+        """
+        key = _JOINED if axis is None else _axis_key(axis)
+        if key not in self._ascending:
+            judged = [name for name in AXES if _axis_key(name) in self._ascending]
+            raise InputError(f"axis {axis!r}: this guard judges {judged}")
+        # Groups that were too small share one pool.
+        pools = {id(scores): scores for scores in self._ascending[key].values()}.values()
+        return [(scores, guaranteed_rank(scores.size, self.alpha, self.confidence)) for scores in pools]
 
     def _p(self, key: str, values: Floats, labels: list[str]) -> Floats:
         return ranked_by_group(self._ascending[key], values, labels, self.confidence)

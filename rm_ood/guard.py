@@ -38,6 +38,7 @@ from rm_ood.scoring import Scoring
 from rm_ood.skew import EndsCheck
 from rm_ood.spans import Spans
 from rm_ood.state import FittedState
+from rm_ood.suspects import Suspect, find_suspects
 from rm_ood.traffic import TrafficCheck
 from rm_ood.turns import TurnScore, score_turns
 from rm_ood.wrappers import adapters
@@ -251,6 +252,20 @@ class OODGuard:
         decisions = state.decide(scored, part, groups=groups, prompt_index=call.prompt_index)
         self._watch(decisions)
         return decisions
+
+    def suspects(self, dataset: Any, k: int = 20, *, share: float = 0.25, progress: bool = True) -> list[Suspect]:
+        """What to read first: the k most suspicious items whose reward is high while the guard disagrees.
+
+        High is the dataset's top `share` of rewards. The guard disagrees where an item is flagged, or nearer to the rejected
+        class than to the chosen one. They do not count as traffic.
+
+        Args:
+            dataset: rows with responses, such as a policy's rollouts: `prompt`/`response`, or preference rows.
+            k: at most so many. progress: show a progress bar on stderr.
+        Raises:
+            NotFittedError: the guard is not fitted or not calibrated. InputError: an unusable row.
+        """
+        return find_suspects(self.scoring(), dataset, k, share=share, progress=progress)
 
     def turn_scores(
         self,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -118,6 +118,22 @@ class RowReader:
             return row["prompt"], [(name, row[name], None if label is None else _label(label, where))]
         wanted = "prompt/chosen/rejected" if self.require_labels else "prompt/chosen/rejected or prompt/response"
         raise InputError(f"{where}: needs columns {wanted} with values. {_columns(row)}")
+
+
+def named_items(
+    rows: Iterable[Mapping[str, Any]], reader: RowReader, after_row: Callable[[int], object]
+) -> Iterator[tuple[str, Item]]:
+    """(id, item) of all rows: the row's id (its own, or its number), with `#chosen` and the like where it has several.
+
+    Args:
+        after_row: told 1 after each row, such as a progress bar's `update`.
+    """
+    for number, row in enumerate(rows):
+        items = reader.items(row, number)
+        for item in items:
+            field = item.where.rpartition("].")[2]
+            yield (item.row_id if len(items) == 1 else f"{item.row_id}#{field}"), item
+        after_row(1)
 
 
 def _label(value: Any, where: str) -> int:

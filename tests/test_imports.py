@@ -25,7 +25,7 @@ LINES = (
     "detectors.registry detectors",
     "length conformal calibration power batch_tests traffic bets flag_rate monitor_state monitor_file monitor",
     "config hooks capture embed identity fitting copies decision state fit card_values markup card_page card",
-    "calls outputs inputs scoring turns recalibration guard",
+    "calls outputs inputs scoring turns recalibration suspects guard penalty selection",
     "integrations.transport integrations.read_out integrations.vllm_plugin integrations.engines integrations",
     "study.rewards study.reliability study.metrics study.detection study.bootstrap study.score_files study.paper",
     "study.pairs study.scripts study.noise study.registry study.builtin study.rewarding",

@@ -1,0 +1,115 @@
+"""The list of suspects: high reward, off support or like the rejected."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import POISON, preference_rows
+
+from rm_ood import InputError, NotFittedError, OODGuard
+from rm_ood.suspects import OFF_SUPPORT, REJECTED_LIKE, _beyond_reward, _rarity
+
+
+def rollouts(guard: OODGuard, n: int = 50, planted: int = 4) -> list[dict[str, Any]]:
+    """Ordinary answers of low reward, and loops of a word that the reward model likes better."""
+    words = [
+        "planet",
+        "seven",
+        "quiet",
+        "bridge",
+        "yellow",
+        "doctor",
+        "no",
+        "camera",
+        "winter",
+        "music",
+        "paper",
+        "listen",
+    ]
+    prompts, answers = zip(*((r["prompt"], r["chosen"]) for r in preference_rows(2 * n, seed=7)), strict=True)
+    low = np.argsort(guard.check(prompts, answers).rewards)[:n]
+    loops = [f"{word} " * 40 for word in words]
+    high = np.argsort(-guard.check(prompts[: len(loops)], loops).rewards)[:planted]
+    rows = [{"id": f"row {i}", "prompt": prompts[i], "response": answers[i]} for i in low]
+    return rows + [{"id": f"hack {j}", "prompt": prompts[i], "response": loops[i]} for j, i in enumerate(high)]
+
+
+def test_planted_hacks_come_first(minilm_guard: OODGuard) -> None:
+    rows = rollouts(minilm_guard)
+    before = len(minilm_guard._traffic._scores)
+    found = minilm_guard.suspects(rows, k=4, progress=False)
+    assert {s.id for s in found} == {f"hack {j}" for j in range(4)}
+    assert len(minilm_guard._traffic._scores) == before, "reading a list is no traffic"
+    for s in found:
+        assert OFF_SUPPORT in s.reasons
+        assert s.decision.is_ood
+        assert s.reward == s.decision.reward
+        assert s.response in [row["response"] for row in rows[50:]]
+    suspicion = [s.suspicion for s in found]
+    assert suspicion == sorted(suspicion, reverse=True)
+    assert suspicion[0] == pytest.approx(math.log10(54))
+
+
+def test_only_high_rewards_with_a_reason_are_listed(minilm_guard: OODGuard) -> None:
+    rows = rollouts(minilm_guard)
+    decisions = minilm_guard.check([r["prompt"] for r in rows], [r["response"] for r in rows])
+    for share in (0.25, 1.0):
+        found = minilm_guard.suspects(rows, k=1000, share=share, progress=False)
+        bar = np.quantile(decisions.rewards, 1 - share)
+        wanted = (decisions.rewards >= bar - 1e-6) & (decisions.is_ood | (decisions.class_log_odds < 0))
+        assert {s.id for s in found} == {rows[i]["id"] for i in np.flatnonzero(wanted)}
+        for s in found:
+            assert (REJECTED_LIKE in s.reasons) == (s.decision.nearest_class == "rejected")
+            assert (OFF_SUPPORT in s.reasons) == s.decision.is_ood
+    # All that are listed at share 1 are there: the suspicion of each, from ranks among all items.
+    odds, rewards = decisions.class_log_odds, decisions.rewards
+    residual = odds - np.polyval(np.polyfit(rewards, odds, 1), rewards)
+    strange = np.max([axis.ood_scores for axis in decisions.axes.values()], axis=0)
+    rank = {row["id"]: i for i, row in enumerate(rows)}
+    by_class = 0
+    for s in found:
+        i = rank[s.id]
+        shares = np.mean(strange >= strange[i]), np.mean(residual <= residual[i])
+        assert s.suspicion == pytest.approx(-math.log10(min(shares)), abs=0.2)
+        by_class += shares[1] < shares[0]
+    assert by_class > 0
+
+
+def test_preference_rows_are_two_items_and_a_missing_reward_is_none(minilm_guard: OODGuard) -> None:
+    rows = preference_rows(20, seed=8)
+    rows[3]["chosen"] = f"the {POISON}"
+    found = minilm_guard.suspects(rows, k=40, share=1.0, progress=False)
+    assert all(s.id.endswith(("#chosen", "#rejected")) for s in found)
+    assert "3#chosen" not in {s.id for s in found}
+    unscored = [{"prompt": "a question", "response": f"the {POISON}"}]
+    assert minilm_guard.suspects(unscored, progress=False) == []
+
+
+def test_a_response_that_only_its_classes_betray_is_found() -> None:
+    rewards = np.arange(20.0)
+    odds = 0.5 * rewards - 2
+    odds[17] = -1.0
+    beyond = _beyond_reward(odds, rewards)
+    assert np.argmin(beyond) == 17
+    assert _rarity(-beyond)[17] == 1 / 20
+    assert np.isnan(_beyond_reward(np.array([1.0, math.nan, 2.0]), np.ones(3))).tolist() == [False, True, False]
+
+
+def test_rarity_is_the_share_of_values_as_large() -> None:
+    assert _rarity(np.array([1.0, 3.0, 3.0, math.inf])).tolist() == [1.0, 0.75, 0.75, 0.25]
+    assert _rarity(np.array([math.nan, 2.0])).tolist() == [1.0, 1.0]
+    assert _rarity(np.array([math.nan])).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("options", [{"k": 0}, {"share": 0.0}, {"share": 1.5}])
+def test_unusable_options_are_refused(minilm_guard: OODGuard, options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="suspects: k="):
+        minilm_guard.suspects([], **options)
+
+
+def test_a_guard_without_a_calibration_says_so_first(minilm: Any) -> None:
+    with pytest.raises(NotFittedError):
+        OODGuard(*minilm).suspects([{"prompt": "a", "response": "b"}])
