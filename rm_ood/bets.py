@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,12 @@ _BLOCK, _STEP = 256, 16
 
 def tie_keys(count: int, start: int, seed: int) -> Words:
     """Seeded noise that breaks ties between equal scores, (count,) uint64: the same for the same places in the stream."""
-    salt = splitmix64(np.array([seed % 2**64], dtype=np.uint64))
-    return splitmix64(np.arange(start, start + count, dtype=np.uint64) ^ salt)
+    return splitmix64(np.arange(start, start + count, dtype=np.uint64) ^ _salt(seed))
+
+
+@lru_cache(maxsize=64)
+def _salt(seed: int) -> np.uint64:
+    return np.uint64(splitmix64(np.array([seed % 2**64], dtype=np.uint64))[0])
 
 
 class Wealth:
@@ -70,6 +75,11 @@ class Wealth:
     def evidence(self) -> float:
         """Evidence that some request so far began a change; 1 at the start."""
         return self.evidence_of(slice(None))
+
+    @property
+    def recent_evidence(self) -> float:
+        """Mean of `recent`."""
+        return float(_mean(self.recent))
 
     def evidence_of(self, bets: slice) -> float:
         """The same by some of the bets alone."""

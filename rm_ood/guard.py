@@ -425,20 +425,29 @@ class OODGuard:
         return Scoring(self._on_this_model(), self._model_column(), self._ends)
 
     def monitor(
-        self, path: str | Path | None = None, axes: Sequence[str] | None = None, **settings: Any
+        self,
+        path: str | Path | None = None,
+        *,
+        axes: Sequence[str] | None = None,
+        channels: Sequence[str] | None = None,
+        with_lengths: bool = True,
+        **settings: Any,
     ) -> TrafficMonitor:
         """An alarm on the traffic that may be watched for ever: feed it with `monitor.watch(decisions)`.
 
         Args:
             path: where `monitor.save(path)` wrote, to go on from there; a new monitor if there is no such file.
             axes: the guard's axes that are watched, all by default.
+            channels, with_lengths: for verdicts on vectors from elsewhere, what they are joined from, and whether span
+                lengths come with them (see `check_embeddings`).
             settings: of `TrafficMonitor`; alpha and confidence are the guard's.
         Raises:
             NotFittedError, CalibrationError: the guard is not fitted or not calibrated. MismatchError: saved on another.
         """
         c = self._fitted().config
-        scores = self._fitted().profile(c.joined).axis_scores(axes)
-        return TrafficMonitor.open(path, scores, **{"alpha": c.alpha, "confidence": c.confidence, **settings})
+        profile = self._fitted().profile(c.joined if channels is None else tuple(channels), with_lengths=with_lengths)
+        settings = {"alpha": c.alpha, "confidence": c.confidence, **settings}
+        return TrafficMonitor.open(path, profile.axis_scores(axes), **settings)
 
     # -- life
 

@@ -1,8 +1,8 @@
 """`TrafficMonitor`: does the traffic still look like the calibration data? An alarm that may be watched for ever.
 
 Two alarms by the same bets (`rm_ood.bets`), both tails of the score: a policy that collapses onto one phrase has small
-scores, not large ones. The flag rate is watched beside them (`rm_ood.flag_rate`). A request costs microseconds; memory does
-not grow.
+scores, not large ones. The flag rate is watched beside them (`rm_ood.flag_rate`). A request costs a few microseconds among
+many, a tenth of a millisecond alone; memory does not grow.
 """
 
 from __future__ import annotations
@@ -90,8 +90,9 @@ class TrafficMonitor:
             raise InputError(f"budget={budget}: expected a fraction in (0, 1)")
         if not ratios or not all(1 < ratio < np.inf for ratio in ratios) or min(ratios) * 0.2 >= 0.9:
             raise InputError(f"ratios={ratios}: expected numbers above 1, the smallest below 4.5")
-        if workers < 1 or session_memory < 1:
-            raise InputError(f"workers={workers}, session_memory={session_memory}: expected at least 1 of each")
+        whole = {"workers": workers, "session_memory": session_memory}
+        if not all(isinstance(count, (int, np.integer)) and count >= 1 for count in whole.values()):
+            raise InputError(f"{whole}: expected whole numbers of at least 1")
         self._settings: dict[str, Any] = {
             "lifetime": float(lifetime), "recurring": float(recurring), "alpha": alpha, "confidence": confidence,
             "budget": budget, "workers": int(workers), "ratios": list(ratios), "session_memory": int(session_memory),
@@ -149,7 +150,7 @@ class TrafficMonitor:
         given = scores if isinstance(scores, Mapping) else {ALL: scores}
         if set(given) != set(self._bets):
             raise InputError(f"scores of axes {sorted(given)}: this monitor was calibrated on {sorted(self._bets)}")
-        table = {axis: np.asarray(values, dtype=np.float64).reshape(-1) for axis, values in given.items()}
+        table = {axis: _one_column(values, axis) for axis, values in given.items()}
         m = next(iter(table.values())).size
         marks = None if flags is None else np.asarray(flags)
         sizes = {axis: values.size for axis, values in table.items()}
@@ -225,7 +226,7 @@ class TrafficMonitor:
         axes = {
             axis: AxisEvidence(
                 e_value=bets.wealth.evidence,
-                recurring_value=float(bets.wealth.recent.mean()),
+                recurring_value=bets.wealth.recent_evidence,
                 higher=bets.wealth.evidence_of(bets.high),
                 lower=bets.wealth.evidence_of(bets.low),
             )
@@ -341,6 +342,16 @@ class TrafficMonitor:
     def __repr__(self) -> str:
         state = self.state
         return f"TrafficMonitor({list(self._bets)}, {state.counted} items, e_value={state.e_value:.3g}, alarm={state.alarm})"
+
+
+def _one_column(values: ArrayLike, axis: str) -> Floats:
+    try:
+        column = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"scores of {axis!r}: expected numbers ({error})") from error
+    if column.ndim > 1:
+        raise InputError(f"scores of {axis!r}: expected one score or (m,), got shape {column.shape}")
+    return column.reshape(-1)
 
 
 def _session_key(key: Hashable | None) -> int | None:

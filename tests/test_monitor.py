@@ -287,6 +287,7 @@ def test_what_has_no_score_is_never_normal(value: float | None) -> None:
         ({"confidence": 1.0}, "confidence"),
         ({"budget": 1.0}, "budget"),
         ({"workers": 0}, "workers"),
+        ({"workers": 1.5}, "whole numbers"),
         ({"session_memory": 0}, "session_memory"),
         ({"ratios": ()}, "ratios"),
         ({"ratios": (1.0, 2.0)}, "ratios"),
@@ -311,6 +312,8 @@ def test_calibrations_that_carry_no_bet_are_refused() -> None:
     ("scores", "options", "message"),
     [
         ({"response": [0.0]}, {}, "calibrated on"),
+        (["high"], {}, "expected numbers"),
+        ([[0.0], [1.0]], {}, r"got shape \(2, 1\)"),
         ([0.0, 0.0], {"sessions": ["a"]}, "lengths differ"),
         ([0.0, 0.0], {"flags": [True]}, "lengths differ"),
         ([0.0, 0.0], {"flags": [0.01, 0.3]}, "expected bool"),
@@ -364,6 +367,22 @@ def test_a_guard_s_monitor_reads_its_verdicts(minilm_guard: OODGuard, tmp_path: 
         minilm_guard.monitor(tmp_path / "monitor.json", lifetime=20)
     with pytest.raises(InputError, match="watches"):
         TrafficMonitor({"response_given_prompt": CALIBRATION}).watch(decisions)
+
+
+def test_vectors_from_elsewhere_have_a_monitor_of_their_channels(minilm_guard: OODGuard) -> None:
+    """Without span lengths scores are standardised otherwise: the calibration scores that are compared with must be, too."""
+    rng = np.random.default_rng(0)
+    detector = minilm_guard.state.detectors["final"]
+    decisions = minilm_guard.check_embeddings(rng.normal(size=(5, detector.n_features_in_)))
+    monitor = minilm_guard.monitor(channels=["final"], with_lengths=False)
+    assert list(monitor.calibration) == ["response"]
+    assert monitor.watch(decisions).counted == 5
+    p = [(1 + np.sum(monitor.calibration["response"] >= s)) for s in decisions.axis("response").ood_scores]
+    n = minilm_guard.state.table.n_b
+    assert decisions.axis("response").p_values == pytest.approx(
+        stats.beta.ppf(0.95, p, n + 1 - np.array(p)), nan_ok=True
+    )
+    assert not np.array_equal(monitor.calibration["response"], minilm_guard.monitor().calibration["response"])
 
 
 def test_items_that_a_guard_cannot_score_alarm(minilm_guard: OODGuard) -> None:
