@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,17 @@ import pytest
 from conftest import POISON, preference_rows
 from scipy import stats
 
-from rm_ood import CalibrationError, InputError, NonFiniteError, OODGuard, Winners, best_of_n, id_regret
+from rm_ood import (
+    CalibrationError,
+    CalibrationWarning,
+    InputError,
+    NonFiniteError,
+    OODGuard,
+    RewardPenalty,
+    Winners,
+    best_of_n,
+    id_regret,
+)
 from rm_ood.conformal import Pool, p_values
 from rm_ood.decision import AxisDecisions, Decisions
 from rm_ood.selection import HIGHEST, LEAST_OOD, PASSED_OVER, choose
@@ -224,3 +236,48 @@ def test_as_many_verdicts_as_responses(minilm_guard: OODGuard) -> None:
         choose(verdicts([1, 2], [1, 2]), "abc", minilm_guard, 0.2)
     with pytest.raises(InputError, match="got none"):
         id_regret(minilm_guard, [], [])
+
+
+# -- a guard by group
+
+
+@pytest.fixture(scope="module")
+def grouped(shared_decoder: Any, decoder_tokenizer: Any) -> OODGuard:
+    """Two domains with prompts enough for each."""
+    rows = [{**row, "domain": "ab"[i % 2]} for i, row in enumerate(preference_rows(300))]
+    guard = OODGuard(copy.deepcopy(shared_decoder), decoder_tokenizer, alpha=0.1, groups="domain", max_length=128)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CalibrationWarning)
+        return guard.fit(rows, calibration=0.5, progress=False)
+
+
+def test_a_guard_by_group_is_told_the_prompt_s_group(grouped: OODGuard) -> None:
+    texts = ordinary(3)
+    with pytest.raises(InputError, match="group"):
+        best_of_n(PROMPT, texts, grouped, 0.3)
+    pick = best_of_n(PROMPT, texts, grouped, 0.3, group="a")
+    p = grouped.check([PROMPT], [texts], groups=["a"] * 3).axis("response").p_values
+    np.testing.assert_array_equal(pick.flagged, p <= 0.1)
+    # The smaller group decides what can be promised.
+    sizes = [scores.size for scores, _ in grouped.state.profile(grouped.config.joined).axis_pools("response")]
+    assert len(sizes) == 2
+    with pytest.raises(CalibrationError, match=f"have {min(sizes)}"):
+        best_of_n(PROMPT, texts, grouped, 0.01, group="a")
+
+    rows = preference_rows(30, seed=12)
+    prompts, answers = [r["prompt"] for r in rows], [[r["chosen"], r["rejected"]] for r in rows]
+    labels = ["ab"[i % 2] for i in range(30)]
+    winners = Winners.fit(grouped, prompts, answers, alpha=0.1, groups=labels)
+    assert id_regret(grouped, prompts[:5], answers[:5], winners=winners, groups=labels[:5]).prompts == 5
+    with pytest.raises(InputError, match="2 labels for 5 prompts"):
+        id_regret(grouped, prompts[:5], answers[:5], winners=winners, groups=labels[:2])
+
+
+def test_penalty_and_monitor_take_all_groups(grouped: OODGuard) -> None:
+    profile = grouped.state.profile(grouped.config.joined)
+    edges = [float(scores[-k]) for scores, k in profile.axis_pools("response")]
+    assert len(set(edges)) == 2
+    assert RewardPenalty.of(grouped).threshold == max(edges)
+    assert grouped.monitor().calibration["response"].size == grouped.state.table.n_b
+    rows = [{"prompt": r["prompt"], "response": r["chosen"], "domain": "a"} for r in preference_rows(20, seed=13)]
+    assert len(grouped.suspects(rows, k=20, share=1.0, progress=False)) > 0
