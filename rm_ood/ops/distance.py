@@ -13,14 +13,15 @@ from torch import Tensor
 from rm_ood.ops import distance_launch
 from rm_ood.ops.packing import Packed, unpack
 
-# 512 rows of one block of z, and the 128 rows of W that make it, stay in the L2 cache.
+# 512 rows of x by one block of z stay in the L2 cache.
 _CHUNK = 512
-_BLOCK = 128
-# Up to this many rows the time is call overhead and one read of W: few, large products win.
-_FEW = 16
-_BLOCK_FEW = 512
-# Rows times classes of one chunk: bounds the (rows, k, block) differences to 4 MiB in float32.
+# Rows of W at a time, by the most rows of x: for few, call overhead and one read of W are the time, and large products win;
+# for many, the triangle that is left out is.
+_BLOCKS = ((16, 512), (128, 256), (_CHUNK, 128))
+# Rows times classes of one chunk: bounds the (rows, k, block) differences to 8 MiB in float32.
 _PAIRS = 8192
+# Entering a context costs as much as the arithmetic of a short row.
+_AS_IS: AbstractContextManager[object] = nullcontext()
 
 
 def whitened_sq_distance(
@@ -51,13 +52,14 @@ def whitened_sq_distance(
 
 def _forward(x: Tensor, whitening: Tensor, center: Tensor, class_offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     n, k = x.shape[0], class_offsets.shape[0]
-    sq = whitening.new_zeros(n, k)
     chunk = max(1, min(_CHUNK, _PAIRS // k))
-    with torch.no_grad(), without_autocast(x.device.type):
-        for start in range(0, n, chunk):
+    with torch.no_grad() if torch.is_grad_enabled() else _AS_IS, without_autocast(x.device.type):
+        parts = [
             # Centred in the wider of the two dtypes: a float64 row far from 0 keeps its digits.
-            centred = (x[start : start + chunk] - center).to(whitening.dtype)
-            _add_sq_distances(sq[start : start + chunk], centred, whitening, class_offsets)
+            _sq_distances((rows - center).to(whitening.dtype), whitening, class_offsets)
+            for rows in (x.split(chunk) if n > chunk else (x,))
+        ]
+        sq = parts[0] if len(parts) == 1 else torch.cat(parts)
         # inf - inf and 0 * inf inside the product are NaN; NaN would pass every `score > threshold`.
         sq.nan_to_num_(nan=torch.inf, posinf=torch.inf)
         lowest = sq.min(1)
@@ -66,18 +68,22 @@ def _forward(x: Tensor, whitening: Tensor, center: Tensor, class_offsets: Tensor
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """Inside a training loop's autocast the product would run in bfloat16, an error of several per cent."""
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else _AS_IS
 
 
-def _add_sq_distances(sq: Tensor, centred: Tensor, whitening: Tensor, class_offsets: Tensor) -> None:
+def _sq_distances(centred: Tensor, whitening: Tensor, class_offsets: Tensor) -> Tensor:
     n, d = centred.shape
-    block = _BLOCK_FEW if n <= _FEW else _BLOCK
+    block = next(block for most, block in _BLOCKS if n <= most)
+    sq: Tensor | None = None
     for first in range(0, d, block):
         last = min(first + block, d)
         # W is lower triangular: its rows first..last have only zeros from column `last` on.
-        z = centred[:, :last] @ whitening[first:last, :last].T
+        z = torch.nn.functional.linear(centred[:, :last], whitening[first:last, :last])
         # All classes at once: faster than class by class at every size that was measured.
-        sq += torch.linalg.vector_norm(z.unsqueeze(1) - class_offsets[:, first:last], dim=2).square_()
+        part = torch.linalg.vector_norm(z.unsqueeze(1) - class_offsets[:, first:last], dim=2).square_()
+        sq = part if sq is None else sq.add_(part)
+    assert sq is not None, "a whitening of no features"
+    return sq
 
 
 _operator = torch.library.custom_op("rm_ood::whitened_sq_distance", _forward, mutates_args=())
