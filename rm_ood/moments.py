@@ -206,7 +206,7 @@ class ClassMoments:
 
     def _accumulate(self, x: Tensor, y: Tensor) -> None:
         for start in range(0, len(x), _FLUSH_ROWS):
-            rows = x[start : start + _FLUSH_ROWS].to(self.device, torch.float64)
+            rows = x[start : start + _FLUSH_ROWS].to(self.device)
             labels = y[start : start + _FLUSH_ROWS].to(self.device)
             self._recentre((rows - self._pivot).sum(0), len(rows))
             self._add(*class_scatter(rows, labels, self._pivot, self.n_classes), 1)

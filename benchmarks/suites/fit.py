@@ -1,7 +1,8 @@
 """Fitting on vectors: `MahalanobisDetector` from streamed batches beside pytorch-ood and scikit-learn's LedoitWolf.
 
 Time: median over alternating rounds, CPU time on one thread (wall-clock of a waited call on a GPU); the ratio is to
-pytorch-ood. Memory: resident memory over a fit on 4,096 rows, each in a process of its own, of data that arrive in batches of 512.
+pytorch-ood. Memory: resident memory over that of a fit on 4,096 rows, of data in batches of 512, each in its own
+process.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def _forward(x: Tensor, whitening: Tensor, center: Tensor, class_offsets: Tensor
         parts = [
             # Centred in the wider of the two dtypes: a float64 row far from 0 keeps its digits.
             _sq_distances((rows - center).to(whitening.dtype), whitening, class_offsets)
-            for rows in (x.split(chunk) if n > chunk else (x,))
+            for rows in (torch.split(x, chunk) if n > chunk else (x,))
         ]
         sq = parts[0] if len(parts) == 1 else torch.cat(parts)
         # inf - inf and 0 * inf inside the product are NaN; NaN would pass every `score > threshold`.

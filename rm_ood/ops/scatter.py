@@ -1,12 +1,15 @@
 """`rm_ood::class_scatter`: counts, sums and the pooled scatter of a batch, in one pass over it.
 
-The derivation is in ops/README.md. A CUDA kernel slots in with `register_kernel("cuda")`; callers do not change.
+The derivation is in ops/README.md. In float64 everywhere but on GPUs whose float64 is slow, where a kernel takes half- and
+single-precision vectors.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from rm_ood.ops import scatter_launch
 
 # Rows in float64 at a time: bounds the copy, and is long enough to pay for the (d, d) sum in memory.
 _CHUNK = 2048
@@ -51,7 +54,13 @@ def _forward(x: Tensor, labels: Tensor, pivot: Tensor, n_classes: int) -> tuple[
     return counts, sums, lower + lower.tril(-1).T
 
 
-_operator = torch.library.custom_op("rm_ood::class_scatter", _forward, mutates_args=())
+def _dispatched(x: Tensor, labels: Tensor, pivot: Tensor, n_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    if scatter_launch.preferred(x.device, x.dtype, n_classes):
+        return scatter_launch.launch(x, labels, pivot, n_classes)
+    return _forward(x, labels, pivot, n_classes)
+
+
+_operator = torch.library.custom_op("rm_ood::class_scatter", _dispatched, mutates_args=())
 
 
 @_operator.register_fake

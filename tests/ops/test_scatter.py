@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from rm_ood import ops
-from rm_ood.ops import reference, scatter
+from rm_ood.ops import reference, scatter, scatter_launch
 
 
 def problem(n, k, d, seed=0):
@@ -64,3 +64,10 @@ def test_backend_info_names_what_runs():
     info = ops.backend_info()
     assert info["torch"] == torch.__version__
     assert info["cpu"] == "pytorch"
+
+
+def test_float64_stays_with_pytorch():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert not scatter_launch.preferred(cpu, torch.float32, 2)
+    assert not scatter_launch.preferred(gpu, torch.float64, 2)
+    assert not scatter_launch.preferred(gpu, torch.float32, 17)

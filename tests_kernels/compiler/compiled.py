@@ -17,10 +17,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rm_ood.ops import distance_launch
+from rm_ood.ops import distance_launch, scatter_launch
 from rm_ood.ops.distance_kernel import distance_kernel
 from rm_ood.ops.distance_launch import Blocks, Device
 from rm_ood.ops.packing import MODES
+from rm_ood.ops.scatter_kernel import scatter_kernel
 
 # KiB of shared memory that one program may have.
 SHARED = {80: 163, 86: 99, 90: 227, 100: 227, 120: 99}
@@ -103,6 +104,24 @@ def distance(case: Case, split: int = 4) -> Machine:
     return compiled(distance_kernel, kinds, constants, aligned, case.cc, blocks.warps, blocks.stages)
 
 
+@functools.cache
+def scatter(cc: int, split_x: bool) -> Machine:
+    """The scatter kernel of bfloat16 vectors and two classes."""
+    columns, rows, warps, stages = scatter_launch.TILES[split_x]
+    constants = {
+        "K": 2,
+        "K_PAD": 16,
+        "BT": columns,
+        "BN": rows,
+        "LONG": scatter_launch.STRETCH // rows,
+        "SPLIT_X": split_x,
+    }
+    kinds = {"x": "*bf16", "labels": "*i64", "pivot": "*fp32", "scales": "*fp32", "scatter": "*fp64", "sums": "*fp64"}
+    aligned = [*kinds, "d", "row_stride"]
+    kinds |= dict.fromkeys(("n", "d", "row_stride"), "i32")
+    return compiled(scatter_kernel, kinds, constants, aligned, cc, warps, stages)
+
+
 def compiled(
     kernel: Any, kinds: dict[str, str], constants: dict[str, Any], aligned: list[str], cc: int, warps: int, stages: int
 ) -> Machine:
@@ -142,18 +161,30 @@ HEADER = (
 )
 
 
-def row(case: Case) -> list[str]:
-    """One line of the table, as cells."""
-    made, b = distance(case), case.blocks
+def rows() -> list[list[str]]:
+    """The lines of the table, as cells."""
+    found = []
+    for case in cases():
+        b = case.blocks
+        shape = f"{b.rows}x{b.columns}, {b.warps} warps, {b.stages} stages"
+        head = ["distance", str(case.cc), case.batch, case.mode, _NAMES[case.x], str(case.k), shape]
+        found.append(head + _numbers(distance(case)))
+    for cc in (80, 90, 100):
+        for split_x, mode in ((True, "fp16x4"), (False, "fp32")):
+            columns, _, warps, stages = scatter_launch.TILES[split_x]
+            shape = f"{columns}x{columns}, {warps} warps, {stages} stages"
+            found.append(["scatter", str(cc), "any", mode, "bf16", "2", shape, *_numbers(scatter(cc, split_x))])
+    return found
+
+
+def _numbers(made: Machine) -> list[str]:
     mma = ", ".join(f"{count} {name}" for name, count in made.mma.items()) or "none"
-    shape = f"{b.rows}x{b.columns}, {b.warps} warps, {b.stages} stages"
-    cells = ["distance", case.cc, case.batch, case.mode, _NAMES[case.x], case.k, shape, made.registers, made.spills]
-    return [*map(str, cells), f"{made.shared:.0f}", mma, str(made.bulk_copies)]
+    return [str(made.registers), str(made.spills), f"{made.shared:.0f}", mma, str(made.bulk_copies)]
 
 
 def table() -> str:
     """The table of the README."""
-    lines = [HEADER, "|---" * HEADER.count(" | ") + "|---|", *("| " + " | ".join(row(c)) + " |" for c in cases())]
+    lines = [HEADER, "|---" * HEADER.count(" | ") + "|---|", *("| " + " | ".join(cells) + " |" for cells in rows())]
     return "\n".join(lines)
 
 

@@ -1,0 +1,88 @@
+"""Launching the scatter kernel, and where it is the better choice: on GPUs whose float64 is slow."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from rm_ood.ops.distance_launch import INPUTS, MOST_CLASSES, device_of, unavailable
+
+# Columns of a tile, rows at a time, warps, stages. float32 products run outside the tensor cores, in smaller tiles: larger
+# ones become TF32 on 10.0.
+TILES = {True: (64, 32, 8, 3), False: (32, 32, 4, 2)}
+# Rows that are added up in float32 before float64 takes over.
+STRETCH = 512
+# Compute capabilities with float64 at half of float32's rate: there a plain float64 product is as fast, and exact.
+_FLOAT64 = (80, 90, 100)
+# Largest |x - pivot| of a column after scaling: half precision ends at 65,504.
+_EXPONENT = 15
+
+
+def preferred(device: torch.device, dtype: torch.dtype, n_classes: int) -> bool:
+    """Whether vectors of a dtype go to the kernel on a device."""
+    if device.type != "cuda" or dtype not in INPUTS or n_classes > MOST_CLASSES:
+        return False
+    return (
+        unavailable(device) is None and device_of(device).capability not in _FLOAT64
+    )  # pragma: no cover - needs a GPU
+
+
+def launch(
+    x: Tensor, labels: Tensor, pivot: Tensor, n_classes: int, split_x: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts, sums and scatter as `class_scatter`; float32 inside stretches of 512 rows, float64 across them.
+
+    Args:
+        x: (n, d) bfloat16, float16 or float32. labels, pivot, n_classes: as there, n_classes at most 16.
+        split_x: products of half-precision parts on tensor cores; else float32.
+    """
+    kernel = importlib.import_module("rm_ood.ops.scatter_kernel").scatter_kernel
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    n, d = x.shape
+    counts = torch.zeros(n_classes, dtype=torch.int64, device=x.device)
+    counts.index_add_(0, labels, torch.ones_like(labels))
+    if n == 0:
+        return counts, pivot.new_zeros(n_classes, d), pivot.new_zeros(d, d)
+    # The kernel's pivot is a float32; the difference to the one that was asked for comes back in at the end.
+    near = pivot.float()
+    low, high = torch.aminmax(x, dim=0)
+    widest = torch.maximum((high - near).abs(), (low - near).abs())
+    exponents = _EXPONENT - torch.frexp(widest).exponent
+    scales = torch.ldexp(torch.ones_like(near), torch.where(widest > 0, exponents, 0).clamp(-100, 100))
+    columns, rows, warps, stages = TILES[split_x]
+    across = -(-d // columns)
+    tiles = across * (across + 1) // 2
+    # Several waves of programs; shares of the rows are added up afterwards, in a fixed order.
+    shares = max(1, min(-(-n // STRETCH), 2 * device_of(x.device).processors // tiles))
+    scatter = pivot.new_zeros(shares, d, d)
+    sums = pivot.new_zeros(shares, n_classes, d)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        kernel[(tiles, shares)](
+            x,
+            labels,
+            near,
+            scales,
+            scatter,
+            sums,
+            n,
+            d,
+            x.stride(0),
+            K=n_classes,
+            K_PAD=max(16, 1 << (n_classes - 1).bit_length()),
+            BT=columns,
+            BN=rows,
+            LONG=STRETCH // rows,
+            SPLIT_X=split_x,
+            num_warps=warps,
+            num_stages=stages,
+            enable_fp_fusion=True,
+        )
+    total = sums.sum(0)
+    delta, summed = near.double() - pivot, total.sum(0)
+    lower = scatter.sum(0).tril()
+    cross = torch.outer(summed, delta)
+    whole = lower + lower.tril(-1).T + (cross + cross.T) + n * torch.outer(delta, delta)
+    return counts, total + counts[:, None] * delta, whole
