@@ -12,15 +12,13 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from train_reward_model import Recipe
 
 from rm_ood.preferences import hash_fraction, prompt_key, stable_hash
 
 Row = dict[str, Any]
-# Prompt, the response that is judged, and the other response of the pair where there is one.
-Item = tuple[str, str, str | None]
 HALVES = ("development", "sealed")
 SIDES = ("prompt", "response", "both")
 # The sealed reward models are trained on other prompts, from other seeds, for longer or shorter, with larger adapters.
@@ -31,6 +29,20 @@ REWARD_MODELS = {
 # Items in a cell, and clean prompts, of one response each.
 CELL_SIZE, CLEAN_SHARE = 50, 0.45
 _CLEAN_SALT = 77
+
+
+class Item(NamedTuple):
+    """One input.
+
+    Attributes:
+        prompt: what was asked. response: the answer that is judged. other: the other answer of the pair, if there is one.
+        source: what the item was made from: items with the same source are resampled together.
+    """
+
+    prompt: str
+    response: str
+    other: str | None = None
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,7 +71,7 @@ def clean_items(rows: Sequence[Row], seed: int) -> list[Item]:
     found = []
     for key, row in sorted(one.items()):
         sides = ("chosen", "rejected") if hash_fraction(key, seed + 31) < 0.5 else ("rejected", "chosen")
-        found.append((row["prompt"], row[sides[0]], row[sides[1]]))
+        found.append(Item(row["prompt"], row[sides[0]], row[sides[1]], f"hh {key}"))
     return found
 
 
@@ -77,8 +89,10 @@ class Data:
 
     def items(self, name: str, **want: str) -> list[Item]:
         """Prompts with the right or only answer, and the wrong one."""
-        rows = self.rows(name, **want)
-        return [(row["prompt"], row.get("chosen", row.get("response")), row.get("rejected")) for row in rows]
+        return [
+            Item(row["prompt"], row.get("chosen", row.get("response")), row.get("rejected"), f"{name} {row['id']}")
+            for row in self.rows(name, **want)
+        ]
 
     def aligned(self, name: str, language: str, side: str) -> list[Item]:
         """Items whose prompt, response or both are in another language, the rest in English; same content."""
@@ -88,7 +102,7 @@ class Data:
         for row in other:
             asked, answered = (english[row["id"]] if side == s else row for s in ("response", "prompt"))
             response = answered.get("chosen", answered.get("response"))
-            found.append((asked["prompt"], response, answered.get("rejected")))
+            found.append(Item(asked["prompt"], response, answered.get("rejected"), f"{name} {row['id']}"))
         return found
 
     def background(self) -> list[Item]:
@@ -99,12 +113,12 @@ class Data:
             for row in self.rows(f"text/{name}")
         ]
         halves = [(text[: len(text) // 2], text[len(text) // 2 :]) for text in texts]
-        return [(a.strip(), b.strip(), None) for a, b in halves if a.strip() and b.strip()]
+        return [Item(a.strip(), b.strip()) for a, b in halves if a.strip() and b.strip()]
 
 
 def drawn(items: Sequence[Item], size: int = CELL_SIZE) -> tuple[Item, ...]:
     """A fixed draw of the items, by a hash of their text."""
-    return tuple(sorted(items, key=lambda item: stable_hash(f"{item[0]}\n{item[1]}", 3))[:size])
+    return tuple(sorted(items, key=lambda item: stable_hash(f"{item.prompt}\n{item.response}", 3))[:size])
 
 
 def cells(data: Data, clean: Sequence[Item], half: str, noise: Callable[[str, str, float], str]) -> Iterator[Cell]:
@@ -191,9 +205,13 @@ def _sealed(data: Data, clean: Sequence[Item], noise: Any) -> Iterator[tuple[str
 
 
 def crossed(prompts: Sequence[Item], responses: Sequence[Item]) -> list[Item]:
-    """The prompts of some items with the responses of others: a shift of one side, and a mismatch."""
-    n = min(len(prompts), len(responses))
-    return [(prompts[i][0], *responses[i][1:]) for i in range(n)]
+    """The prompts of some items with the responses of others: a shift of one side, and a mismatch.
+
+    The source is that of the clean dialogue, which stands among the clean items too.
+    """
+    both = list(zip(prompts, responses, strict=False))
+    sources = [p.source if p.source.startswith("hh") else r.source for p, r in both]
+    return [r._replace(prompt=p.prompt, source=source) for (p, r), source in zip(both, sources, strict=True)]
 
 
 def noised(
@@ -202,10 +220,11 @@ def noised(
     """Clean items with noise on a side."""
     for side in sides:
         items = [
-            (
-                noise(kind, prompt, severity) if side != "response" else prompt,
-                *(noise(kind, text, severity) if side != "prompt" and text else text for text in responses),
+            item._replace(
+                prompt=noise(kind, item.prompt, severity) if side != "response" else item.prompt,
+                response=noise(kind, item.response, severity) if side != "prompt" else item.response,
+                other=noise(kind, item.other, severity) if side != "prompt" and item.other else item.other,
             )
-            for prompt, *responses in drawn(clean)
+            for item in drawn(clean)
         ]
         yield "noise", side, f"{kind} {severity:g}", items

@@ -1,4 +1,4 @@
-"""Raw scores of every detector on every set of the detection benchmark, for one reward model; kept in one file.
+"""Raw scores of every detector on every set of the detection benchmark, for one reward model.
 
 All detectors get the same vectors, from one forward per text, and are fitted on the same prompts. Ours are the package's own
 classes as the guard uses them; the peers are pytorch-ood's, fitted by `fit_features`.
@@ -6,6 +6,7 @@ classes as the guard uses them; the peers are pytorch-ood's, fitted by `fit_feat
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
@@ -21,6 +22,8 @@ import torch
 import train_reward_model as training
 from numpy.typing import NDArray
 from peers import pytorch_ood
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -54,34 +57,16 @@ class Scores:
 
     Attributes:
         raw: "channel|detector" -> (n,) scores. rewards: (n, 2), the judged response's and the other's, NaN for none.
-        lengths: (n, 2) tokens in the prompt's and the response's span. sets: name -> rows. about: of the reward model.
+        lengths: (n, 2) tokens in the prompt's and the response's span. sets: name -> rows. sources: (n,) the number of what
+            an item was made from; noise on a text and the text itself share it. about: of the reward model.
     """
 
     raw: dict[str, Floats]
     rewards: Floats
     lengths: NDArray[np.int64]
     sets: dict[str, slice]
+    sources: NDArray[np.int64]
     about: dict[str, Any]
-
-    def save(self, path: Path) -> None:
-        """Write one compressed file."""
-        ends = [rows.stop for rows in self.sets.values()]
-        np.savez_compressed(
-            path, names=list(self.raw), raw=np.stack(list(self.raw.values()), 1).astype(np.float32), ends=ends,
-            rewards=self.rewards, lengths=self.lengths, sets=list(self.sets), about=json.dumps(self.about),
-        )  # fmt: skip
-
-    @classmethod
-    def load(cls, path: Path) -> Scores:
-        """Read what `save` wrote."""
-        with np.load(path) as found:
-            starts = [0, *found["ends"][:-1]]
-            sets = {str(n): slice(int(a), int(b)) for n, a, b in zip(found["sets"], starts, found["ends"], strict=True)}
-            raw = {
-                str(name): column.astype(np.float64)
-                for name, column in zip(found["names"], found["raw"].T, strict=True)
-            }
-            return cls(raw, found["rewards"], found["lengths"], sets, json.loads(str(found["about"])))
 
 
 def noise_of(words: Sequence[str]) -> Callable[[str, str, float], str]:
@@ -100,9 +85,13 @@ def all_sets(recipe: training.Recipe, data: cells.Data, half: str) -> tuple[dict
     rows = [row for row in training.hh_rows(data.folder) if not training.trains(row, recipe)]
     mine, clean_rows = cells.split(rows, recipe.seed)
     calibrates = [hash_fraction(prompt_key(row["prompt"]), recipe.seed) < CALIBRATION_SHARE for row in mine]
-    fit = [row for row, c in zip(mine, calibrates, strict=True) if not c]
     calibration = cells.clean_items([row for row, c in zip(mine, calibrates, strict=True) if c], recipe.seed)
     clean = cells.clean_items(clean_rows, recipe.seed)
+    others = [row for row, c in zip(mine, calibrates, strict=True) if not c]
+    # As `rm-ood fit --channels auto` does: what channels are chosen on is neither fitted nor calibrated on.
+    tuning = cells.drawn(cells.clean_items(others, recipe.seed), N_PLANTED)
+    kept = {prompt_key(item.prompt) for item in tuning}
+    fit = [row for row in others if prompt_key(row["prompt"]) not in kept]
     words = vocabulary(row[side] for row in fit for side in ("prompt", "chosen", "rejected"))
     once = list({prompt_key(row["prompt"]): row for row in fit}.values())
 
@@ -110,63 +99,110 @@ def all_sets(recipe: training.Recipe, data: cells.Data, half: str) -> tuple[dict
         return str(change_prompt(text, lambda core: word_perturbation(core, NOISE, words)))
 
     sets: dict[str, list[cells.Item]] = {
-        "fit": [(row["prompt"], row[side], None) for row in fit for side in ("chosen", "rejected")],
-        "noisy copies": [(noisy(row["prompt"]), noisy(row["chosen"]), None) for row in once],
+        "fit": [cells.Item(row["prompt"], row[side]) for row in fit for side in ("chosen", "rejected")],
+        "noisy copies": [cells.Item(noisy(row["prompt"]), noisy(row["chosen"])) for row in once],
         "background": data.background()[:N_BACKGROUND],
-        "calibration": [(p, r, None) for p, r, _ in calibration],
+        "calibration": [item._replace(other=None) for item in calibration],
         "clean": list(clean),
+        "tuning": [item._replace(other=None) for item in tuning],
     }
     for cell in cells.cells(data, clean, half, noise_of(words)):
         name = f"{cell.family}|{cell.side}|{cell.name}"
         if name in sets:
             raise ValueError(f"two cells are called {name!r}")
         sets[name] = list(cell.items)
-    tuning = [(p, r) for p, r, _ in calibration][:N_PLANTED]
-    for name, change in changes(tuning).items():
+    plain = [(item.prompt, item.response) for item in tuning]
+    for name, change in changes(plain).items():
         for side in cells.SIDES if name != EMPTY_RESPONSE else ():
             sides = ("prompt", "response") if side == "both" else (side,)
-            moved = [changed(item, i, change, sides, 0) for i, item in enumerate(tuning)]
-            sets[f"planted|{side}|{name}"] = [(p, r, None) for p, r in moved]
+            moved = [changed(item, i, change, sides, 0) for i, item in enumerate(plain)]
+            sets[f"planted|{side}|{name}"] = [cells.Item(str(p), r) for p, r in moved]
     return sets, [0, 1] * len(fit)
 
 
 def score(
-    recipe: training.Recipe, folder: Path, data: cells.Data, half: str, *, channels: Sequence[str] = CHANNELS
+    recipe: training.Recipe,
+    folder: Path,
+    data: cells.Data,
+    half: str,
+    work: Path,
+    *,
+    channels: Sequence[str] = CHANNELS,
 ) -> Scores:
-    """Embed every set with the reward model in `folder`, fit every detector, score everything."""
+    """Embed every set with the reward model in `folder`, fit every detector, score everything.
+
+    Embedding takes long and is kept in `work`, in a file that is named by all that it depends on.
+    """
+    sets, labels = all_sets(recipe, data, half)
+    items = [item for group in sets.values() for item in group]
+    key = _key(folder, items, channels)
+    kept = work / f"vectors-{half}-{folder.name}-{key[:12]}.safetensors"
+    if not kept.exists():
+        _save(kept, *_embedded(recipe, folder, items, channels))
+    with safe_open(kept, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = json.loads(file.metadata()["about"])
+    rewards, lengths, head = (tensors.pop(name) for name in ("rewards", "lengths", "head"))
+    ends = np.cumsum([len(group) for group in sets.values()])
+    rows = {name: slice(int(end) - len(group), int(end)) for (name, group), end in zip(sets.items(), ends, strict=True)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CalibrationWarning)
+        raw = _score_all(tensors, rows, sets, torch.tensor(labels), head)
+    fitted = rewards[rows["fit"], 0]
+    about["reward"] = [float(fitted.mean()), float(fitted.std())]
+    sources = np.unique([item.source or f"alone {i}" for i, item in enumerate(items)], return_inverse=True)[1]
+    return Scores(
+        {name: x.double().cpu().numpy() for name, x in raw.items()},
+        rewards.numpy(),
+        lengths.numpy(),
+        rows,
+        sources,
+        about,
+    )
+
+
+def _key(folder: Path, items: Sequence[cells.Item], channels: Sequence[str]) -> str:
+    """SHA-256 of the reward model, of the texts and of the channels."""
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes())
+    digest.update(json.dumps([list(channels), [item[:3] for item in items]]).encode())
+    return digest.hexdigest()
+
+
+def _embedded(
+    recipe: training.Recipe, folder: Path, items: Sequence[cells.Item], channels: Sequence[str]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Vectors by channel with `rewards` (n, 2), `lengths` (n, 2) and the direction of the `head`; and how they were made."""
     started = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # bfloat16 is what a decoder is served in, and on a CPU it is twice as fast.
     model, tokenizer = load_reward_model(
         folder, device=device, dtype="bfloat16" if recipe.base == "smollm2" else "auto"
     )
-    sets, labels = all_sets(recipe, data, half)
-    ends = np.cumsum([len(items) for items in sets.values()])
-    rows = {name: slice(int(end) - len(items), int(end)) for (name, items), end in zip(sets.items(), ends, strict=True)}
-    items = [item for group in sets.values() for item in group]
     with OODGuard(model, tokenizer, channels=channels, max_length=recipe.max_tokens, batch_size=32) as guard:
-        vectors, rewards, lengths = _embed(guard, recipe, [(p, r) for p, r, _ in items])
-        pairs = [i for i, item in enumerate(items) if item[2]]
-        others = _embed(guard, recipe, [(items[i][0], str(items[i][2])) for i in pairs])[1]
+        vectors, rewards, lengths = _embed(guard, recipe, [(item.prompt, item.response) for item in items])
+        pairs = [i for i, item in enumerate(items) if item.other]
+        others = _embed(guard, recipe, [(items[i].prompt, str(items[i].other)) for i in pairs])[1]
         head = guard._model_column().capture.reward_direction()
     both = np.full((len(items), 2), np.nan)
     both[:, 0] = rewards
     both[pairs, 1] = others
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CalibrationWarning)
-        raw = _score_all(vectors, rows, sets, torch.tensor(labels), head)
     training_report = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    fitted = both[rows["fit"], 0]
     about = {
         "recipe": training_report["recipe"],
         "accuracy": training_report["heldout_accuracy"],
         "trained_on": training_report["device"],
-        "reward": [float(fitted.mean()), float(fitted.std())],
         "texts": len(items) + len(pairs),
         "seconds": round(time.monotonic() - started),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
     }
-    return Scores({name: x.double().cpu().numpy() for name, x in raw.items()}, both, lengths, rows, about)
+    return {**vectors, "rewards": torch.tensor(both), "lengths": torch.tensor(lengths), "head": head.cpu()}, about
+
+
+def _save(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    save_file({name: x.contiguous() for name, x in tensors.items()}, part, metadata={"about": json.dumps(about)})
+    part.replace(path)
 
 
 def _embed(
@@ -191,7 +227,7 @@ def _embed(
 def _score_all(
     vectors: dict[str, Tensor], rows: dict[str, slice], sets: dict[str, list[cells.Item]], labels: Tensor, head: Tensor
 ) -> dict[str, Tensor]:
-    first = {prompt_key(p): i for i, (p, _, _) in reversed(list(enumerate(sets["fit"])))}
+    first = {prompt_key(item.prompt): i for i, item in reversed(list(enumerate(sets["fit"])))}
     once = torch.tensor(sorted(first.values()))
     raw: dict[str, Tensor] = {}
     for channel, x in vectors.items():
@@ -202,13 +238,15 @@ def _score_all(
             "mahalanobis": MahalanobisDetector().fit(fit, y),
             "single Gaussian": SingleGaussian().fit(fit),
             "mahalanobis++": NormalisedMahalanobis().fit(fit, y),
-            "contrast": ContrastedMahalanobis().fit_noise(x[rows["noisy copies"]]).fit(fit, y),
             "relative": RelativeMahalanobis(x[rows["background"]]).fit(fit, y),
             "norm": VectorNorm().fit(fit),
         }
         if channel == FINAL:
             ours["project_out_reward"] = _without_reward(fit, y, head)
         raw |= {f"{channel}|{name}": detector.score(x) for name, detector in ours.items()}
+        contrasted = ContrastedMahalanobis().fit_noise(x[rows["noisy copies"]]).fit(fit, y)
+        weighed, raw[f"{channel}|ratio"] = contrasted.contrasted(x)
+        raw[f"{channel}|contrast"] = weighed.min(1).values
         raw |= {f"{channel}|{name}": scores for name, scores in _peers(fit, y, x, head)}
     joint = torch.cat([vectors["prompt/mean@0.67"], vectors["response/mean@0.67"]], 1)
     raw[f"{GIVEN}|conditional"] = ConditionalMahalanobis().fit(joint[rows["fit"]]).score(joint)

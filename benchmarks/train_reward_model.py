@@ -253,6 +253,14 @@ def reward_model(recipe: Recipe, rows: Sequence[Row], output: Path) -> dict[str,
     return report
 
 
+def trained(recipe: Recipe, data: Path, work: Path) -> Path:
+    """Folder of the recipe's reward model in `work`; trained now if it is not there."""
+    folder = work / f"{recipe.base}-{recipe.seed}"
+    if not (folder / "model.safetensors").exists():
+        reward_model(recipe, hh_rows(data), folder)
+    return folder
+
+
 def _trained(
     model: Any, text: TextEncoder, trained: dict[str, nn.Parameter], rows: Sequence[Row], recipe: Recipe
 ) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,11 +33,14 @@ _ONE_CLASS = "Mahalanobis, one Gaussian"
 _CONDITIONAL = "Mahalanobis of the response given the prompt, one Gaussian of both"
 
 
-def _variant(detector: MahalanobisDetector, channel: str, project_out_reward: bool) -> str:
+def _variant(detector: MahalanobisDetector, channel: str, joined: Sequence[str], project_out_reward: bool) -> str:
     """What sets a channel's distance apart, to be said after its name."""
     unit = ", of vectors of length 1 (Mahalanobis++)" if isinstance(detector, NormalisedMahalanobis) else ""
     if isinstance(detector, ContrastedMahalanobis):
         unit += f", weighed against {detector.noise_.n_samples_} noisy copies of the fit texts"
+        unit += (
+            "; and the ratio of the two distances by itself" if str(Channel.parse(channel).contrast) in joined else ""
+        )
     return unit + (", without the direction of the reward" if project_out_reward and channel == FINAL else "")
 
 
@@ -50,12 +54,12 @@ def card_values(state: FittedState) -> dict[str, Any]:
             "classes": len(d.classes_),
             "samples": d.n_samples_,
             "samples_per_feature": round(d.n_samples_ / d.n_features_in_, 2),
-            "estimator": _estimator(d) + _variant(d, name, c.project_out_reward),
+            "estimator": _estimator(d) + _variant(d, name, c.joined, c.project_out_reward),
             "shrinkage_rule": c.shrinkage,
             "shrinkage": round(d.shrinkage_, 6),
             "floor": c.floor,
             "effective_rank": round(d.effective_rank_, 1),
-            "in_verdict": name in c.joined,
+            "in_verdict": any(str(Channel.parse(joined).vector) == name for joined in c.joined),
         }
         for name, d in sorted(state.detectors.items(), key=lambda item: item[0] != FINAL)
     }

@@ -1,7 +1,8 @@
 """Channels: which vector of the reward model is scored, on which axis.
 
 A channel is (axis, layer, pooling), written `axis/pooling@layer`: `response/mean@0.67` is the mean over the response's
-tokens at the output of block round(0.67 L). Two names are short: `final` is the tensor that enters the reward head at
+tokens at the output of block round(0.67 L), and `response/contrast@0.67` is the same vector, scored by whether noise on
+the words explains it better than the fit data do. Two names are short: `final` is the tensor that enters the reward head at
 the read-out position (what the reward is computed from), and `reward` is the reward itself. On the axis
 `response_given_prompt` a vector is two side by side, the prompt's and the response's of the same layer: `mean` of both
 spans, or `readout` with the prompt's end before it.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rm_ood.errors import InputError
 
@@ -19,16 +20,16 @@ from rm_ood.errors import InputError
 SPANS = ("prompt", "response")
 GIVEN_PROMPT = "response_given_prompt"
 AXES = (*SPANS, GIVEN_PROMPT)
-POOLINGS = ("readout", "prompt_end", "mean")
+POOLINGS = ("readout", "prompt_end", "mean", "contrast")
 FINAL = "final"
 REWARD = "reward"
-# Span means in the upper half of the stack beside what the head reads: chosen in benchmarks/README.md, "Channels".
+# Span means two thirds up the stack beside what the head reads: chosen in benchmarks/README.md, "Channels".
 DEFAULT_CHANNELS = (
     FINAL,
     "prompt/mean@0.67",
+    "prompt/contrast@0.67",
     "response/mean@0.67",
-    "prompt/mean@0.83",
-    "response/mean@0.83",
+    "response/contrast@0.67",
     f"{GIVEN_PROMPT}/mean@0.67",
 )
 
@@ -41,7 +42,8 @@ class Channel:
         axis: `"prompt"`, `"response"` or `"response_given_prompt"`.
         layer: `"final"` (the tensor that enters the head), a fraction of the depth in (0, 1] (the output of block
             round(fraction * L)), or a negative index (-1: output of the last block).
-        pooling: `"readout"`, `"prompt_end"`, `"mean"` over the axis' tokens, or `"reward"`.
+        pooling: `"readout"`, `"prompt_end"`, `"mean"` over the axis' tokens, `"contrast"` (another score of that mean), or
+            `"reward"`.
     """
 
     axis: str
@@ -69,7 +71,7 @@ class Channel:
             raise InputError(f"channel {text!r} is not known. {_SYNTAX}")
         if pooling == "readout" and axis == "prompt":
             raise InputError(f"channel {text!r}: the read-out token belongs to the response axis. {_SYNTAX}")
-        if pooling == "prompt_end" and axis == GIVEN_PROMPT:
+        if pooling in ("prompt_end", "contrast") and axis == GIVEN_PROMPT:
             raise InputError(f"channel {text!r}: this axis takes mean, or readout beside the prompt's end. {_SYNTAX}")
         return cls(axis, _parse_layer(text, layer_text), pooling)
 
@@ -80,6 +82,16 @@ class Channel:
             return FINAL
         at = "" if self.layer == FINAL else f"@{self.layer}"
         return f"{self.axis}/{self.pooling}{at}"
+
+    @property
+    def vector(self) -> Channel:
+        """The channel whose vector is scored: the mean of a contrast, else this one."""
+        return replace(self, pooling="mean") if self.pooling == "contrast" else self
+
+    @property
+    def contrast(self) -> Channel:
+        """The second score of a span mean."""
+        return replace(self, pooling="contrast")
 
     @property
     def span(self) -> str:
@@ -154,6 +166,6 @@ def resolve_channels(channels: str | Channel | Iterable[str | Channel], axes: It
 
 _SYNTAX = (
     "Write 'final', 'reward' or 'axis/pooling@layer', for example 'response/mean@0.67' or 'prompt/prompt_end'; "
-    "axis: prompt, response, response_given_prompt; pooling: readout, prompt_end, mean; layer: a fraction in (0, 1] or a "
-    "negative index."
+    "axis: prompt, response, response_given_prompt; pooling: readout, prompt_end, mean, contrast; layer: a fraction in "
+    "(0, 1] or a negative index."
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import numbers
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -126,7 +126,8 @@ def choose_channels(guard: OODGuard, items: Sequence[Clean], *, progress: bool =
     scoring = replace(guard.scoring(), ends=None)
     axes, planted = scoring.state.config.axes, _planted(items, scoring.state.config.axes)
     candidates = [d for k in range(1, MOST_DEPTHS + 1) for d in itertools.combinations(_depths(guard), k)]
-    profiles = {depths: scoring.state.profile(_channels(axes, depths)) for depths in candidates}
+    fitted = scoring.state.channel_names
+    profiles = {depths: scoring.state.profile(_channels(axes, depths, fitted)) for depths in candidates}
 
     def scores(group: Sequence[Clean]) -> dict[tuple[float, ...], NDArray[np.float64]]:
         group = [item for item in group if _encodes(scoring, item)]
@@ -156,17 +157,20 @@ def choose_channels(guard: OODGuard, items: Sequence[Clean], *, progress: bool =
     means = {depths: float(np.mean(values)) for depths, values in seen.items()}
     order = sorted(candidates, key=lambda depths: (-means[depths], len(depths), depths))
     return Choice(
-        channels=_channels(axes, order[0]),
+        channels=_channels(axes, order[0], fitted),
         seen=means[order[0]],
         candidates={" + ".join(f"{d:g}" for d in depths): means[depths] for depths in order},
         n_prompts=len(items),
     )
 
 
-def _channels(axes: Sequence[str], depths: Sequence[float]) -> tuple[str, ...]:
+def _channels(axes: Sequence[str], depths: Sequence[float], fitted: Collection[str] = ()) -> tuple[str, ...]:
+    """`final` and the span means at some depths, with their contrasts where those were fitted."""
     final = (*((FINAL,) if "response" in axes else ()), *((_GIVEN,) if GIVEN_PROMPT in axes else ()))
-    means = (f"{axis}/mean@{depth:g}" for depth in depths for axis in ("prompt", "response") if axis in axes)
-    return (*final, *(str(Channel.parse(name)) for name in means))
+    names = (f"{axis}/mean@{depth:g}" for depth in depths for axis in ("prompt", "response") if axis in axes)
+    means = [Channel.parse(name) for name in names]
+    contrasts = [str(mean.contrast) for mean in means]
+    return (*final, *map(str, means), *(name for name in contrasts if name in fitted))
 
 
 def _depths(guard: OODGuard) -> list[float]:

@@ -50,7 +50,8 @@ class GuardConfig:
             two sets of moments while it fits), or a fixed coefficient in [0, 1].
         floor: smallest eigenvalue of the covariance as a share of its mean eigenvalue.
         span_means: the distance of span means: `"contrast"` (vectors of length 1, weighed against noisy copies of the fit
-            texts, which cost one more forward per fit prompt), `"unit"` (vectors of length 1: Mahalanobis++) or `"raw"`.
+            texts, which cost one more forward per fit prompt; channels `axis/contrast@layer` need it), `"unit"` (vectors of
+            length 1: Mahalanobis++) or `"raw"`.
         project_out_reward: leave the direction that the reward is read along out of the channel `final`.
         text_format: `"auto"`, `"chat"`, `"pair"` or `"plain"` (see `rm_ood.text`); `"auto"` is settled by `fit`.
         split_special_tokens: read special tokens that users typed as ordinary text (pair and plain formats).
@@ -97,7 +98,7 @@ class GuardConfig:
     def __post_init__(self) -> None:
         axes = (self.axes,) if isinstance(self.axes, str) else tuple(self.axes)
         object.__setattr__(self, "axes", axes)
-        object.__setattr__(self, "channels", resolve_channels(self.channels, axes))
+        object.__setattr__(self, "channels", self._channels(axes))
         _require(_is_number(self.alpha) and 0 < self.alpha < 1, "alpha", self.alpha, "a fraction in (0, 1)")
         _require(
             self.confidence is None or (_is_number(self.confidence) and 0 < self.confidence < 1),
@@ -142,6 +143,14 @@ class GuardConfig:
             value = getattr(self, name)
             _require(value is None or isinstance(value, str), name, value, "a string or None")
 
+    def _channels(self, axes: tuple[str, ...]) -> tuple[str, ...]:
+        names = resolve_channels(self.channels, axes)
+        contrasts = [name for name in names if Channel.parse(name).pooling == "contrast"]
+        if not contrasts or self.span_means == "contrast":
+            return names
+        _require(self.channels == "default", "channels", contrasts, "no contrast unless span_means='contrast'")
+        return tuple(name for name in names if name not in contrasts)
+
     @property
     def joined(self) -> tuple[str, ...]:
         """Channels that make the verdict, `final` first where it is among them."""
@@ -162,7 +171,7 @@ class GuardConfig:
         )
 
     def detector_type(self, channel: str) -> type[MahalanobisDetector]:
-        """The detector of a channel: that of `span_means` for means over one span, else plain or conditional Mahalanobis."""
+        """The detector of a channel's vector: that of `span_means` for means over one span, else plain or conditional."""
         parsed = Channel.parse(channel)
         if parsed.axis == GIVEN_PROMPT:
             return ConditionalMahalanobis

@@ -168,5 +168,5 @@ def merge(parts: Sequence[Embedded], order: NDArray[np.int64]) -> Embedded:
 
 
 def needed_channels(config: GuardConfig) -> tuple[str, ...]:
-    """Channels to capture: those of the verdict, and `final`, which is in every guard."""
-    return tuple(dict.fromkeys((FINAL, *config.joined)))
+    """Channels to capture: the vectors of the verdict's, and `final`, which is in every guard."""
+    return tuple(dict.fromkeys((FINAL, *(str(Channel.parse(name).vector) for name in config.joined))))

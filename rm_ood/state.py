@@ -18,6 +18,7 @@ from rm_ood.canaries import CANARIES
 from rm_ood.channels import FINAL, REWARD, Channel
 from rm_ood.config import GuardConfig
 from rm_ood.decision import AxisDecisions, ChannelDecisions, Decisions
+from rm_ood.detectors.contrasted import ContrastedMahalanobis
 from rm_ood.detectors.mahalanobis import MahalanobisDetector
 from rm_ood.embed import Embedded
 from rm_ood.errors import CalibrationError, FormatError, InputError, MismatchError, NotFittedError
@@ -54,7 +55,7 @@ class FittedState:
 
     Attributes:
         config: settings with `text_format` settled.
-        detectors: channel -> fitted detector.
+        detectors: channel of a vector -> its fitted detector.
         reward_mean, reward_sd: of the fit items, for the channel `reward`.
         table: calibration matrix, or None before calibration.
         heldout: raw calibration scores of the held-out share of the fit data, for comparison with a later set.
@@ -78,8 +79,8 @@ class FittedState:
 
     @cached_property
     def channel_names(self) -> tuple[str, ...]:
-        """Columns of the calibration matrix: every fitted channel, then the reward."""
-        return (*self.detectors, REWARD)
+        """Columns of the calibration matrix: every channel that was fitted, then the reward."""
+        return (*fitted_channels(self.detectors), REWARD)
 
     def with_table(self, table: CalibrationTable, record: Mapping[str, Any]) -> FittedState:
         """The same fit with another calibration. What the doctor found of the old one goes."""
@@ -100,17 +101,18 @@ class FittedState:
         return replace(self, config=config, record=record, _profiles={})
 
     def restricted(self, channels: Collection[str]) -> FittedState:
-        """The state without the detectors of other channels: what a guard loaded with fewer channels can calibrate anew."""
+        """The state without the detectors of other vectors: what a guard loaded with fewer channels can calibrate anew."""
         if self.detectors.keys() <= set(channels):
             return self
-        kept = [name for name in self.channel_names if name in channels or name == REWARD]
+        detectors = {name: d for name, d in self.detectors.items() if name in channels}
+        kept = (*fitted_channels(detectors), REWARD)
         columns = [self.channel_names.index(name) for name in kept]
         table = self.table
         if table is not None:
-            table = replace(table, scores=table.scores[:, columns], channels=tuple(kept))
+            table = replace(table, scores=table.scores[:, columns], channels=kept)
         return replace(
             self,
-            detectors={name: d for name, d in self.detectors.items() if name in channels},
+            detectors=detectors,
             heldout=None if self.heldout is None else self.heldout[:, columns],
             table=table,
             _profiles={},
@@ -125,14 +127,30 @@ class FittedState:
         unknown = sorted(set(vectors) - set(self.detectors))
         if unknown:
             raise MismatchError(f"channels {unknown} are not in this guard; it has {sorted(self.detectors)}")
-        names = [name for name in self.detectors if name in vectors]
-        distances = {name: self.detectors[name].sq_distances(vectors[name]).double().cpu().numpy() for name in names}
-        return self.score_distances(distances, rewards)
+        distances: dict[str, Floats] = {}
+        ratios: dict[str, Floats] = {}
+        for name, detector in self.detectors.items():
+            if name not in vectors:
+                continue
+            if isinstance(detector, ContrastedMahalanobis):
+                sq, ratio = detector.contrasted(vectors[name])
+                ratios[str(Channel.parse(name).contrast)] = ratio.double().cpu().numpy()
+            else:
+                sq = detector.sq_distances(vectors[name])
+            distances[name] = sq.double().cpu().numpy()
+        return self.score_distances(distances, rewards, ratios)
 
-    def score_distances(self, distances: Mapping[str, Floats], rewards: Floats | None) -> ChannelScores:
-        """Raw channel scores of n items whose squared distances to the classes, channel -> (n, k), are known already."""
-        names = list(distances)
-        columns = [sq.min(1) for sq in distances.values()]
+    def score_distances(
+        self, distances: Mapping[str, Floats], rewards: Floats | None, ratios: Mapping[str, Floats] | None = None
+    ) -> ChannelScores:
+        """Raw channel scores of n items whose distances are known already.
+
+        Args:
+            distances: channel -> (n, k) squared distances to the classes. rewards: (n,).
+            ratios: contrast channel -> (n,) ratio of the distance to that to the noisy copies.
+        """
+        names = [*distances, *(ratios or {})]
+        columns = [*(sq.min(1) for sq in distances.values()), *(ratios or {}).values()]
         classes = {name: sq for name, sq in distances.items() if sq.shape[1] > 1}
         if rewards is not None:
             with np.errstate(invalid="ignore"):
@@ -308,7 +326,8 @@ class FittedState:
             raise FormatError(f"saved guard: settings are incomplete or malformed ({error})") from error
         if not np.isfinite([mean, sd]).all() or sd <= 0:
             raise FormatError(f"saved guard: reward mean {mean} and standard deviation {sd} are not usable")
-        lacking = [name for name in settings.joined if name not in (*names, REWARD)]
+        columns = (*fitted_channels(detectors), REWARD)
+        lacking = [name for name in settings.joined if name not in columns]
         if FINAL not in detectors or lacking:
             raise FormatError(
                 f"saved guard: channels {names}; 'final' and those of the settings, {lacking}, are needed"
@@ -316,18 +335,24 @@ class FittedState:
         prefixes = tuple(f"channel.{i}." for i in range(len(names)))
         others = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
         widths = [detector.n_features_in_ for detector in detectors.values()]
-        _check_others(others, len(names) + 1, widths)
+        _check_others(others, len(columns), widths)
         return cls(
             config=settings,
             detectors=detectors,
             reward_mean=mean,
             reward_sd=sd,
-            table=_table(tensors, (*names, REWARD), group_names),
+            table=_table(tensors, columns, group_names),
             heldout=tensors["heldout.scores"].numpy() if "heldout.scores" in tensors else None,
             fit_keys=tensors["fit.prompt_keys"].numpy().view(np.uint64),
             identity=_identity(others, fields, weight_names, names),
             record=record,
         )
+
+
+def fitted_channels(detectors: Mapping[str, MahalanobisDetector]) -> tuple[str, ...]:
+    """The channels that some vectors' detectors score: each vector's own, then the contrasts."""
+    contrasted = (name for name, detector in detectors.items() if isinstance(detector, ContrastedMahalanobis))
+    return (*detectors, *(str(Channel.parse(name).contrast) for name in contrasted))
 
 
 def _prefixed(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -88,8 +88,9 @@ def test_estimators_are_named_with_what_they_rest_on(state: FittedState) -> None
     copies = state.record["noisy_copies"]
     assert 150 < copies == state.record["fit_prompts"]
     contrast = f", of vectors of length 1 (Mahalanobis++), weighed against {copies} noisy copies of the fit texts"
+    contrast += "; and the ratio of the two distances by itself"
     assert prompt["estimator"] == "Mahalanobis, one Gaussian" + contrast
-    assert values["detectors"]["response/mean@0.83"]["estimator"] == final["estimator"] + contrast
+    assert values["detectors"]["response/mean@0.67"]["estimator"] == final["estimator"] + contrast
     assert final["samples_per_feature"] == round(final["samples"] / 32, 2)
     assert (final["shrinkage_rule"], final["floor"]) == ("oas", 1e-4)
     assert next(iter(values["detectors"])) == "final"

@@ -20,6 +20,7 @@ LAYERS = st.one_of(st.just("final"), st.floats(0, 1, exclude_min=True, allow_sub
         ("prompt/prompt_end", Channel("prompt", "final", "prompt_end")),
         ("prompt/mean@final", Channel("prompt", "final", "mean")),
         ("prompt/mean@1", Channel("prompt", 1.0, "mean")),
+        ("prompt/contrast@0.67", Channel("prompt", 0.67, "contrast")),
         ("response_given_prompt/mean@0.67", Channel("response_given_prompt", 0.67, "mean")),
         ("response_given_prompt/readout", Channel("response_given_prompt", "final", "readout")),
     ],
@@ -49,9 +50,17 @@ def test_a_channel_goes_with_a_span_and_reads_the_prompt_or_not() -> None:
     assert Channel.parse("final").span == Channel.parse("reward").span == "response"
 
 
-def test_the_prompts_end_alone_is_no_pair() -> None:
+def test_a_contrast_is_another_score_of_a_mean() -> None:
+    mean, contrast = Channel.parse("prompt/mean@0.67"), Channel.parse("prompt/contrast@0.67")
+    assert (mean.contrast, contrast.vector) == (contrast, mean)
+    assert (mean.vector, contrast.contrast, Channel.parse("final").vector) == (mean, contrast, Channel.parse("final"))
+    assert (contrast.span, contrast.reads_prompt) == ("prompt", True)
+
+
+@pytest.mark.parametrize("pooling", ["prompt_end", "contrast"])
+def test_what_is_of_one_span_alone_is_no_pair(pooling: str) -> None:
     with pytest.raises(InputError, match="takes mean, or readout beside the prompt's end"):
-        Channel.parse("response_given_prompt/prompt_end@0.67")
+        Channel.parse(f"response_given_prompt/{pooling}@0.67")
 
 
 def test_other_spellings_of_a_layer_are_one_channel() -> None:
@@ -100,8 +109,8 @@ def test_default_channels_follow_the_axes() -> None:
     assert resolve_channels("default", AXES) == DEFAULT_CHANNELS
     assert resolve_channels("default", ("response_given_prompt",)) == ("response_given_prompt/mean@0.67",)
     assert resolve_channels("default", ("prompt", "response")) == DEFAULT_CHANNELS[:5]
-    assert resolve_channels("default", ["prompt"]) == ("prompt/mean@0.67", "prompt/mean@0.83")
-    assert resolve_channels("default", ("response",)) == ("final", "response/mean@0.67", "response/mean@0.83")
+    assert resolve_channels("default", ["prompt"]) == ("prompt/mean@0.67", "prompt/contrast@0.67")
+    assert resolve_channels("default", ("response",)) == ("final", "response/mean@0.67", "response/contrast@0.67")
 
 
 def test_listed_channels_come_out_canonical_once_and_final_first() -> None:

@@ -47,7 +47,9 @@ def test_chosen_guard_is_the_one_with_these_channels_fitted_on_the_other_rows(ch
     guard, choice = chosen
     rows = sentences(500)
     assert guard.config.joined == choice.channels
-    assert set(guard.state.detectors) == set(choice.channels)
+    means = {name for name in choice.channels if "/contrast" not in name}
+    assert set(guard.state.detectors) == means
+    assert {name.replace("/mean", "/contrast") for name in means - {"final"}} == set(choice.channels) - means
     assert list(choice.candidates.values()) == sorted(choice.candidates.values(), reverse=True)
     assert choice.seen == next(iter(choice.candidates.values())) > 0.5
     # The prompts of the choice were neither fitted nor calibrated on.
@@ -73,7 +75,8 @@ def test_choice_is_the_largest_mean_auroc_of_planted_shifts(tiny_decoder: Any) -
     choice = choose_channels(guard, items)
     name, value = list(choice.candidates.items())[-1]
     depths = name.split(" + ")
-    listed = [c for c in guard.config.joined if c == "final" or any(float(c.split("@")[1]) == float(d) for d in depths)]
+    fitted = [c for c in guard.state.channel_names if c != "reward"]
+    listed = [c for c in fitted if c == "final" or any(float(c.split("@")[1]) == float(d) for d in depths)]
     guard.keep(listed)
 
     def scores(group: Any) -> Any:

@@ -64,7 +64,8 @@ def guard(shared_decoder: Any, decoder_tokenizer: Any) -> OODGuard:
 def test_it_joins_the_verdict_only_when_asked_for(guard: OODGuard, tiny_decoder: Any) -> None:
     assert OODGuard(*tiny_decoder).config.axes == ("prompt", "response")
     assert PAIR not in OODGuard(*tiny_decoder).config.joined
-    assert guard.config.joined == ("final", *HALVES, "prompt/mean@0.83", "response/mean@0.83", PAIR)
+    contrasts = [half.replace("mean", "contrast") for half in HALVES]
+    assert guard.config.joined == ("final", HALVES[0], contrasts[0], HALVES[1], contrasts[1], PAIR)
     decision = guard.check(*(column[0] for column in texts(answering(1, seed=5))))
     assert list(decision.axes) == list(decision.to_dict()["axes"]) == list(AXES)
     assert list(decision.axes[GIVEN].channels) == [PAIR]

@@ -118,7 +118,7 @@ def test_no_items_give_no_verdicts(fitted: OODGuard) -> None:
 def test_reported_channels_that_do_not_join(fitted: OODGuard, fresh: Any) -> None:
     decisions = fitted.check(*texts(fresh))
     response = decisions.axis("response")
-    assert set(response.channels) == {"final", "response/mean@0.67", "response/mean@0.83", "reward"}
+    assert set(response.channels) == {"final", "response/mean@0.67", "response/contrast@0.67", "reward"}
     joined = [response.channel(name).ood_scores for name in fitted.config.joined if name in response.channels]
     np.testing.assert_array_equal(response.ood_scores, np.max(joined, axis=0))
 

@@ -13,7 +13,7 @@ import torch
 from conftest import preference_rows, sentence
 from scipy import stats
 
-from rm_ood import CalibrationError, FormatError, MahalanobisDetector, OODGuard, artifact
+from rm_ood import CalibrationError, FormatError, InputError, MahalanobisDetector, OODGuard, artifact
 from rm_ood import fit as fitting
 from rm_ood.canaries import CANARIES
 from rm_ood.channels import Channel
@@ -266,5 +266,50 @@ def test_a_guard_from_before_takes_vectors_as_they_come(model: Any, tmp_path: Pa
 
 def test_a_contrasted_guard_without_its_setting_is_refused(model: Any, tmp_path: Path) -> None:
     made(model).save_pretrained(tmp_path / "guard")
-    with pytest.raises(FormatError, match=r"unknown \['noise.center'"):
+    with pytest.raises(FormatError, match="expected no contrast unless span_means='contrast'"):
         OODGuard.from_pretrained(stripped(tmp_path / "guard", "span_means"))
+    made(model, channels="prompt/mean@0.67").save_pretrained(tmp_path / "means")
+    with pytest.raises(FormatError, match=r"unknown \['noise.center'"):
+        OODGuard.from_pretrained(stripped(tmp_path / "means", "span_means"))
+
+
+def test_a_contrast_is_the_ratio_of_the_distances_of_its_mean(model: Any) -> None:
+    state = made(model).state
+    assert state.config.joined[1:] == tuple(
+        f"{a}/{p}@0.67" for a in ("prompt", "response") for p in ("mean", "contrast")
+    )
+    assert set(state.detectors) == {"final", "prompt/mean@0.67", "response/mean@0.67"}
+    vectors = {name: torch.randn(5, d.n_features_in_) for name, d in state.detectors.items()}
+    scored = state.score(vectors, None)
+    for axis in ("prompt", "response"):
+        detector, x = state.detectors[f"{axis}/mean@0.67"], vectors[f"{axis}/mean@0.67"]
+        assert isinstance(detector, ContrastedMahalanobis)
+        own = detector.own_sq_distances(x).min(1).values
+        column = scored.scores[:, scored.channels.index(f"{axis}/contrast@0.67")]
+        np.testing.assert_allclose(column, (own / detector.noise_.score(x)).numpy(), rtol=1e-5)
+
+
+def test_contrasts_are_joined_by_name_from_the_vectors_of_the_mean(model: Any, tmp_path: Path) -> None:
+    guard = made(model)
+    prompts, responses = [r["prompt"] for r in FRESH[:40]], [r["chosen"] for r in FRESH[:40]]
+    before = guard.check(prompts, responses)
+    guard.save_pretrained(tmp_path / "guard")
+    back = OODGuard.from_pretrained(tmp_path / "guard", *model, channels="response/contrast@0.67")
+    kept = guard.keep("response/contrast@0.67")
+    assert set(kept.state.detectors) == {"final", "response/mean@0.67"}
+    for few in (kept, back):
+        after = few.check(prompts, responses)
+        name = "response/contrast@0.67"
+        np.testing.assert_array_equal(
+            after.axes["response"].channels[name].ood_scores, before.axes["response"].channels[name].ood_scores
+        )
+        np.testing.assert_array_equal(after.p_values, before.axes["response"].channels[name].p_values)
+    d = kept.state.detectors["response/mean@0.67"].n_features_in_
+    by_vectors = kept.check_embeddings({"response/mean@0.67": torch.full((1, d), torch.nan)}, rewards=np.zeros(1))
+    assert by_vectors.is_ood.all()
+
+
+def test_contrasts_need_the_noisy_copies(model: Any) -> None:
+    assert OODGuard(*model, span_means="unit").config.joined == ("final", "prompt/mean@0.67", "response/mean@0.67")
+    with pytest.raises(InputError, match=r"prompt/contrast@0.5.*expected no contrast unless span_means='contrast'"):
+        OODGuard(*model, span_means="unit", channels="prompt/contrast@0.5")

@@ -6,8 +6,8 @@
 `cells.py` says what is in either half, and was written before the first run: everything is chosen on the development half,
 the sealed half is reported. A provider is a detector on some channels; the channels are joined and ranked as the guard joins
 and ranks its own (standardised by length on part A of the calibration prompts, maximum, rank in part B), for peers as for
-ours. AUROC is against the clean prompts; flagged is the share with p <= alpha at 95 % confidence. Raw scores are kept in
-`--work`: minutes on a GPU, most of an hour for the decoder on two cores.
+ours. AUROC is against the clean prompts; flagged is the share with p <= alpha at 95 % confidence. The vectors are kept in
+`--work`, under the hash of what they were made from: a few minutes a reward model, on two cores too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from rm_ood.calibration import CalibrationTable, split_parts
-from rm_ood.channels import AXES, FINAL, resolve_channels
+from rm_ood.channels import AXES, FINAL, Channel, resolve_channels
 from rm_ood.conformal import guaranteed_rank
 from rm_ood.study.detection import auroc, fpr95_id_positive
 from rm_ood.study.rewards import energy_score, max_softmax_score
@@ -39,6 +39,9 @@ TESTS = ("tests/detectors", "tests/test_calibration.py")
 ROOT = Path(__file__).resolve().parents[2]
 ALPHA, CONFIDENCE, DRAWS, SPLITS = 0.05, 0.95, 400, 5
 DEFAULT = resolve_channels("default", ("prompt", "response"))
+# The vectors that the default scores: what peers get too.
+VECTORS = tuple(dict.fromkeys(str(Channel.parse(name).vector) for name in DEFAULT))
+MORE = (0.5, 0.67, 0.83)
 PEERS = ("Mahalanobis", "RMD", "kNN (k=50)", "kNN (k=10)", "kNN (k=1)", "ViM")
 Floats = NDArray[np.float64]
 
@@ -60,11 +63,13 @@ class Provider:
 
 def contrast(channels: Sequence[str]) -> dict[str, str]:
     """Channel -> column of raw scores, as the guard's default takes it."""
-    return {c: f"{c}|mahalanobis" if c == FINAL else f"{c}|contrast" for c in channels}
+    parsed = {name: Channel.parse(name) for name in channels}
+    detectors = {name: "ratio" if c.pooling == "contrast" else "contrast" for name, c in parsed.items()}
+    return {name: f"{c.vector}|{'mahalanobis' if name == FINAL else detectors[name]}" for name, c in parsed.items()}
 
 
-def spans(depths: Sequence[float]) -> list[str]:
-    return [FINAL, *(f"{axis}/mean@{depth}" for axis in ("prompt", "response") for depth in depths)]
+def spans(depths: Sequence[float], poolings: Sequence[str] = ("mean", "contrast")) -> list[str]:
+    return [FINAL, *(f"{axis}/{p}@{depth}" for axis in ("prompt", "response") for depth in depths for p in poolings)]
 
 
 def providers(scores: Scores, seed: int) -> dict[str, Provider]:
@@ -72,13 +77,16 @@ def providers(scores: Scores, seed: int) -> dict[str, Provider]:
     found = {
         "default": joined(scores, contrast(DEFAULT), seed),
         "auto": joined(scores, contrast(chosen_channels(scores, seed)), seed),
-        "span means: mahalanobis++": joined(scores, {**contrast(DEFAULT), **_all("mahalanobis++", DEFAULT[1:])}, seed),
-        "span means: mahalanobis": joined(scores, _all("mahalanobis", DEFAULT), seed),
+        "no contrast channels": joined(scores, contrast(VECTORS), seed),
+        "span means: mahalanobis++": joined(scores, {**contrast(VECTORS), **_all("mahalanobis++", VECTORS[1:])}, seed),
+        "span means: mahalanobis": joined(scores, _all("mahalanobis", VECTORS), seed),
     }
     for name in ("single Gaussian", "relative", "norm"):
-        found[name] = joined(scores, _all(name, DEFAULT), seed)
+        found[name] = joined(scores, _all(name, VECTORS), seed)
     for name in PEERS:
-        found[f"peer {name}"] = joined(scores, _all(f"pytorch-ood {name}", DEFAULT), seed)
+        found[f"peer {name}"] = joined(scores, _all(f"pytorch-ood {name}", VECTORS), seed)
+        # Peers do better with more depths: these are the best for them in development.
+        found[f"peer {name}, more depths"] = joined(scores, _all(f"pytorch-ood {name}", spans(MORE, ("mean",))), seed)
     found["final"] = joined(scores, _all("mahalanobis", [FINAL]), seed)
     found["final, project_out_reward"] = joined(scores, _all("project_out_reward", [FINAL]), seed)
     for name in PEERS:
@@ -115,10 +123,9 @@ def joined(scores: Scores, columns: Mapping[str, str], seed: int) -> Provider:
 
 
 def chosen_channels(scores: Scores, seed: int) -> list[str]:
-    """The span means that see planted shifts of calibration prompts best: the rule of `rm-ood fit --channels auto`."""
+    """The span means that see planted shifts of prompts kept apart best: the rule of `rm-ood fit --channels auto`."""
     planted = [rows for name, rows in scores.sets.items() if name.startswith("planted")]
-    first = scores.sets["calibration"]
-    clean = slice(first.start, first.start + detection_scores.N_PLANTED)
+    clean = scores.sets["tuning"]
 
     def seen(depths: Sequence[float]) -> float:
         found = joined(scores, contrast(spans(depths)), seed).scores
@@ -156,46 +163,47 @@ def _finite(values: Floats) -> Floats:
 
 
 def side_means(scores: Scores, found: Mapping[str, Provider], seed: int) -> dict[str, dict[str, Any]]:
-    """Provider -> side -> mean AUROC over the cells with a 95 % interval over prompts, and the default's lead over it."""
+    """Provider -> side -> mean AUROC over the cells with a 95 % interval, and the default's lead over it.
+
+    Intervals are those of the Bayesian bootstrap over sources (Rubin 1981): a clean dialogue, its noised forms and the
+    aligned forms of one text get one weight, in all cells at once.
+    """
     rng = np.random.default_rng(seed)
-    clean = scores.sets["clean"]
-    n = clean.stop - clean.start
-    draws_clean = rng.integers(0, n, size=(DRAWS, n))
-    by_side: dict[str, list[tuple[slice, NDArray[np.int64]]]] = {}
+    drawn = rng.exponential(size=(1 + DRAWS, scores.sources.max() + 1)).astype(np.float32)
+    # The first draw is the sample itself.
+    drawn[0] = 1
+    by_side: dict[str, list[slice]] = {}
     for name, rows in cell_sets(scores).items():
-        size = rows.stop - rows.start
-        by_side.setdefault(name.split("|")[1], []).append((rows, rng.integers(0, size, size=(DRAWS, size))))
-    drawn: dict[str, dict[str, Floats]] = {}
+        by_side.setdefault(name.split("|")[1], []).append(rows)
+    values: dict[str, dict[str, Floats]] = {}
     for provider, p in found.items():
         if np.isnan(p.scores[0]).any():
             continue
-        drawn[provider] = {
-            side: np.mean(
-                [_resampled(s[clean], s[rows], draws_clean, draws) for s in p.scores for rows, draws in group], axis=0
-            )
-            for side, group in by_side.items()
+        values[provider] = {
+            side: np.mean([_resampled(scores, s, rows, drawn) for s in p.scores for rows in cells_], axis=0)
+            for side, cells_ in by_side.items()
         }
-        drawn[provider]["all"] = np.mean(list(drawn[provider].values()), axis=0)
-    report: dict[str, dict[str, Any]] = {}
-    for provider, sides in drawn.items():
-        report[provider] = {
+        values[provider]["all"] = np.mean(list(values[provider].values()), axis=0)
+    return {
+        provider: {
             side: {
-                # The first draw is the sample itself.
-                "auroc": float(values[0]),
-                "interval": np.quantile(values[1:], [0.025, 0.975]).tolist(),
-                "default_lead": np.quantile((drawn["default"][side] - values)[1:], [0.025, 0.975]).tolist(),
+                "auroc": float(drawn_[0]),
+                "interval": np.quantile(drawn_[1:], [0.025, 0.975]).tolist(),
+                "default_lead": np.quantile((values["default"][side] - drawn_)[1:], [0.025, 0.975]).tolist(),
             }
-            for side, values in sides.items()
+            for side, drawn_ in sides.items()
         }
-    return report
+        for provider, sides in values.items()
+    }
 
 
-def _resampled(clean: Floats, shifted: Floats, draws_clean: NDArray[Any], draws: NDArray[Any]) -> Floats:
-    """AUROC of the sample and of every draw, (1 + DRAWS,): half the sum of signs, weighed by how often each was drawn."""
-    signs = (np.sign(shifted[:, None] - clean[None, :]) + 1) / 2
-    times_clean = np.stack([np.bincount(d, minlength=len(clean)) for d in draws_clean]) / len(clean)
-    times = np.stack([np.bincount(d, minlength=len(shifted)) for d in draws]) / len(shifted)
-    return np.concatenate([[signs.mean()], np.einsum("bi,ij,bj->b", times, signs, times_clean, optimize=True)])
+def _resampled(scores: Scores, values: Floats, shifted: slice, drawn: NDArray[np.float32]) -> Floats:
+    """AUROC of a cell under every draw of the sources' weights, (draws,)."""
+    clean = scores.sets["clean"]
+    signs = (np.sign(values[shifted][:, None] - values[clean][None, :]) + 1).astype(np.float32) / 2
+    w_shifted, w_clean = drawn[:, scores.sources[shifted]], drawn[:, scores.sources[clean]]
+    found: Floats = ((w_shifted @ signs) * w_clean).sum(1) / (w_shifted.sum(1) * w_clean.sum(1))
+    return found.astype(np.float64)
 
 
 def false_alarms(scores: Scores, provider: Provider) -> dict[str, Any]:
@@ -276,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--data", type=Path, default=ROOT.parent / "shared/data", help="folder with preference/*.jsonl.gz"
     )
     parser.add_argument(
-        "--work", type=Path, default=ROOT / "benchmarks/.cache", help="reward models and scores are kept here"
+        "--work", type=Path, default=ROOT / "benchmarks/.cache", help="reward models and vectors are kept here"
     )
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results")
     a = parser.parse_args(argv)
@@ -284,14 +292,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for recipe in cells.REWARD_MODELS[a.half]:
         if a.base not in (None, recipe.base):
             continue
-        name = f"{recipe.base}-{recipe.seed}"
-        kept = a.work / f"scores-{a.half}-{recipe.base}.npz"
-        if not kept.exists():
-            folder = a.work / name
-            if not (folder / "model.safetensors").exists():
-                training.reward_model(recipe, training.hh_rows(a.data), folder)
-            detection_scores.score(recipe, folder, data, a.half).save(kept)
-        results[name] = result(Scores.load(kept), recipe.seed)
+        folder = training.trained(recipe, a.data, a.work)
+        results[folder.name] = result(detection_scores.score(recipe, folder, data, a.half, a.work), recipe.seed)
     print_report(a.half, results)
     a.output.mkdir(parents=True, exist_ok=True)
     report = json.dumps({"alpha": ALPHA, "half": a.half, "reward_models": results}, indent=1) + "\n"

@@ -3,7 +3,7 @@
     python benchmarks/run.py sweep
 
 Mean AUROC over the development cells of `cells.py`, per side; scores are standardised by length on the calibration prompts.
-Writes `sweep.json` and draws `sweep.svg`. Some minutes on a GPU; hours on two cores.
+Writes `sweep.json` and draws `sweep.svg`. Some minutes on a GPU, half an hour on two cores.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--data", type=Path, default=ROOT.parent / "shared/data", help="folder with preference/*.jsonl.gz"
     )
     parser.add_argument(
-        "--work", type=Path, default=ROOT / "benchmarks/.cache", help="reward models and scores are kept here"
+        "--work", type=Path, default=ROOT / "benchmarks/.cache", help="reward models and vectors are kept here"
     )
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results")
     parser.add_argument("--draw-only", action="store_true", help="draw sweep.json again")
@@ -86,17 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not a.draw_only:
         table: dict[str, Any] = {}
         for recipe in cells.REWARD_MODELS["development"]:
-            name = f"{recipe.base}-{recipe.seed}"
-            kept = a.work / f"sweep-{name}.npz"
-            if not kept.exists():
-                folder = a.work / name
-                if not (folder / "model.safetensors").exists():
-                    training.reward_model(recipe, training.hh_rows(a.data), folder)
-                data = cells.Data(a.data)
-                detection_scores.score(recipe, folder, data, "development", channels=CHANNELS).save(kept)
-            scores = Scores.load(kept)
+            folder = training.trained(recipe, a.data, a.work)
+            data = cells.Data(a.data)
+            scores = detection_scores.score(recipe, folder, data, "development", a.work, channels=CHANNELS)
             alone = [column for column in scores.raw if column.split("|")[0] in CHANNELS]
-            table[name] = {column: side_means(scores, column) for column in alone}
+            table[folder.name] = {column: side_means(scores, column) for column in alone}
         report.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     draw(json.loads(report.read_text(encoding="utf-8")), a.output / "sweep.svg")
     return 0

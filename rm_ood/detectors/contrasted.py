@@ -27,7 +27,8 @@ class ContrastedMahalanobis(NormalisedMahalanobis):
     data, where a distance alone sees nothing; the ratio asks whether noise explains the vector better. Its Gaussian is of
     copies of the fit texts with random words in them, so no out-of-distribution data are needed.
 
-    The distance to each class is weighed by the same ratio, so `sq_distances` keeps its order among classes. Settings as
+    The ratio alone (`contrasted`) is a second score: the largest of both, each standardised, sees more than either. The
+    distance to each class is weighed by the same ratio, so `sq_distances` keeps its order among classes. Settings as
     `MahalanobisDetector`; the state has that of the copies' Gaussian beside its own, as `noise.NAME`.
 
     Attributes:
@@ -73,6 +74,11 @@ class ContrastedMahalanobis(NormalisedMahalanobis):
             effective_rank=self.effective_rank_,
         )
 
+    def contrasted(self, x: Any) -> tuple[Tensor, Tensor]:
+        """`sq_distances` (n, k) and the ratio d / d_noise by itself, (n,); larger is more OOD, and +inf as in `score`."""
+        weighed, _, _, ratio = self._weigh(x)
+        return weighed, ratio
+
     def own_sq_distances(self, x: Any) -> Tensor:
         """Squared distance to every class before it is weighed, (n, k); otherwise as `sq_distances`."""
         return self._measured(x)[0][0]
@@ -86,12 +92,15 @@ class ContrastedMahalanobis(NormalisedMahalanobis):
         return self
 
     def _distances(self, x: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return self._weigh(x)[:3]
+
+    def _weigh(self, x: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         (distances, nearest, index), (_, noise, _) = self._measured(x)
         noise = noise.clamp(min=_NEAREST)
         # A row that cannot be scored, by either Gaussian, is infinitely far, whatever the other one says.
-        ratio = torch.where(noise.isfinite(), nearest / noise, math.inf)
+        ratio = torch.where(noise.isfinite(), nearest / noise, math.inf).nan_to_num(nan=math.inf, posinf=math.inf)
         weighed = (distances * ratio[:, None]).nan_to_num(nan=math.inf, posinf=math.inf)
-        return weighed, (nearest * ratio).nan_to_num(nan=math.inf, posinf=math.inf), index
+        return weighed, (nearest * ratio).nan_to_num(nan=math.inf, posinf=math.inf), index, ratio
 
     def _gaussians(self) -> list[Gaussian]:
         return [*super()._gaussians(), *self.noise_._gaussians()]

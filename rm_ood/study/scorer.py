@@ -26,7 +26,7 @@ from rm_ood.errors import InputError, TokenisationWarning
 from rm_ood.fitting import WINDOW_BATCHES
 from rm_ood.guard import OODGuard
 from rm_ood.identity import Identity
-from rm_ood.state import ChannelScores, FittedState
+from rm_ood.state import ChannelScores, FittedState, fitted_channels
 from rm_ood.study.cache import Record, ScoreCache
 from rm_ood.text import Encoded
 
@@ -111,7 +111,7 @@ class Scorer:
                 )
         # In the order of `FittedState.score`.
         read = [name for name in state.detectors if name in known]
-        self._channels = (*read, REWARD)
+        self._channels = (*fitted_channels({name: state.detectors[name] for name in read}), REWARD)
         self._classes = {name: k for name in read if (k := len(state.detectors[name].classes_)) > 1}
         self._width = 4 + len(self._channels) + sum(self._classes.values()) + len(self.baselines)
         self._identity = _identity(guard, self.baselines)

@@ -29,8 +29,8 @@ from rm_ood.study.terminal import table as terminal_table
 SHIFTS = ("word noise:response:0.5", "character noise:prompt:0.2", "repeated token:response:1")
 FLAGS = ("combined", "prompt", "response")
 CHANNELS = {
-    "prompt": {"prompt/mean@0.67", "prompt/mean@0.83"},
-    "response": {"final", "response/mean@0.67", "response/mean@0.83", "reward", "low reward"},
+    "prompt": {"prompt/mean@0.67", "prompt/contrast@0.67"},
+    "response": {"final", "response/mean@0.67", "response/contrast@0.67", "reward", "low reward"},
 }
 
 
