@@ -1,7 +1,7 @@
 """Clean and shifted items of the detection benchmark, split into a development and a sealed half.
 
 The split was written down before the first run: everything is chosen on the development half (its languages, domains, kinds
-of noise and reward models), and the sealed half is scored once. No domain or kind of noise is in both; of the languages
+of noise and reward models), and the sealed half is for the report. No domain or kind of noise is in both; of the languages
 French and Chinese are, in other data.
 """
 
@@ -90,7 +90,7 @@ class Data:
     def items(self, name: str, **want: str) -> list[Item]:
         """Prompts with the right or only answer, and the wrong one."""
         return [
-            Item(row["prompt"], row.get("chosen", row.get("response")), row.get("rejected"), f"{name} {row['id']}")
+            Item(row["prompt"], row.get("chosen", row.get("response")), row.get("rejected"), _source(row))
             for row in self.rows(name, **want)
         ]
 
@@ -102,7 +102,7 @@ class Data:
         for row in other:
             asked, answered = (english[row["id"]] if side == s else row for s in ("response", "prompt"))
             response = answered.get("chosen", answered.get("response"))
-            found.append(Item(asked["prompt"], response, answered.get("rejected"), f"{name} {row['id']}"))
+            found.append(Item(asked["prompt"], response, answered.get("rejected"), _source(row)))
         return found
 
     def background(self) -> list[Item]:
@@ -114,6 +114,15 @@ class Data:
         ]
         halves = [(text[: len(text) // 2], text[len(text) // 2 :]) for text in texts]
         return [Item(a.strip(), b.strip()) for a, b in halves if a.strip() and b.strip()]
+
+
+def _source(row: Row) -> str:
+    """The task that a row is about: one in all files, languages and answers."""
+    found: str = row["id"]
+    if found.startswith("mtbench-"):
+        # The rest is the model that answered.
+        return "-".join(found.split("-")[:2])
+    return f"ukp {row['prompt']}" if found.startswith("ukp-") else found
 
 
 def drawn(items: Sequence[Item], size: int = CELL_SIZE) -> tuple[Item, ...]:

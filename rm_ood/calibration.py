@@ -215,8 +215,9 @@ class CalibrationTable:
     """Channel scores of n calibration prompts, one response each; saved with the guard as it is.
 
     Args:
-        scores: (n, m) float64 channel scores in the detectors' own unit (squared distances; |standardised reward| for
-            the channel `reward`); +inf where an input had no finite score.
+        scores: (n, m) float64 channel scores in the detectors' own unit (squared distances, weighed where the detector
+            weighs them; ratios of distances for contrasts; |standardised reward| for the channel `reward`); +inf where an
+            input had no finite score.
         channels: m names, see `rm_ood.channels`.
         lengths: (n, 2) int64 prompt and response span lengths in tokens.
         part_a: (n,) bool, from `split_parts`.

@@ -37,10 +37,13 @@ def _variant(detector: MahalanobisDetector, channel: str, joined: Sequence[str],
     """What sets a channel's distance apart, to be said after its name."""
     unit = ", of vectors of length 1 (Mahalanobis++)" if isinstance(detector, NormalisedMahalanobis) else ""
     if isinstance(detector, ContrastedMahalanobis):
-        unit += f", weighed against {detector.noise_.n_samples_} noisy copies of the fit texts"
-        unit += (
-            "; and the ratio of the two distances by itself" if str(Channel.parse(channel).contrast) in joined else ""
-        )
+        copies = f"{detector.noise_.n_samples_} noisy copies of the fit texts"
+        if str(Channel.parse(channel).contrast) not in joined:
+            unit += f", weighed against {copies}"
+        elif channel in joined:
+            unit += f", weighed against {copies}; and the ratio of the two distances by itself"
+        else:
+            unit += f": its ratio to the distance from {copies}"
     return unit + (", without the direction of the reward" if project_out_reward and channel == FINAL else "")
 
 

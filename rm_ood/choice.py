@@ -1,7 +1,7 @@
 """Channels chosen on the user's own reward model, without out-of-distribution data: `rm-ood fit --channels auto`.
 
-Which layers see a shift differs between reward models, and shifts that anyone can plant in clean text tell which: over the
-sets of layers, how well planted shifts are seen ranks nearly as how well real ones are (benchmarks/README.md, "Channels").
+Which layers see a shift differs between reward models, and shifts that anyone can plant in clean text tell the good ones
+from the bad (benchmarks/README.md, "Channels", has how far).
 The prompts that the choice is made on are neither fitted nor calibrated on, so no promise of the guard is touched.
 """
 

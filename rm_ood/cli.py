@@ -442,7 +442,8 @@ def _settings(parser: argparse.ArgumentParser) -> None:
     add = partial(group.add_argument, default=argparse.SUPPRESS)
     add(
         "--channels",
-        help="default, final, auto (those that see planted shifts best here), or a list: final,response/mean@0.67",
+        help="default, final, auto (those that see planted shifts best here), or a list: "
+        "final,response/mean@0.67,response/contrast@0.67",
     )
     add(
         "--axes",

@@ -24,7 +24,7 @@ class ChannelDecision:
     """One channel's view of an item.
 
     Attributes:
-        score: in the detector's own unit (Mahalanobis: squared distance); larger = more OOD.
+        score: in the detector's own unit (Mahalanobis: squared distance; contrasts: a ratio of two); larger = more OOD.
         ood_score: the score standardised for the span's length; comparable between channels.
         class_scores: squared distances to chosen and rejected, where the channel has classes.
         p_value: against the calibration prompts, this channel alone.

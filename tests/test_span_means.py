@@ -304,6 +304,7 @@ def test_contrasts_are_joined_by_name_from_the_vectors_of_the_mean(model: Any, t
             after.axes["response"].channels[name].ood_scores, before.axes["response"].channels[name].ood_scores
         )
         np.testing.assert_array_equal(after.p_values, before.axes["response"].channels[name].p_values)
+    assert ": its ratio to the distance from" in str(kept.report())
     d = kept.state.detectors["response/mean@0.67"].n_features_in_
     by_vectors = kept.check_embeddings({"response/mean@0.67": torch.full((1, d), torch.nan)}, rewards=np.zeros(1))
     assert by_vectors.is_ood.all()

@@ -282,7 +282,7 @@ def _identity(guard: OODGuard, baselines: Mapping[str, tuple[tuple[str, ...], De
     sha = hashlib.sha256()
     c = state.config
     settings: list[Any] = [dict(found.fields), c.reward, c.layers, c.prompt_pass, needed_channels(c), list(baselines)]
-    settings += [state.reward_mean, state.reward_sd]
+    settings += [state.reward_mean, state.reward_sd, state.channel_names]
     sha.update(json.dumps(settings, sort_keys=True).encode())
     if found.weights is not None:
         sha.update(found.weights.names.encode() + found.weights.values.numpy().tobytes())
