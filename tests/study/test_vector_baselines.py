@@ -37,7 +37,7 @@ def vectors(guard: OODGuard, items: list[tuple[Any, Any]], channel: str) -> torc
 
 
 def test_every_detector_on_every_channel(fitted: dict[str, Any]) -> None:
-    channels = DEFAULT_CHANNELS[:5]
+    channels = [name for name in DEFAULT_CHANNELS[:5] if "/contrast" not in name]
     expected = {f"{kind} {channel}": channel for kind in KINDS for channel in channels}
     assert {name: on for name, (on, _) in fitted.items() if name != "response given prompt"} == expected
     assert fitted["response given prompt"][0] == ("prompt/mean@0.67", "final")
