@@ -29,10 +29,7 @@ TOLERANCE = {"rtol": 1e-3, "atol": 1e-3}
 @pytest.fixture(params=["MiniLM", pytest.param("SmolLM2", marks=pytest.mark.smollm2)])
 def real(request: pytest.FixtureRequest) -> Iterator[tuple[Any, Any]]:
     model, tokenizer = request.getfixturevalue(request.param.lower())
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
     yield copy.deepcopy(model), tokenizer
-    torch.set_num_threads(threads)
     torch._dynamo.reset()
 
 

@@ -565,16 +565,19 @@ def test_a_connection_that_is_lost_is_made_again(
 
 
 def test_nobody_there(vectors: OODGuard, decoder_tokenizer: Any, naps: list[float]) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with (
-        SGLangScorer(f"http://me:secret@127.0.0.1:{port}/?key=secret", vectors, decoder_tokenizer, retries=1) as scorer,
-        pytest.raises(
-            EngineError, match=rf"^http://127\.0\.0\.1:{port}/v1/score could not be reached.*; 2 tries"
-        ) as error,
-    ):
-        scorer.check("one two", "three")
+    # Bound and not listening: refused, and taken by nobody else meanwhile.
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        port = silent.getsockname()[1]
+        with (
+            SGLangScorer(
+                f"http://me:secret@127.0.0.1:{port}/?key=secret", vectors, decoder_tokenizer, retries=1
+            ) as scorer,
+            pytest.raises(
+                EngineError, match=rf"^http://127\.0\.0\.1:{port}/v1/score could not be reached.*; 2 tries"
+            ) as error,
+        ):
+            scorer.check("one two", "three")
     assert "secret" not in str(error.value)
 
 

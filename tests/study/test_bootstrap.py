@@ -159,10 +159,10 @@ def test_blocks_change_nothing(monkeypatch):
 def test_a_study_of_2000_rows_takes_no_minutes():
     rng = np.random.default_rng(6)
     clean, shifted = rng.normal(size=2000), rng.normal(1, size=2000)
-    start = time.perf_counter()
+    start = time.process_time()
     low, high = bootstrap.auroc_interval(clean, shifted, range(2000), range(2000))
-    # A thirtieth of a second on one idle core.
-    assert time.perf_counter() - start < 2
+    # A thirtieth of a second of a core, whatever else runs on it.
+    assert time.process_time() - start < 2
     assert low < detection.auroc(clean, shifted) < high
 
 
