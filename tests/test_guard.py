@@ -39,16 +39,29 @@ def make(model_and_tokenizer: tuple[Any, Any], **options: Any) -> OODGuard:
     return OODGuard(*model_and_tokenizer, **{"alpha": 0.05, "max_length": 128, **options})
 
 
-@pytest.fixture
-def guard(tiny_decoder: Any, rows: Any) -> OODGuard:
-    return make(tiny_decoder).fit(rows, calibration=0.5, progress=False)
-
-
 @pytest.fixture(scope="module")
 def fitted(shared_decoder: Any, decoder_tokenizer: Any) -> OODGuard:
     """One guard for the tests that only read it."""
     guard = make((copy.deepcopy(shared_decoder), decoder_tokenizer))
     return guard.fit(preference_rows(400), calibration=0.5, progress=False)
+
+
+@pytest.fixture
+def guard(tiny_decoder: Any, fitted: OODGuard) -> OODGuard:
+    """A guard of the test's own, on a model of its own, as `fitted` was fitted: states are replaced, never changed."""
+    guard = make(tiny_decoder)
+    guard._swap(fitted._fitted())
+    return guard
+
+
+@pytest.fixture(scope="module")
+def short(minilm: Any, shared_decoder: Any, decoder_tokenizer: Any) -> dict[str, Any]:
+    """Model fixture -> the state of a guard of it that reads 64 tokens."""
+    found = {}
+    for name, pair in (("minilm", minilm), ("tiny_decoder", (copy.deepcopy(shared_decoder), decoder_tokenizer))):
+        with make(pair, max_length=64).fit(preference_rows(250), calibration=0.5, progress=False) as guard:
+            found[name] = guard._fitted()
+    return found
 
 
 @pytest.fixture
@@ -173,7 +186,7 @@ def test_prompt_pass_is_a_second_forward_and_strict_for_an_encoder(minilm: Any, 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("which", ["minilm", "tiny_decoder"])
 def test_rewards_are_bit_identical_with_and_without_the_guard(
-    request: pytest.FixtureRequest, which: str, side: str, batch_size: int, rows: Any
+    request: pytest.FixtureRequest, which: str, side: str, batch_size: int, rows: Any, short: dict[str, Any]
 ) -> None:
     model, tokenizer = request.getfixturevalue(which)
     prompts, responses = texts(rows[:batch_size])
@@ -185,7 +198,8 @@ def test_rewards_are_bit_identical_with_and_without_the_guard(
     )
     with torch.inference_mode():
         bare = model(**inputs).logits.clone()
-    guard = make((model, tokenizer), max_length=64).fit(rows[:250], calibration=0.5, progress=False)
+    guard = make((model, tokenizer), max_length=64)
+    guard._swap(short[which])
     before = {name: value.clone() for name, value in inputs.items()}
     ends = torch.tensor([int(m.nonzero()[0]) + 3 for m in inputs["attention_mask"]])
     if which == "minilm" and not inputs["attention_mask"][:, 0].all():
@@ -217,8 +231,9 @@ def test_call_without_spans_says_what_to_pass(fitted: OODGuard) -> None:
         fitted(**inputs)
 
 
-def test_call_finds_the_response_by_segments(minilm: Any, rows: Any) -> None:
-    guard = make(minilm, max_length=64).fit(rows[:250], calibration=0.5, progress=False)
+def test_call_finds_the_response_by_segments(minilm: Any, rows: Any, short: dict[str, Any]) -> None:
+    guard = make(minilm, max_length=64)
+    guard._swap(short["minilm"])
     prompts, responses = texts(rows[:8])
     out = guard(**guard.tokenizer(prompts, responses, return_tensors="pt", padding=True))
     checked = guard.check(prompts, responses)
@@ -238,8 +253,10 @@ def test_chat_guard_says_that_spans_are_approximate(tiny_decoder: Any) -> None:
 # -- fit and calibrate
 
 
-def test_same_data_in_another_order_give_the_same_guard(tiny_decoder: Any, rows: Any, fresh: Any) -> None:
-    one = make(tiny_decoder).fit(rows, calibration=0.5, progress=False)
+def test_same_data_in_another_order_give_the_same_guard(
+    tiny_decoder: Any, rows: Any, fresh: Any, fitted: OODGuard
+) -> None:
+    one = fitted
     two = make(tiny_decoder).fit(rows[::-1], calibration=0.5, progress=False)
     np.testing.assert_allclose(one.check(*texts(fresh)).p_values, two.check(*texts(fresh)).p_values, rtol=2e-2)
     assert one._fitted().table.n == two._fitted().table.n
@@ -247,10 +264,12 @@ def test_same_data_in_another_order_give_the_same_guard(tiny_decoder: Any, rows:
 
 
 @pytest.mark.parametrize("form", ["dataset", "iterable", "generator", "jsonl", "parquet", "messages", "unpaired"])
-def test_every_form_of_the_same_data_gives_the_same_fit(tiny_decoder: Any, rows: Any, tmp_path: Any, form: str) -> None:
+def test_every_form_of_the_same_data_gives_the_same_fit(
+    tiny_decoder: Any, rows: Any, fitted: OODGuard, tmp_path: Any, form: str
+) -> None:
     import datasets
 
-    expected = make(tiny_decoder).fit(rows, calibration=0.5, progress=False)
+    expected = fitted
     options: dict[str, Any] = {}
     data: Any
     if form == "dataset":

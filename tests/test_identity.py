@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -34,13 +35,20 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(scope="module")
+def written(shared_decoder: Any, decoder_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved guard, fitted once for all tests."""
+    folder = tmp_path_factory.mktemp("identity") / "guard"
+    with fitted(copy.deepcopy(shared_decoder), decoder_tokenizer, text_format="chat") as guard:
+        guard.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def saved(tiny_decoder: Any, tmp_path: Path) -> tuple[Path, Any, Any]:
-    """A saved guard, with the model and tokenizer that it was fitted on."""
-    model, tokenizer = tiny_decoder
-    with fitted(model, tokenizer, text_format="chat") as guard:
-        guard.save_pretrained(tmp_path / "guard")
-    return tmp_path / "guard", model, tokenizer
+def saved(written: Path, tiny_decoder: Any, tmp_path: Path) -> tuple[Path, Any, Any]:
+    """A saved guard of the test's own, with the model and tokenizer that it was fitted on."""
+    shutil.copytree(written, tmp_path / "guard")
+    return tmp_path / "guard", *tiny_decoder
 
 
 def other_head(model: Any, tokenizer: Any) -> Any:
