@@ -73,9 +73,10 @@ def shallow(decoder_tokenizer: Any) -> tuple[Any, Any]:
     return family.build(num_hidden_layers=2), decoder_tokenizer
 
 
-@pytest.fixture
-def eager(tiny_decoder: Any) -> Decisions:
-    return verdicts(fitted(*tiny_decoder))
+@pytest.fixture(scope="module")
+def eager(shared_decoder: Any, decoder_tokenizer: Any) -> Decisions:
+    """The verdicts on the tiny decoder as it is."""
+    return verdicts(fitted(copy.deepcopy(shared_decoder), decoder_tokenizer))
 
 
 # -- compiled
@@ -502,10 +503,11 @@ def test_zero_3_is_refused_by_name(way: str, tiny_decoder: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", "tensor-parallel"])
 @row("two gloo processes: DDP, FSDP2, tensor parallel")
-def test_two_processes(way: str, kind: str, tmp_path: Path) -> None:
+def test_two_processes(way: str, kind: str, decoder_tokenizer: Any, tmp_path: Path) -> None:
     script = Path(__file__).with_name("two_processes.py")
-    run = subprocess.run(
-        [sys.executable, str(script), kind, str(tmp_path / "store")], capture_output=True, text=True, timeout=280
-    )
+    # Out of GGUF, each process would take seconds to make it.
+    decoder_tokenizer.save_pretrained(tmp_path / "words")
+    command = [sys.executable, str(script), kind, str(tmp_path / "store"), str(tmp_path / "words")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("same") == 2

