@@ -111,6 +111,22 @@ def test_axes_are_joined_by_the_largest_and_not_by_the_mean() -> None:
     assert state.flag_rate is None
 
 
+def test_two_axes_that_err_together_alarm_as_rarely_as_one() -> None:
+    ever, early = 0, 0
+    for seed in range(120):
+        rng = np.random.default_rng(seed)
+        shared, own = rng.normal(size=(1, 1300)), rng.normal(size=(2, 1300))
+        prompt, response = 0.8 * shared + 0.6 * own
+        monitor = TrafficMonitor(
+            {"prompt": prompt[:300], "response": response[:300]}, lifetime=10, recurring=500, seed=seed
+        )
+        monitor.update({"prompt": prompt[300:350], "response": response[300:350]})
+        early += monitor.state.recurring_alarms > 0
+        ever += monitor.update({"prompt": prompt[350:], "response": response[350:]}).alarm
+    assert ever <= stats.binom.ppf(0.999, 120, 1 / 10)
+    assert early <= stats.binom.ppf(0.999, 120, 50 / 500)
+
+
 # -- one stream, however it comes
 
 
