@@ -103,7 +103,7 @@ class MonitorState:
         if self.flag_rate is not None and self.flag_rate.alarm:
             low, high = self.flag_rate.band()
             parts.append(
-                f"{100 * self.flag_rate.rate:.2g} % of {self.flag_rate.n} items are flagged (95 % band {100 * low:.2g} to "
-                f"{100 * high:.2g} %), more than {100 * self.flag_rate.budget:.2g} %"
+                f"{100 * self.flag_rate.rate:.3g} % of {self.flag_rate.n} items are flagged (95 % band {100 * low:.3g} to "
+                f"{100 * high:.3g} %), more than {100 * self.flag_rate.budget:.3g} %"
             )
         return "; ".join(parts) or None
