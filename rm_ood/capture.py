@@ -25,6 +25,7 @@ from rm_ood.reward_model import (
     check_left_padding,
     find_blocks,
     find_head,
+    has_left_padding,
     is_per_token,
     read_out_positions,
     read_reward,
@@ -217,6 +218,8 @@ class Capture:
             InputError: after the block, if the padding changed what the model returned.
         """
         self._follow()
+        # Asked before the forward, not after it: the answer waits for the device.
+        is_left_padded = has_left_padding(inputs)
         request = Request(read_out_positions(self.model, inputs, self._rule), spans, columns)
         self._slot.request = request
         try:
@@ -231,7 +234,8 @@ class Capture:
                 "the hooked blocks. A model compiled before the guard was made skips late hooks: make the guard before the "
                 "first compiled call, or call torch._dynamo.reset()."
             )
-        check_left_padding(self.model, inputs, request.pooled, self.reader.read_out)
+        if is_left_padded:
+            check_left_padding(self.model, inputs, request.pooled, self.reader.read_out)
 
     def forward(self, inputs: Mapping[str, Any], spans: Spans, columns: Tensor | None = None) -> tuple[Any, Captured]:
         """One forward pass of the model, its own output untouched, and the vectors of it.

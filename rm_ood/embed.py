@@ -138,14 +138,15 @@ def embedded(
     """What a forward left behind, with the items that cannot be trusted named."""
     if captured.unchecked:
         reasons = [(*given, "unchecked_read_out") for given in reasons]
-    rewards = captured.rewards.double().cpu().numpy()
-    mismatch = captured.mismatch.cpu().numpy()
+    device = captured.rewards.device
+    finite = [torch.isfinite(vectors).all(1).to(device) for vectors in captured.vectors.values()]
+    found = torch.stack([captured.rewards.double(), captured.mismatch.to(device, torch.float64), *finite])
+    # One copy for all: each waits for the device.
+    rewards, mismatch, *usable = found.cpu().numpy()
     failed: list[str | None] = [None] * len(rewards)
-    finite = np.isfinite(rewards)
-    for vectors in captured.vectors.values():
-        finite &= torch.isfinite(vectors).all(1).cpu().numpy()
+    good = np.isfinite(rewards) & np.all(usable, axis=0)
     for i in range(len(failed)):
-        if not finite[i]:
+        if not good[i]:
             failed[i] = "non_finite"
         elif mismatch[i]:
             failed[i] = "read_out_mismatch"

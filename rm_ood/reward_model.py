@@ -272,6 +272,12 @@ def read_out_positions(
     return torch.where(ids != pad, columns, 0).argmax(-1)
 
 
+def has_left_padding(inputs: Mapping[str, Any]) -> bool:
+    """Whether some row of a batch starts with padding."""
+    mask = inputs.get("attention_mask")
+    return mask is not None and not bool(mask[:, 0].all())
+
+
 def check_left_padding(model: Any, inputs: Mapping[str, Any], pooled: bool, own_rule: Any) -> None:
     """Refuse a left-padded batch whose padding moves the model's own reward.
 
@@ -281,9 +287,6 @@ def check_left_padding(model: Any, inputs: Mapping[str, Any], pooled: bool, own_
     Raises:
         InputError: absolute positions without `position_ids`, a vector read at position 0, or shifted decoder inputs.
     """
-    mask = inputs.get("attention_mask")
-    if mask is None or bool(mask[:, 0].all()):
-        return
     config, name = text_config(model), type(unwrap(model)).__name__
     if getattr(unwrap(model).config, "is_encoder_decoder", False):
         why = "its decoder reads the inputs shifted by one, so padding on the left stands before the text there too"

@@ -127,17 +127,30 @@ class FittedState:
         unknown = sorted(set(vectors) - set(self.detectors))
         if unknown:
             raise MismatchError(f"channels {unknown} are not in this guard; it has {sorted(self.detectors)}")
-        distances: dict[str, Floats] = {}
-        ratios: dict[str, Floats] = {}
+        names: list[tuple[str, str | None]] = []
+        each: list[Tensor] = []
         for name, detector in self.detectors.items():
             if name not in vectors:
                 continue
             if isinstance(detector, ContrastedMahalanobis):
                 sq, ratio = detector.contrasted(vectors[name])
-                ratios[str(Channel.parse(name).contrast)] = ratio.double().cpu().numpy()
+                names += [(name, None), (name, str(Channel.parse(name).contrast))]
+                each += [sq.double(), ratio.double()[:, None]]
             else:
-                sq = detector.sq_distances(vectors[name])
-            distances[name] = sq.double().cpu().numpy()
+                names.append((name, None))
+                each.append(detector.sq_distances(vectors[name]).double())
+        if not each:
+            return self.score_distances({}, rewards)
+        # One copy for all channels: each waits for the device.
+        ends = np.cumsum([part.shape[1] for part in each])[:-1]
+        found = zip(names, np.split(torch.cat(each, 1).cpu().numpy(), ends, axis=1), strict=True)
+        distances: dict[str, Floats] = {}
+        ratios: dict[str, Floats] = {}
+        for (name, contrast), part in found:
+            if contrast is None:
+                distances[name] = part
+            else:
+                ratios[contrast] = part[:, 0]
         return self.score_distances(distances, rewards, ratios)
 
     def score_distances(
@@ -261,11 +274,13 @@ class FittedState:
     def to_saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON-able settings for `rm_ood.artifact`."""
         tensors: dict[str, Tensor] = {"fit.prompt_keys": torch.from_numpy(self.fit_keys.view(np.int64).copy())}
-        fits = {}
+        fits: dict[str, dict[str, Any]] = {}
         for i, (name, detector) in enumerate(self.detectors.items()):
             state = detector.state_tensors()
             tensors |= {f"channel.{i}.{key}": value.cpu().contiguous() for key, value in state.items()}
             fits[name] = {"shrinkage": detector.shrinkage_, "effective_rank": detector.effective_rank_}
+            if detector.precision is not None:
+                fits[name]["precision"] = detector.precision
         group_names: list[str] = []
         if self.table is not None:
             tensors["calibration.scores"] = torch.from_numpy(self.table.scores.copy())
@@ -315,6 +330,8 @@ class FittedState:
                     floor=settings.floor,
                     effective_shrinkage=float(fits[name]["shrinkage"]),
                     effective_rank=float(fits[name]["effective_rank"]),
+                    # Of guards whose distances a kernel has measured.
+                    mode=fits[name].get("precision", {}).get("mode"),
                 )
                 for i, name in enumerate(names)
             }

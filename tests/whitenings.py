@@ -30,7 +30,7 @@ def draws(n: int, factor: Tensor, means: Tensor, *, seed: int = 1) -> Tensor:
 
 
 def exact(x: Tensor, packed: Packed) -> Tensor:
-    """(g, n, k) float64 distances under the whitenings that the packed form holds."""
+    """(g, n, k) float64 distances under the whitenings that the packed form holds, on the device of x."""
     stored = unpack(packed.tiles, packed.scales, packed.x_scale, dtype=torch.float64)
     z = (x.double() - (0 if packed.center is None else packed.center.double())) @ stored.transpose(1, 2)
     return (z[:, :, None] - packed.shifts.double()[:, None]).square().sum(3)

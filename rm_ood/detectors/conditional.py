@@ -13,6 +13,7 @@ from rm_ood.detectors.mahalanobis import MahalanobisDetector, Shrinkage
 from rm_ood.errors import FormatError, InputError, MismatchError
 from rm_ood.moments import ClassMoments
 from rm_ood.ops import whitened_sq_distance
+from rm_ood.ops.metric import Gaussian
 from rm_ood.vectors import as_vectors
 
 
@@ -77,14 +78,19 @@ class ConditionalMahalanobis(MahalanobisDetector):
         classes: Any = None,
         effective_shrinkage: float = math.nan,
         effective_rank: float = math.nan,
+        mode: str | None = None,
     ) -> Self:
-        """Rebuild a detector from `state_tensors()`; it scores bit-identically.
+        """Rebuild a detector from `state_tensors()`; it scores bit-identically. No kernel measures it: `mode` is not used.
 
         Raises:
             FormatError: as `MahalanobisDetector.from_state`, or a width that `n_given` does not divide.
         """
         detector = cls(n_given, shrinkage=shrinkage, floor=floor)
         return detector._load(tensors, classes, effective_shrinkage, effective_rank)
+
+    def _gaussians(self) -> list[Gaussian]:
+        # What is measured is no triangle: the rows of W of the rest alone.
+        return []
 
     def part_sq_distances(self, x: Any) -> tuple[Tensor, Tensor]:
         """d(given) and d(rest | given) to every class, (n, k) each, columns in the order of `classes_`.

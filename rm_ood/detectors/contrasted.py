@@ -89,6 +89,7 @@ class ContrastedMahalanobis(NormalisedMahalanobis):
         for gaussian, tensors in ((self, super().state_tensors()), (self.noise_, self.noise_.state_tensors())):
             for name, tensor in tensors.items():
                 setattr(gaussian, f"{name}_", tensor.to(device))
+        self._metric.prepare(self._gaussians())
         return self
 
     def _distances(self, x: Any) -> tuple[Tensor, Tensor, Tensor]:

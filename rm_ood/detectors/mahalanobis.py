@@ -14,6 +14,7 @@ from rm_ood import covariance
 from rm_ood.errors import CalibrationError, CalibrationWarning, FormatError, InputError, NotFittedError
 from rm_ood.moments import ClassMoments
 from rm_ood.ops.metric import Gaussian, Metric
+from rm_ood.ops.packing import MODES
 from rm_ood.vectors import as_labels, as_vectors
 
 Shrinkage = Literal["oas", "likelihood"] | float
@@ -129,6 +130,7 @@ class MahalanobisDetector:
         classes: Any = None,
         effective_shrinkage: float = math.nan,
         effective_rank: float = math.nan,
+        mode: str | None = None,
     ) -> Self:
         """Rebuild a detector from `state_tensors()`; it scores bit-identically.
 
@@ -136,12 +138,17 @@ class MahalanobisDetector:
             tensors: exactly the names, shapes and dtypes of `state_tensors()`.
             shrinkage, floor: the settings. classes: labels, 0 to k - 1 by default.
             effective_shrinkage, effective_rank: what the fit reported, for reports only.
+            mode: precision of the packed whitening on a GPU, as `precision` says it; None lets the certificate choose.
 
         Raises:
-            FormatError: a tensor is missing, unknown, of another shape or dtype, not finite, or the whitening is not
-                lower triangular with a positive diagonal.
+            FormatError: an unknown mode, or a tensor that is missing, unknown, of another shape or dtype, not finite; a
+                whitening that is not lower triangular with a positive diagonal.
         """
-        return cls(shrinkage=shrinkage, floor=floor)._load(tensors, classes, effective_shrinkage, effective_rank)
+        if mode is not None and mode not in MODES:
+            raise FormatError(f"mode={mode!r}: expected one of {', '.join(map(repr, MODES))}")
+        detector = cls(shrinkage=shrinkage, floor=floor)._load(tensors, classes, effective_shrinkage, effective_rank)
+        detector._metric.mode = mode
+        return detector
 
     def score(self, x: Any) -> Tensor:
         """Squared distance to the nearest class, (n,) in `dtype`, dimensionless, larger = more OOD.
@@ -160,6 +167,12 @@ class MahalanobisDetector:
     def own_sq_distances(self, x: Any) -> Tensor:
         """`sq_distances` as they move with the vectors: of a detector that weighs its distances, those before."""
         return self.sq_distances(x)
+
+    @property
+    def precision(self) -> dict[str, Any] | None:
+        """Of the distances that a kernel measured: `mode` (see `rm_ood.ops.pack`) and `certificate`, the largest relative
+        change of a squared distance. None where none has."""
+        return self._metric.precision(self._gaussians()) if hasattr(self, "whitening_") else None
 
     def clone(self) -> Self:
         """An unfitted detector with the same settings."""
@@ -195,6 +208,7 @@ class MahalanobisDetector:
         """Move the fitted state, and with it the scoring, to a device; returns itself."""
         for name, tensor in self.state_tensors().items():
             setattr(self, f"{name}_", tensor.to(device))
+        self._metric.prepare(self._gaussians())
         return self
 
     def _distances(self, x: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -60,20 +60,35 @@ class Metric:
 
     def packed(self, gaussians: Sequence[Gaussian]) -> Packed:
         """The packed form of these Gaussians; made on first use, which waits for the device."""
-        whitenings = tuple(g.whitening for g in gaussians)
-        is_same = len(whitenings) == len(self._of) and all(a is b for a, b in zip(whitenings, self._of, strict=True))
-        if self._packed is None or not is_same:
+        if self._packed is None or not self._is_of(gaussians):
             self._packed = pack([(g.whitening, g.means) for g in gaussians], mode=self.mode)
-            self._of = whitenings
+            self._of = tuple(g.whitening for g in gaussians)
         return self._packed
+
+    def prepare(self, gaussians: Sequence[Gaussian]) -> None:
+        """Pack now what a kernel will ask for, so that no call has to wait."""
+        # Vectors of a model: whatever their dtype, a kernel takes them.
+        if gaussians and self._runs(gaussians[0].center[None], gaussians):
+            self.packed(gaussians)
+
+    def precision(self, gaussians: Sequence[Gaussian]) -> dict[str, str | float] | None:
+        """Mode and certificate of the packed form, where there is one."""
+        if self._packed is None or not self._is_of(gaussians):
+            return None
+        return {"mode": self._packed.mode, "certificate": self._packed.certificate}
+
+    def _is_of(self, gaussians: Sequence[Gaussian]) -> bool:
+        return len(gaussians) == len(self._of) and all(
+            g.whitening is w for g, w in zip(gaussians, self._of, strict=True)
+        )
 
     def _runs(self, x: Tensor, gaussians: Sequence[Gaussian]) -> bool:
         if x.device.type == "cpu" and not INTERPRETED:
             return False
-        whitening = gaussians[0].whitening
-        reason = unavailable(x.device) or unsupported(x, max(len(g.offsets) for g in gaussians))
-        if reason is None and whitening.dtype == torch.float64:
+        reason = unavailable(x.device)
+        if reason is None and gaussians[0].whitening.dtype == torch.float64:
             reason = "a float64 detector"
+        reason = reason or unsupported(x, max(len(g.offsets) for g in gaussians))
         if reason is not None:
             fallbacks.add(reason)
         return reason is None

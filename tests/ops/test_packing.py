@@ -1,11 +1,11 @@
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from waits import NoHostSync
 from whitenings import draws, exact, gaussian, in_float32
 
 from rm_ood import ops
 from rm_ood.detectors import ContrastedMahalanobis, MahalanobisDetector, NormalisedMahalanobis
-from rm_ood.errors import InputError
+from rm_ood.errors import FormatError, InputError
 from rm_ood.ops import distance_launch, metric, reference
 from rm_ood.ops.distance_launch import TABLE, Blocks, Device
 from rm_ood.ops.packing import MODES, certificate, pack, unpack
@@ -153,17 +153,6 @@ def test_compiles_and_exports_without_graph_break():
     torch.testing.assert_close(exported.module()(x[:7]), Scored()(x[:7]), rtol=0, atol=0)
 
 
-class NoHostSync(TorchDispatchMode):
-    """Refuses what waits for the device: values read on the host, and shapes that depend on values."""
-
-    REFUSED = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique", "is_nonzero")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().partition("::")[2].partition(".")[0]
-        assert name not in self.REFUSED, f"{name} waits for the device"
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.fixture
 def _kernel_path(monkeypatch):
     """Detectors take the packed operator, whose implementation here is the emulation."""
@@ -250,3 +239,21 @@ def test_parts_of_a_vector():
     assert [parts(bf16, x, changed=False) for x in (bf16, fp16, fp32)] == [1, 2, 3]
     assert [parts(fp32, x, changed=True) for x in (bf16, fp16, fp32)] == [1, 1, 1]
     assert [parts(fp16, bf16, changed=True), parts(bf16, fp16, changed=True)] == [2, 3]
+
+
+@pytest.mark.usefixtures("_kernel_path")
+def test_precision_is_recorded_and_kept():
+    rng = torch.Generator().manual_seed(5)
+    x = torch.randn(300, 20, generator=rng) + 2
+    noisy = ContrastedMahalanobis(shrinkage=0.1)
+    assert noisy.precision is None
+    for detector in (MahalanobisDetector(shrinkage=0.1).fit(x), noisy.fit(x).fit_noise(2 * x)):
+        assert detector.precision is None
+        # Moving a detector packs it: the first call need not.
+        assert detector.to("cpu").precision["mode"] == "fp16x2"
+        assert 0 < detector.precision["certificate"] < 1e-5
+        again = type(detector).from_state(detector.state_tensors(), mode="bf16x3").to("cpu")
+        assert again.precision["mode"] == "bf16x3"
+        torch.testing.assert_close(again.score(x), detector.score(x), rtol=1e-4, atol=0)
+    with pytest.raises(FormatError, match="mode='int8'"):
+        MahalanobisDetector.from_state(detector.noise_.state_tensors(), mode="int8")
