@@ -6,6 +6,9 @@ seconds vary by more than the guard takes on a shared machine, so `own_time` say
 calls (hooks, and all before and after the model's forward), in percent of the model's own time. The model is run as it is,
 under LoRA (adapters on every Linear of the body, not merged) and compiled (inductor; bare is the same compiled model called
 by itself). Inside compiled code the hooks cannot be told from the rest, so there `own_time` is what runs around the forward.
+
+On a GPU the model has the shape of an 8B Llama with random bfloat16 weights, and the time is wall-clock of a call that is
+waited for.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import Any
 
 import torch
 from harness import Row, alternate, quantile
+from large_model import large_reward_model
 from train_reward_model import convert_base
 
 from rm_ood import CalibrationWarning, OODGuard
@@ -27,26 +31,42 @@ TESTS = ("tests/test_capture.py",)
 BATCH, TOKENS, ROUNDS = 8, 32, 31
 CHANNELS = ("final", "default")
 WAYS = ("eager", "lora", "compile")
+LARGE = ((1, 512), (8, 512))
 
 
 def measure() -> Iterator[Row]:
-    """Rows for `final` and `default`, eager, with LoRA and compiled: bare, guarded, and the overhead."""
+    """Rows for `final` and `default`: bare, guarded, and the overhead; on a CPU eager, with LoRA and compiled."""
     torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        yield from _measure_large()
+        return
     base, tokenizer = convert_base(seed=0)
+    for way in WAYS:
+        model = _run_as(base, way)
+        for channels in CHANNELS:
+            torch._dynamo.reset()
+            with _fitted(model, tokenizer, channels) as guard:
+                yield from _compare(guard, channels, way, BATCH, TOKENS)
+
+
+def _measure_large() -> Iterator[Row]:
+    model, tokenizer = large_reward_model("cuda")
+    for channels in CHANNELS:
+        with _fitted(model, tokenizer, channels) as guard:
+            for batch, tokens in LARGE:
+                yield from _compare(guard, channels, "eager", batch, tokens)
+
+
+def _fitted(model: Any, tokenizer: Any, channels: str) -> OODGuard:
     # Short texts to fit on: the time of a verdict does not depend on them.
     rows = [
         {"prompt": [{"role": "user", "content": f"number {i}?"}], "chosen": f"yes {i} it is", "rejected": f"no {i + 1}"}
         for i in range(110)
     ]
-    for way in WAYS:
-        model = _run_as(base, way)
-        for channels in CHANNELS:
-            torch._dynamo.reset()
-            with OODGuard(model, tokenizer, channels=channels, alpha=0.2, batch_size=32) as guard:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", CalibrationWarning)
-                    guard.fit(rows, calibration=0.7, progress=False)
-                yield from _compare(guard, channels, way)
+    guard = OODGuard(model, tokenizer, channels=channels, alpha=0.2, batch_size=32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CalibrationWarning)
+        return guard.fit(rows, calibration=0.7, progress=False)
 
 
 def _run_as(base: Any, way: str) -> Any:
@@ -59,8 +79,10 @@ def _run_as(base: Any, way: str) -> Any:
     return torch.compile(base, dynamic=True) if way == "compile" else base
 
 
-def _compare(guard: OODGuard, channels: str, way: str) -> Iterator[Row]:
-    inputs, spans = _inputs(guard)
+def _compare(guard: OODGuard, channels: str, way: str, batch: int, tokens: int) -> Iterator[Row]:
+    inputs, spans = _inputs(guard, batch, tokens)
+    on_gpu = inputs["input_ids"].is_cuda
+    clock = _waited if on_gpu else time.process_time
 
     def guarded() -> Any:
         with torch.inference_mode():
@@ -72,31 +94,33 @@ def _compare(guard: OODGuard, channels: str, way: str) -> Iterator[Row]:
 
     if not torch.equal(guarded().logits, bare().logits):
         raise RuntimeError("the guarded rewards differ from the bare ones: nothing to compare")
-    timings = alternate({"bare": bare, "guarded": guarded}, rounds=ROUNDS, seconds=0)
+    timings = alternate({"bare": bare, "guarded": guarded}, rounds=ROUNDS, seconds=0, clock=clock)
     pairs = zip(timings["guarded"].samples, timings["bare"].samples, strict=True)
     overhead = sorted(100 * (with_guard / without - 1) for with_guard, without in pairs)
-    shape = f"batch={BATCH} tokens={TOKENS} channels={channels}{'' if way == 'eager' else f' way={way}'}"
+    shape = f"batch={batch} tokens={tokens} channels={channels}{'' if way == 'eager' else f' way={way}'}"
     for provider, timing in timings.items():
         yield Row(
             suite="overhead",
             op="forward",
             provider=provider,
             shape=shape,
-            dtype="float32",
-            metric="cpu_time",
+            dtype=_dtype(guard),
+            metric="time" if on_gpu else "cpu_time",
             value=1e3 * timing.median,
             low=1e3 * timing.low,
             high=1e3 * timing.high,
             unit="ms",
         )
-    own = sorted(_own_share(guard, guarded, way) for _ in range(ROUNDS))
-    for metric, values in {"overhead": overhead, "own_time": own}.items():
+    shares = {"overhead": overhead}
+    if not on_gpu:
+        shares["own_time"] = sorted(_own_share(guard, guarded, way) for _ in range(ROUNDS))
+    for metric, values in shares.items():
         yield Row(
             suite="overhead",
             op="forward",
             provider="guarded",
             shape=shape,
-            dtype="float32",
+            dtype=_dtype(guard),
             metric=metric,
             value=statistics.median(values),
             low=quantile(values, 0.1),
@@ -134,15 +158,26 @@ def _own_share(guard: OODGuard, guarded: Callable[[], Any], way: str) -> float:
     return 100 * (total - model[0] + hooks[0]) / (model[0] - hooks[0])
 
 
-def _inputs(guard: OODGuard) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """A batch of equal lengths: chat-templated items of `TOKENS` tokens."""
+def _inputs(guard: OODGuard, batch: int, tokens: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A batch of equal lengths: chat-templated items of so many tokens."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1000, 20000, (BATCH, TOKENS), generator=generator)
+    ids = torch.randint(1000, 20000, (batch, tokens), generator=generator)
     ids[:, 0] = guard.tokenizer.bos_token_id
-    half = torch.arange(TOKENS) < TOKENS // 2
+    half = torch.arange(tokens) < tokens // 2
     spans = {
-        "prompt_end": torch.full((BATCH,), TOKENS // 2 - 1),
-        "prompt_mask": half.repeat(BATCH, 1),
-        "response_mask": ~half.repeat(BATCH, 1),
+        "prompt_end": torch.full((batch,), tokens // 2 - 1),
+        "prompt_mask": half.repeat(batch, 1),
+        "response_mask": ~half.repeat(batch, 1),
     }
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, spans
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    device = next(guard.model.parameters()).device
+    return {name: t.to(device) for name, t in inputs.items()}, {name: t.to(device) for name, t in spans.items()}
+
+
+def _dtype(guard: OODGuard) -> str:
+    return str(next(guard.model.parameters()).dtype).removeprefix("torch.")
+
+
+def _waited() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
