@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from device import bandwidth, events_timing, graph_timing, half_rate
-from harness import ROOT, Row, Timing
+from harness import Row, Timing
 from peers import pytorch_ood
 
 from rm_ood import ops
@@ -41,7 +41,7 @@ _FIT_ROWS, _FIT_WIDTH = 65536, 4096
 def measure() -> Iterator[Row]:
     """Rows for both kernels; raises where there is no GPU, or a result is wrong."""
     if not torch.cuda.is_available():
-        raise SystemExit(f"the suite kernels needs a GPU; without one: {ROOT.name}/tests_kernels")
+        raise SystemExit("the suite kernels needs a GPU; without one, tests_kernels says what the compiler makes of them")
     copy, rate = bandwidth(), half_rate()
     yield _row("device", "copy", "", "uint8", "bandwidth", copy / 1e9, None, "GB/s")
     yield _row("device", "torch.mm", "n=8192", "float16", "rate", rate / 1e12, None, "TFLOP/s")
