@@ -41,7 +41,9 @@ _FIT_ROWS, _FIT_WIDTH = 65536, 4096
 def measure() -> Iterator[Row]:
     """Rows for both kernels; raises where there is no GPU, or a result is wrong."""
     if not torch.cuda.is_available():
-        raise SystemExit("the suite kernels needs a GPU; without one, tests_kernels says what the compiler makes of them")
+        raise SystemExit(
+            "the suite kernels needs a GPU; without one, tests_kernels says what the compiler makes of them"
+        )
     copy, rate = bandwidth(), half_rate()
     yield _row("device", "copy", "", "uint8", "bandwidth", copy / 1e9, None, "GB/s")
     yield _row("device", "torch.mm", "n=8192", "float16", "rate", rate / 1e12, None, "TFLOP/s")
