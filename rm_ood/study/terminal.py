@@ -17,7 +17,7 @@ _COLUMNS = (
 )  # fmt: skip
 _NOTES = (
     "AUROC against the clean rows, one response per prompt (energy: one pair); .5 is blind. any, prompt, resp.: the guard's "
-    "default channels, joined and by axis; given: the response given the prompt. final: the distance in what the head "
+    "joined channels, in all and by axis; given: the response given the prompt. final: the distance in what the head "
     "reads, alone. reward: |standardised reward|, alone. energy: the paper's score of a reward pair. flagged: share of the "
     "items whose p-value is at most alpha.",
 )
