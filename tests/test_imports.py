@@ -37,7 +37,7 @@ LINES = (
 )
 ORDER = " ".join(LINES).split()
 # The package's own names come from all of the above; the command line is their reader.
-LAST = ("", "cli")
+LAST = ("", "commands", "cli")
 # Tensors only: they work on vectors that came from anywhere.
 STATISTICS = " ".join(LINES[3:9]).split()
 MODEL_COLUMN = {
