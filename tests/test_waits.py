@@ -41,6 +41,21 @@ def test_hooks_do_not_wait():
     torch.testing.assert_close(slot.request.vectors["prompt/mean@1.0"], hidden[:, :3].mean(1))
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8], ids=str)
+@pytest.mark.filterwarnings("ignore:indexing with dtype torch.uint8")
+def test_masks_wait_for_the_device(dtype):
+    x, mask = torch.zeros(3, 2), torch.tensor([True, False, True]).to(dtype)
+    with pytest.raises(AssertionError, match="index with a mask waits"), NoHostSync():
+        x[mask]
+    with pytest.raises(AssertionError, match="index_put_ with a mask waits"), NoHostSync():
+        x[mask] = torch.ones(2, 2)
+    with NoHostSync():
+        # Positions, and one value under a mask, are shapes that the host knows.
+        x[:, mask.new_zeros(2, dtype=torch.int64)]
+        x[mask.bool()] = 1.0
+    assert x[:, 0].tolist() == [1, 0, 1]
+
+
 def test_what_a_forward_left_behind_is_one_copy(copies):
     vectors = {"final": torch.ones(4, 3), "prompt/mean@0.5": torch.ones(4, 3)}
     vectors["prompt/mean@0.5"][1, 2] = torch.inf

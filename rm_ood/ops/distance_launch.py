@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rm_ood.errors import InputError, MismatchError
 from rm_ood.ops.packing import PANEL, WIDTH, Packed
+from rm_ood.ops.streams import capturing, settle
 
 # More classes go to PyTorch: their sums would not fit the registers.
 MOST_CLASSES = 16
@@ -174,12 +176,16 @@ def launch(
     x_scale: float,
     blocks: Blocks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One launch; arguments and results as `rm_ood.ops.distance.packed_sq_distance`, of supported dtypes."""
+    """One launch; arguments, results and errors as `rm_ood.ops.distance.packed_sq_distance`."""
     # Triton is optional, and importing it takes a second.
+    _check(x, scales, shifts, rows, factors)
     kernel = importlib.import_module("rm_ood.ops.distance_kernel").distance_kernel
     descriptor = importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor
     if x.stride(-1) != 1:
         x = x.contiguous()
+    # The kernel takes one step in memory from one to the next.
+    rows = None if rows is None else rows.contiguous()
+    factors = None if factors is None else factors.contiguous()
     n, d, (g, k) = len(x), x.shape[-1], shifts.shape[:2]
     sq = x.new_empty(g, n, k, dtype=torch.float32)
     lowest = x.new_empty(g, n, dtype=torch.float32)
@@ -235,6 +241,22 @@ def launch(
             enable_fp_fusion=True,
         )
     return sq, lowest, nearest
+
+
+def _check(x: Tensor, scales: Tensor, shifts: Tensor, rows: Tensor | None, factors: Tensor | None) -> None:
+    """The kernel trusts what it is given: sizes that do not fit would read other memory."""
+    if reason := unsupported(x, shifts.shape[1]):
+        raise InputError(f"packed_sq_distance takes no {reason}; use whitened_sq_distance")
+    if x.ndim != (2 if rows is None else 3):
+        raise InputError(f"x: expected (n, d), or (n, T, d) with rows, got shape {tuple(x.shape)}")
+    if x.shape[-1] != scales.shape[1]:
+        raise MismatchError(f"x: expected {scales.shape[1]} features, got {x.shape[-1]}")
+    for name, given, dtype in (("rows", rows, torch.int64), ("factors", factors, torch.float32)):
+        if given is not None and (given.shape != x.shape[:1] or given.dtype != dtype or given.device != x.device):
+            raise MismatchError(
+                f"{name}: expected {dtype} of shape ({len(x)},) on {x.device}, got {given.dtype} {tuple(given.shape)} on "
+                f"{given.device}"
+            )
 
 
 def tune(
@@ -305,17 +327,22 @@ class Tickets:
 
 
 _tickets: dict[torch.device, Tickets] = {}
+_creation = threading.Lock()
 
 
 def tickets(device: torch.device) -> Tensor:
     """Zeroed counters for the next launch on the current stream."""
     stream: int | None = 0
     if device.type == "cuda":  # pragma: no cover - needs a GPU
-        captured = torch.cuda.is_current_stream_capturing()
+        captured = capturing(device)
         stream = None if captured else torch.cuda.current_stream(device).cuda_stream
         if captured and device not in _tickets:
-            # Memory that is made during a capture belongs to the graph.
+            # Memory that is made during a capture belongs to the graph, which zeroes it in every replay.
             return torch.zeros(Tickets.EACH, dtype=torch.int32, device=device)
-    if device not in _tickets:
-        _tickets[device] = Tickets(device)
+    with _creation:
+        if device not in _tickets:
+            made = Tickets(device)
+            # Zeroed on this stream alone, and then taken on all of them.
+            settle(device)
+            _tickets[device] = made
     return _tickets[device].take(stream)

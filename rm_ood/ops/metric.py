@@ -11,6 +11,7 @@ from torch import Tensor
 from rm_ood.ops.distance import packed_sq_distance, whitened_sq_distance
 from rm_ood.ops.distance_launch import INTERPRETED, unavailable, unsupported
 from rm_ood.ops.packing import Packed, pack
+from rm_ood.ops.streams import capturing, settle
 from rm_ood.vectors import unit_rows
 
 # Why vectors went to PyTorch on a device that has a kernel, in this process.
@@ -61,7 +62,10 @@ class Metric:
     def packed(self, gaussians: Sequence[Gaussian]) -> Packed:
         """The packed form of these Gaussians; made on first use, which waits for the device."""
         if self._packed is None or not self._is_of(gaussians):
-            self._packed = pack([(g.whitening, g.means) for g in gaussians], mode=self.mode)
+            packed = pack([(g.whitening, g.means) for g in gaussians], mode=self.mode)
+            # Other streams score with it as well.
+            settle(gaussians[0].whitening.device)
+            self._packed = packed
             self._of = tuple(g.whitening for g in gaussians)
         return self._packed
 
@@ -89,6 +93,8 @@ class Metric:
         if reason is None and gaussians[0].whitening.dtype == torch.float64:
             reason = "a float64 detector"
         reason = reason or unsupported(x, max(len(g.offsets) for g in gaussians))
+        if reason is None and capturing(x.device) and not self._is_of(gaussians):
+            reason = "not packed before a graph was captured: move the detector to the device with `to` first"
         if reason is not None:
             fallbacks.add(reason)
         return reason is None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rm_ood.errors import InputError
+from rm_ood.ops.arithmetic import without_autocast
 
 # Rows and columns of a block: 64 half-precision columns are the 128 bytes that one bulk copy swizzles.
 PANEL, WIDTH = 128, 64
@@ -72,7 +73,13 @@ class Packed:
 
     def to(self, device: torch.device | str) -> Self:
         """The same on another device."""
-        return replace(self, tiles=self.tiles.to(device), scales=self.scales.to(device), shifts=self.shifts.to(device))
+        return replace(
+            self,
+            tiles=self.tiles.to(device),
+            scales=self.scales.to(device),
+            shifts=self.shifts.to(device),
+            center=None if self.center is None else self.center.to(device),
+        )
 
     def whitenings(self) -> Tensor:
         """The W's that the packed form holds exactly, (g, d, d) float32 up to its own rounding."""
@@ -92,6 +99,11 @@ def pack(pairs: Sequence[tuple[Tensor, Tensor]], *, mode: str | None = None, tol
     """
     if mode is not None and mode not in MODES:
         raise InputError(f"mode={mode!r}: expected one of {', '.join(map(repr, MODES))}")
+    with torch.no_grad(), without_autocast(pairs[0][0].device.type):
+        return _pack(pairs, mode, tolerance)
+
+
+def _pack(pairs: Sequence[tuple[Tensor, Tensor]], mode: str | None, tolerance: float) -> Packed:
     wide = [(w.double(), means.double()) for w, means in pairs]
     center = _center(wide)
     if center is not None:

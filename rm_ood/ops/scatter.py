@@ -50,8 +50,7 @@ def _forward(x: Tensor, labels: Tensor, pivot: Tensor, n_classes: int) -> tuple[
             for first in range(0, d, block):
                 last = min(first + block, d)
                 scatter[first:last, :last].addmm_(centred[:, first:last].T, centred[:, :last])
-    lower = scatter.tril()
-    return counts, sums, lower + lower.tril(-1).T
+    return counts, sums, scatter_launch.mirror_(scatter)
 
 
 def _dispatched(x: Tensor, labels: Tensor, pivot: Tensor, n_classes: int) -> tuple[Tensor, Tensor, Tensor]:

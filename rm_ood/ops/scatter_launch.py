@@ -7,7 +7,8 @@ import importlib
 import torch
 from torch import Tensor
 
-from rm_ood.ops.distance_launch import INPUTS, MOST_CLASSES, device_of, unavailable
+from rm_ood.errors import InputError, MismatchError
+from rm_ood.ops.distance_launch import INPUTS, MOST_CLASSES, device_of, unavailable, unsupported
 
 # Columns of a tile, rows at a time, warps, stages. float32 products run outside the tensor cores, in smaller tiles: larger
 # ones become TF32 on 10.0.
@@ -37,7 +38,18 @@ def launch(
     Args:
         x: (n, d) bfloat16, float16 or float32. labels, pivot, n_classes: as there, n_classes at most 16.
         split_x: products of half-precision parts on tensor cores; else float32.
+
+    Raises:
+        MismatchError: labels or a pivot of another size or dtype. InputError: a dtype or a number of classes too large.
     """
+    if labels.shape != x.shape[:1] or labels.dtype != torch.int64:
+        raise MismatchError(f"labels: expected int64 of shape ({len(x)},), got {labels.dtype} {tuple(labels.shape)}")
+    if pivot.shape != x.shape[1:] or pivot.dtype != torch.float64:
+        raise MismatchError(f"pivot: expected float64 of shape ({x.shape[1]},), got {pivot.dtype} {tuple(pivot.shape)}")
+    if reason := unsupported(x, n_classes):
+        raise InputError(f"the scatter kernel takes no {reason}")
+    # The kernel takes one step in memory from one to the next.
+    labels, pivot = labels.contiguous(), pivot.contiguous()
     kernel = importlib.import_module("rm_ood.ops.scatter_kernel").scatter_kernel
     if x.stride(-1) != 1:
         x = x.contiguous()
@@ -82,7 +94,13 @@ def launch(
         )
     total = sums.sum(0)
     delta, summed = near.double() - pivot, total.sum(0)
-    lower = scatter.sum(0).tril()
-    cross = torch.outer(summed, delta)
-    whole = lower + lower.tril(-1).T + (cross + cross.T) + n * torch.outer(delta, delta)
-    return counts, total + counts[:, None] * delta, whole
+    # In place: of a wide model each (d, d) float64 is a gigabyte.
+    whole = scatter[0] if shares == 1 else scatter.sum(0)
+    del scatter
+    whole.addr_(summed, delta).addr_(delta, summed).addr_(delta, delta, alpha=n)
+    return counts, total + counts[:, None] * delta, mirror_(whole)
+
+
+def mirror_(whole: Tensor) -> Tensor:
+    """A matrix with its lower triangle above the diagonal as well, in place."""
+    return whole.tril_().add_(whole.tril(-1).T)

@@ -90,7 +90,9 @@ def test_vectors_are_centred_where_their_means_are_far_from_0():
     assert near.center is None
     far = pack([(whitening, means)])
     torch.testing.assert_close(far.center.double(), means.mean(0), rtol=1e-6, atol=0)
-    assert torch.equal(far.to("cpu").center, far.center)
+    moved = far.to("meta")
+    assert {t.device.type for t in (moved.tiles, moved.scales, moved.shifts, moved.center)} == {"meta"}
+    assert near.to("meta").center is None
     x = draws(50, factor, 1e4 * means[:1]).float()
     truth = (x.double() - 1e4 * means[0]) @ whitening.double().T
     got = ops.packed_sq_distance(x, pack([(whitening, 1e4 * means[:1])]))[0]
