@@ -331,7 +331,7 @@ class FittedState:
                     effective_shrinkage=float(fits[name]["shrinkage"]),
                     effective_rank=float(fits[name]["effective_rank"]),
                     # Of guards whose distances a kernel has measured.
-                    mode=fits[name].get("precision", {}).get("mode"),
+                    precision=_precision(fits[name]),
                 )
                 for i, name in enumerate(names)
             }
@@ -370,6 +370,13 @@ def fitted_channels(detectors: Mapping[str, MahalanobisDetector]) -> tuple[str, 
     """The channels that some vectors' detectors score: each vector's own, then the contrasts."""
     contrasted = (name for name, detector in detectors.items() if isinstance(detector, ContrastedMahalanobis))
     return (*detectors, *(str(Channel.parse(name).contrast) for name in contrasted))
+
+
+def _precision(fit: Mapping[str, Any]) -> Any:
+    """What is recorded of a detector's kernel, for the detector to read; it is there or not, but never null."""
+    if "precision" in fit and fit["precision"] is None:
+        raise FormatError("saved guard: precision is null; leave it out")
+    return fit.get("precision")
 
 
 def _prefixed(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -70,6 +70,16 @@ def test_saved_state_comes_back_the_same(state: FittedState) -> None:
         assert back.detectors[key].effective_rank_ == state.detectors[key].effective_rank_
 
 
+def test_precision_of_a_device_is_kept_where_there_is_none(state: FittedState) -> None:
+    tensors, config = state.to_saved()
+    assert "precision" not in config["detectors"]["final"]
+    config["detectors"]["final"]["precision"] = {"mode": "fp16x2", "certificate": 1e-7}
+    back = FittedState.from_saved(tensors, config)
+    back.score({"final": torch.zeros(2, 3)}, None)
+    back.to(torch.device("cpu"))
+    assert back.to_saved()[1]["detectors"] == config["detectors"]
+
+
 def test_state_without_calibration_comes_back(state: FittedState) -> None:
     import dataclasses
 
@@ -114,6 +124,18 @@ DELETE = object()
         (("reward", "sd"), 0.0, "not usable"),
         (("reward", "mean"), "x", "incomplete or malformed|could not"),
         (("detectors", "final"), DELETE, "incomplete or malformed"),
+        (("detectors", "final", "precision"), None, "precision is null"),
+        (("detectors", "final", "precision"), "fp16", "expected a mode and a certificate"),
+        (("detectors", "final", "precision"), ["fp16", 0.0], "expected a mode and a certificate"),
+        (("detectors", "final", "precision"), {"mode": "fp16"}, "expected a mode and a certificate"),
+        (
+            ("detectors", "final", "precision"),
+            {"mode": "int8", "certificate": 0.0},
+            "mode='int8': expected one of 'fp16'",
+        ),
+        (("detectors", "final", "precision"), {"mode": ["fp16"], "certificate": 0.0}, "expected one of 'fp16'"),
+        (("detectors", "final", "precision"), {"mode": "fp16", "certificate": "x"}, "certificate='x'"),
+        (("detectors", "final", "precision"), {"mode": "fp16", "certificate": -1.0}, "certificate=-1.0"),
         (("group_names",), [], "outside the group names"),
     ],
 )

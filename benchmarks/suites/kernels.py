@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from device import bandwidth, events_timing, graph_timing, half_rate
@@ -131,7 +132,7 @@ def _check(x: torch.Tensor, packed: Packed) -> None:
 
 def _copy(packed: Packed) -> Packed:
     tiles, scales, shifts = packed.tiles.clone(), packed.scales.clone(), packed.shifts.clone()
-    return Packed(tiles, scales, shifts, packed.center, packed.x_scale, packed.mode, packed.certificate)
+    return replace(packed, tiles=tiles, scales=scales, shifts=shifts)
 
 
 def _scatters() -> Iterator[Row]:

@@ -13,7 +13,7 @@ from rm_ood.detectors.mahalanobis import MahalanobisDetector, Shrinkage
 from rm_ood.errors import FormatError, InputError, MismatchError
 from rm_ood.moments import ClassMoments
 from rm_ood.ops import whitened_sq_distance
-from rm_ood.ops.metric import Gaussian
+from rm_ood.ops.metric import Gaussian, declined
 from rm_ood.vectors import as_vectors
 
 
@@ -78,9 +78,9 @@ class ConditionalMahalanobis(MahalanobisDetector):
         classes: Any = None,
         effective_shrinkage: float = math.nan,
         effective_rank: float = math.nan,
-        mode: str | None = None,
+        precision: Any = None,
     ) -> Self:
-        """Rebuild a detector from `state_tensors()`; it scores bit-identically. No kernel measures it: `mode` is not used.
+        """Rebuild a detector from `state_tensors()`; it scores bit-identically. No kernel measures it: `precision` is not used.
 
         Raises:
             FormatError: as `MahalanobisDetector.from_state`, or a width that `n_given` does not divide.
@@ -150,4 +150,5 @@ class ConditionalMahalanobis(MahalanobisDetector):
     def _distances(self, x: Any) -> tuple[Tensor, Tensor, Tensor]:
         self._check_fitted()
         x = as_vectors(x, n_features=self.n_features_in_).to(self.whitening_.device)
+        declined(x.device, "a distance given another vector, which is no triangle")
         return whitened_sq_distance(x, self._whitening, self.center_, self._offsets)

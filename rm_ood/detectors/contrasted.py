@@ -13,7 +13,7 @@ from rm_ood.detectors.learned import part
 from rm_ood.detectors.mahalanobis import check_factor
 from rm_ood.errors import FormatError, MismatchError, NotFittedError
 from rm_ood.moments import ClassMoments
-from rm_ood.ops.metric import Gaussian
+from rm_ood.ops.metric import Gaussian, Metric
 
 # No vector of text comes so near to the mean of the noisy copies; a distance of 0 would make the score infinite.
 _NEAREST = 1e-3
@@ -53,6 +53,7 @@ class ContrastedMahalanobis(NormalisedMahalanobis):
             self.noise_ = NormalisedMahalanobis.from_moments(noise.pooled(), **settings)
         else:
             self.noise_ = NormalisedMahalanobis(**settings).fit(noise)
+        self._metric = Metric()
         if hasattr(self, "whitening_") and self.noise_.n_features_in_ != self.n_features_in_:
             raise MismatchError(f"noise: expected {self.n_features_in_} features, got {self.noise_.n_features_in_}")
         return self
@@ -72,6 +73,7 @@ class ContrastedMahalanobis(NormalisedMahalanobis):
             classes=self.classes_,
             effective_shrinkage=self.shrinkage_,
             effective_rank=self.effective_rank_,
+            precision=self.precision,
         )
 
     def contrasted(self, x: Any) -> tuple[Tensor, Tensor]:

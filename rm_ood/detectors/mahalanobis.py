@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -130,7 +131,7 @@ class MahalanobisDetector:
         classes: Any = None,
         effective_shrinkage: float = math.nan,
         effective_rank: float = math.nan,
-        mode: str | None = None,
+        precision: Any = None,
     ) -> Self:
         """Rebuild a detector from `state_tensors()`; it scores bit-identically.
 
@@ -138,16 +139,15 @@ class MahalanobisDetector:
             tensors: exactly the names, shapes and dtypes of `state_tensors()`.
             shrinkage, floor: the settings. classes: labels, 0 to k - 1 by default.
             effective_shrinkage, effective_rank: what the fit reported, for reports only.
-            mode: precision of the packed whitening on a GPU, as `precision` says it; None lets the certificate choose.
+            precision: the saved detector's, whose mode a GPU takes again where it holds; None lets the certificate choose.
 
         Raises:
-            FormatError: an unknown mode, or a tensor that is missing, unknown, of another shape or dtype, not finite; a
-                whitening that is not lower triangular with a positive diagonal.
+            FormatError: a malformed precision or an unknown mode; a tensor that is missing, unknown, of another shape or
+                dtype, not finite; a whitening that is not lower triangular with a positive diagonal.
         """
-        if mode is not None and mode not in MODES:
-            raise FormatError(f"mode={mode!r}: expected one of {', '.join(map(repr, MODES))}")
+        recorded = _precision(precision)
         detector = cls(shrinkage=shrinkage, floor=floor)._load(tensors, classes, effective_shrinkage, effective_rank)
-        detector._metric.mode = mode
+        detector._metric = Metric(recorded)
         return detector
 
     def score(self, x: Any) -> Tensor:
@@ -171,8 +171,8 @@ class MahalanobisDetector:
     @property
     def precision(self) -> dict[str, Any] | None:
         """Of the distances that a kernel measured: `mode` (see `rm_ood.ops.pack`) and `certificate`, the largest relative
-        change of a squared distance. None where none has."""
-        return self._metric.precision(self._gaussians()) if hasattr(self, "whitening_") else None
+        change of a squared distance; kept by whoever saves and loads it. None where none has."""
+        return self._metric.precision
 
     def clone(self) -> Self:
         """An unfitted detector with the same settings."""
@@ -191,7 +191,9 @@ class MahalanobisDetector:
             "center": state["center"] * factor,
             "means": state["means"] * factor,
         }
-        return self.clone()._load({**state, **moved}, self.classes_, self.shrinkage_, self.effective_rank_)
+        scaled = self.clone()._load({**state, **moved}, self.classes_, self.shrinkage_, self.effective_rank_)
+        scaled._metric = Metric(self.precision)
+        return scaled
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The fitted state: whitening, center, offsets in `dtype`; means float64; class_counts int64."""
@@ -276,6 +278,7 @@ class MahalanobisDetector:
         _warn_about(counts, classes, scatter, n, d)
         self.classes_, self.class_counts_, self.means_ = classes, counts, means
         self.whitening_, self.center_, self.offsets_ = whitening, center, offsets
+        self._metric = Metric()
         self.shrinkage_, self.effective_rank_ = shrinkage, covariance.effective_rank(scatter)
         self.n_samples_, self.n_features_in_ = n, d
         return self
@@ -316,6 +319,20 @@ def _warn_about(counts: Tensor, classes: np.ndarray[Any, Any], scatter: Tensor, 
         messages.append(f"{n} samples for {d} features, fewer than 10 each: the covariance rests on shrinkage")
     for message in messages:
         warnings.warn(message, CalibrationWarning, stacklevel=4)
+
+
+def _precision(value: Any) -> dict[str, Any] | None:
+    """A detector's `precision` as it was saved."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or value.keys() != {"mode", "certificate"}:
+        raise FormatError(f"precision: expected a mode and a certificate, got {value!r}")
+    mode, certificate = value["mode"], value["certificate"]
+    if not isinstance(mode, str) or mode not in MODES:
+        raise FormatError(f"precision: mode={mode!r}: expected one of {', '.join(map(repr, MODES))}")
+    if type(certificate) is not float or not 0 <= certificate < math.inf:
+        raise FormatError(f"precision: certificate={certificate!r}: expected a finite float from 0")
+    return {"mode": mode, "certificate": certificate}
 
 
 def _check_state(tensors: dict[str, Tensor]) -> None:

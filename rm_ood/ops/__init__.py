@@ -23,7 +23,8 @@ __all__ = ["Packed", "backend_info", "class_scatter", "pack", "packed_sq_distanc
 def backend_info() -> dict[str, str]:
     """What runs the operators: versions, and per device type `triton`, or `pytorch` and why no kernel.
 
-    `fallbacks`, where there were any, says why vectors went to PyTorch in this process on a device that has a kernel.
+    `fallbacks`, where there were any, says why vectors went to PyTorch in this process on a device that has a kernel, or to
+    another mode than a saved guard's.
     """
     info = {"torch": torch.__version__, "cpu": "triton interpreter" if INTERPRETED else "pytorch"}
     try:

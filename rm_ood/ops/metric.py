@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from rm_ood.errors import InputError
 from rm_ood.ops.distance import packed_sq_distance, whitened_sq_distance
 from rm_ood.ops.distance_launch import INTERPRETED, unavailable, unsupported
-from rm_ood.ops.packing import Packed, pack
+from rm_ood.ops.packing import TOLERANCE, Packed, pack
 from rm_ood.ops.streams import capturing, settle
 from rm_ood.vectors import unit_rows
 
-# Why vectors went to PyTorch on a device that has a kernel, in this process.
+# Why vectors went to PyTorch on a device that has a kernel, or to another mode than the recorded one, in this process.
 fallbacks: set[str] = set()
+
+
+def declined(device: torch.device, reason: str) -> None:
+    """Note that vectors go to PyTorch for a reason, if there is a kernel that they do not go to."""
+    if (device.type != "cpu" or INTERPRETED) and unavailable(device) is None:
+        fallbacks.add(reason)
 
 
 class Gaussian(NamedTuple):
@@ -31,11 +38,15 @@ class Metric:
     """The distances of a detector; keeps its whitenings packed once a kernel has asked for them.
 
     Args:
-        mode: of the packed form (see `pack`); None lets the certificate choose.
+        recorded: `precision` of the same whitenings, whose mode is taken again where it still holds; None lets the
+            certificate choose.
+
+    Attributes:
+        precision: mode and certificate of the packed form, of this process or recorded; None where there was none.
     """
 
-    def __init__(self, mode: str | None = None) -> None:
-        self.mode = mode
+    def __init__(self, recorded: dict[str, Any] | None = None) -> None:
+        self.precision = recorded
         self._packed: Packed | None = None
         self._of: tuple[Tensor, ...] = ()
 
@@ -62,24 +73,34 @@ class Metric:
     def packed(self, gaussians: Sequence[Gaussian]) -> Packed:
         """The packed form of these Gaussians; made on first use, which waits for the device."""
         if self._packed is None or not self._is_of(gaussians):
-            packed = pack([(g.whitening, g.means) for g in gaussians], mode=self.mode)
+            packed = self._pack([(g.whitening, g.means) for g in gaussians])
             # Other streams score with it as well.
             settle(gaussians[0].whitening.device)
             self._packed = packed
             self._of = tuple(g.whitening for g in gaussians)
+            self.precision = {"mode": packed.mode, "certificate": packed.certificate}
         return self._packed
+
+    def _pack(self, pairs: list[tuple[Tensor, Tensor]]) -> Packed:
+        if self.precision is None:
+            return pack(pairs)
+        mode = self.precision["mode"]
+        try:
+            packed = pack(pairs, mode=mode)
+            if packed.error <= TOLERANCE or mode == "fp32":
+                return packed
+            reason = f"{packed.error:.1e} off, more than {TOLERANCE:.0e}"
+        except InputError as error:
+            reason = str(error)
+        packed = pack(pairs)
+        fallbacks.add(f"recorded mode {mode!r} does not hold these whitenings ({reason}): {packed.mode!r} instead")
+        return packed
 
     def prepare(self, gaussians: Sequence[Gaussian]) -> None:
         """Pack now what a kernel will ask for, so that no call has to wait."""
         # Vectors of a model: whatever their dtype, a kernel takes them.
         if gaussians and self._runs(gaussians[0].center[None], gaussians):
             self.packed(gaussians)
-
-    def precision(self, gaussians: Sequence[Gaussian]) -> dict[str, str | float] | None:
-        """Mode and certificate of the packed form, where there is one."""
-        if self._packed is None or not self._is_of(gaussians):
-            return None
-        return {"mode": self._packed.mode, "certificate": self._packed.certificate}
 
     def _is_of(self, gaussians: Sequence[Gaussian]) -> bool:
         return len(gaussians) == len(self._of) and all(

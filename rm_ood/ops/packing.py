@@ -61,6 +61,7 @@ class Packed:
         x_scale: power of two that vectors are multiplied by before they are rounded to parts.
         mode: one of `MODES`.
         certificate: by how much, relatively, any squared distance may differ from that of the whitening given.
+        x_rounding: by how much, relatively, the rounding of vectors to parts may change a squared distance of d.
     """
 
     tiles: Tensor
@@ -70,6 +71,12 @@ class Packed:
     x_scale: float
     mode: str
     certificate: float
+    x_rounding: float
+
+    @property
+    def error(self) -> float:
+        """Of a squared distance as large as the fit data's: what the rounding of W and of vectors may change, relatively."""
+        return self.certificate + self.x_rounding
 
     def to(self, device: torch.device | str) -> Self:
         """The same on another device."""
@@ -91,7 +98,8 @@ def pack(pairs: Sequence[tuple[Tensor, Tensor]], *, mode: str | None = None, tol
 
     Args:
         pairs: (whitening, means), of one d.
-        mode: one of `MODES`; None takes the cheapest whose certificate is at most `tolerance` for all of them.
+        mode: one of `MODES`; None takes the cheapest whose certificate and rounding of vectors are together at most
+            `tolerance`, for all of them.
         tolerance: relative change of a squared distance.
 
     Raises:
@@ -120,13 +128,14 @@ def _pack(pairs: Sequence[tuple[Tensor, Tensor]], mode: str | None, tolerance: f
             continue
         stored = unpack(tiles, scales, x_scale, dtype=torch.float64)
         error = max(certificate(own, w) for own, (w, _) in zip(stored, wide, strict=True))
-        if mode is None and not error <= tolerance and name != "fp32":
-            tried.append(f"{name}: {error:.1e}")
+        rounding = max(_x_rounding(w, MODES[name].dtype, x_scale) for w, _ in wide)
+        if mode is None and not error + rounding <= tolerance and name != "fp32":
+            tried.append(f"{name}: {error + rounding:.1e}")
             continue
         shifts = [means @ own.T for own, (_, means) in zip(stored, wide, strict=True)]
         k = max(len(shift) for shift in shifts)
         padded = torch.stack([torch.cat([s, s[-1:].expand(k - len(s), -1)]) for s in shifts])
-        return Packed(tiles, scales, padded.float(), center, x_scale, name, error)
+        return Packed(tiles, scales, padded.float(), center, x_scale, name, error, rounding)
     raise InputError(f"no packed form of these whitenings: {'; '.join(tried)}")
 
 
@@ -161,6 +170,18 @@ def certificate(stored: Tensor, whitening: Tensor) -> float:
         v = torch.linalg.solve_triangular(whitening.T, stored.T @ turned, upper=True) - v
         norm = torch.linalg.vector_norm(v)
     return _MARGIN * float(norm)
+
+
+def _x_rounding(whitening: Tensor, dtype: torch.dtype, x_scale: float) -> float:
+    """Relative change of a squared distance of d where every feature moves by half a step of the dtype's smallest numbers.
+
+    One power of two serves all columns: where one is far larger than the others, those end among the smallest numbers of half
+    precision, whose steps do not shrink with them. With |z|^2 = d, z moves by |W e| <= |W|_F e, and |z|^2 by 2 |z| |W e|.
+    """
+    if dtype != torch.float16:
+        return 0.0
+    half_step = float(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps) / 2 / x_scale
+    return 2 * half_step * float(torch.linalg.matrix_norm(whitening)) / math.sqrt(len(whitening))
 
 
 def _pack_one(whitening: Tensor, mode: str, x_scale: float) -> tuple[Tensor, Tensor]:

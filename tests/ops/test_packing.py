@@ -4,8 +4,8 @@ from waits import NoHostSync
 from whitenings import draws, exact, gaussian, in_float32
 
 from rm_ood import ops
-from rm_ood.detectors import ContrastedMahalanobis, MahalanobisDetector, NormalisedMahalanobis
-from rm_ood.errors import FormatError, InputError
+from rm_ood.detectors import ConditionalMahalanobis, ContrastedMahalanobis, MahalanobisDetector, NormalisedMahalanobis
+from rm_ood.errors import InputError
 from rm_ood.ops import distance_launch, metric, reference
 from rm_ood.ops.distance_launch import TABLE, Blocks, Device
 from rm_ood.ops.packing import MODES, certificate, pack, unpack
@@ -254,8 +254,69 @@ def test_precision_is_recorded_and_kept():
         # Moving a detector packs it: the first call need not.
         assert detector.to("cpu").precision["mode"] == "fp16x2"
         assert 0 < detector.precision["certificate"] < 1e-5
-        again = type(detector).from_state(detector.state_tensors(), mode="bf16x3").to("cpu")
-        assert again.precision["mode"] == "bf16x3"
+        other = {"mode": "bf16x3", "certificate": 0.5}
+        again = type(detector).from_state(detector.state_tensors(), precision=other)
+        # Kept where nothing is packed, and with the scale.
+        assert again.precision == again.scaled(3.0).precision == other
+        assert again.to("cpu").precision["mode"] == "bf16x3"
+        assert again.precision["certificate"] < 1e-5
         torch.testing.assert_close(again.score(x), detector.score(x), rtol=1e-4, atol=0)
-    with pytest.raises(FormatError, match="mode='int8'"):
-        MahalanobisDetector.from_state(detector.noise_.state_tensors(), mode="int8")
+        # Another fit is another whitening.
+        assert again.fit(2 * x).precision is None
+    assert noisy.to("cpu").fit_noise(3 * x).precision is None
+
+
+@pytest.mark.parametrize(
+    ("power", "mode", "instead"), [(0, "fp16", "fp16x2"), (115, "fp16x2", "fp32"), (0, "fp32", "fp32")]
+)
+@pytest.mark.usefixtures("_kernel_path")
+def test_a_recorded_mode_that_does_not_hold_is_not_obeyed(power, mode, instead):
+    rng = torch.Generator().manual_seed(5)
+    x = torch.randn(300, 20, generator=rng, dtype=torch.float64) + 2
+    state = MahalanobisDetector(shrinkage=0.1).fit(x * 2.0**-power).state_tensors()
+    again = MahalanobisDetector.from_state(state, precision={"mode": mode, "certificate": 1e-7}).to("cpu")
+    assert again.precision["mode"] == instead
+    noted = [note for note in metric.fallbacks if f"{mode!r} does not hold" in note and f"{instead!r} instead" in note]
+    assert len(noted) == (mode != instead)
+
+
+@pytest.mark.usefixtures("_kernel_path")
+def test_what_is_not_packed_is_not_captured(monkeypatch):
+    x = torch.randn(200, 5, generator=torch.Generator().manual_seed(5))
+    detector = MahalanobisDetector(shrinkage=0.1).fit(x)
+    monkeypatch.setattr(metric, "capturing", lambda device: True)
+    assert detector.score(x).isfinite().all()
+    assert detector.precision is None
+    assert any("not packed before a graph was captured" in note for note in metric.fallbacks)
+
+
+@pytest.mark.usefixtures("_kernel_path")
+def test_packed_memory_is_settled_before_it_is_given_out(monkeypatch):
+    x = torch.randn(200, 5, generator=torch.Generator().manual_seed(5))
+    detector = MahalanobisDetector(shrinkage=0.1).fit(x)
+    settled = []
+    monkeypatch.setattr(metric, "settle", lambda device: settled.append((device, detector._metric._packed)))
+    detector.score(x)
+    detector.score(x)
+    assert settled == [(torch.device("cpu"), None)]
+
+
+def test_uneven_features_are_not_left_to_half_precision():
+    means = torch.zeros(1, 64, dtype=torch.float64)
+    whitening = torch.eye(64)
+    assert pack([(whitening, means)]).mode == "fp16"
+    whitening[0, 0] = 1e-6
+    asked = pack([(whitening, means)], mode="fp16x2")
+    assert asked.certificate < 1e-6
+    assert 1e-4 < asked.x_rounding < 1e-2
+    assert asked.error == asked.certificate + asked.x_rounding
+    chosen = pack([(whitening, means)])
+    assert (chosen.mode, chosen.x_rounding) == ("bf16x3", 0.0)
+
+
+@pytest.mark.usefixtures("_kernel_path")
+def test_a_distance_that_no_kernel_measures_says_so():
+    x = torch.randn(200, 6, generator=torch.Generator().manual_seed(5))
+    detector = ConditionalMahalanobis(shrinkage=0.1).fit(x)
+    detector.score(x)
+    assert ops.backend_info()["fallbacks"] == "a distance given another vector, which is no triangle"

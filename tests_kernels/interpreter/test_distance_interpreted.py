@@ -74,6 +74,25 @@ def test_width_of_a_large_model():
     check(x, packed, launched(x, packed, blocks=Blocks(16, 128, 4, 3)))
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_uneven_features(dtype):
+    """One feature a million times as wide as the others: its power of two leaves them half precision's smallest numbers."""
+    whitening = torch.eye(64)
+    whitening[0, 0] = 1e-6
+    means = torch.zeros(1, 64, dtype=torch.float64)
+    x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
+    x[:, 0] *= 1e6
+    x = x.to(dtype)
+    packed = pack([(whitening, means)])
+    check(x, packed, launched(x, packed))
+    asked = pack([(whitening, means)], mode="fp16x2")
+    truth, got = exact(x, asked), launched(x, asked)[0].double()
+    off = ((got - truth) / truth).abs().max()
+    assert off < asked.x_rounding
+    # The 8 bits of a bfloat16 fit where the 24 of a float32 do not.
+    assert dtype == BF16 or off > 0.01 * asked.x_rounding
+
+
 @pytest.mark.parametrize("condition", [1e6, 1e10])
 def test_nearly_singular_covariance(condition):
     factor, means, whitening = gaussian(96, 2, condition=condition)
