@@ -553,6 +553,15 @@ class OODGuard:
         self._bind(self.model, self.tokenizer, state.config, state)
         return self
 
+    def on(self, model: Any, tokenizer: Any) -> OODGuard:
+        """This guard on a reward model known to be that of its fit, such as one that was pickled beside it.
+
+        Nothing is compared: a guard from a folder comes with `from_pretrained`, which does.
+        """
+        guard = OODGuard.__new__(OODGuard)
+        guard._bind(model, tokenizer, self.config, self._state)
+        return guard
+
     def annotate(self, **notes: Any) -> Self:
         """Keep JSON-able findings with the guard (the doctor's, as `doctor=`), for its card and its saved form."""
         state = self._fitted()

@@ -26,7 +26,7 @@ LINES = (
     "length conformal calibration power batch_tests traffic bets flag_rate monitor_state monitor_file monitor",
     "config hooks capture embed identity fitting copies decision state fit card_values markup card_page card",
     "calls outputs inputs scoring turns recalibration suspects guard penalty selection",
-    "integrations.transport integrations.read_out integrations.vllm_plugin integrations.engines integrations",
+    "integrations.transport integrations.read_out integrations.vllm_plugin integrations.engines integrations.trl integrations",
     "study.rewards study.reliability study.metrics study.detection study.bootstrap study.score_files study.paper",
     "study.pairs study.scripts study.noise study.registry study.builtin study.rewarding",
     "study.aligned study.translate study.shifts",
@@ -68,6 +68,7 @@ OPTIONAL = {
     "chatterbot_corpus",
     "httpx2",
     "vllm",
+    "trl",
 }
 
 

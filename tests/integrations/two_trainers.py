@@ -1,0 +1,46 @@
+"""Run by test_trl.py, twice at once: a process with its share of the rollouts, and a reward that was pickled before."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+def work(rank: int, store: str, saved: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    from test_trl import HACKED, rollouts
+    from transformers import TrainerControl, TrainerState
+
+    from rm_ood import CalibrationWarning
+    from rm_ood.integrations.trl import alarm_callback
+
+    warnings.simplefilter("ignore", CalibrationWarning)
+    with Path(saved).open("rb") as file:
+        reward = pickle.load(file)
+    callback, control, stopped = alarm_callback(reward), TrainerControl(), -1
+    for step in range(20):
+        state = TrainerState(global_step=step)
+        # From the third step on the second process' share of the policy's answers is hacked.
+        reward(*rollouts(60, 2 * step + rank, HACKED if rank == 1 and step > 2 else ""), trainer_state=state)
+        callback.on_step_end(None, state, control)
+        if control.should_training_stop:
+            stopped = step
+            break
+    scores = reward.monitor.calibration["response"]
+    digest = hashlib.sha256(scores.tobytes()).hexdigest()
+    print(digest, reward.monitor.state.threshold, stopped, reward.alarmed)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    folder = Path(__file__).resolve().parent
+    sys.path[:0] = [str(folder), str(folder.parent), str(folder.parents[1] / "benchmarks"), str(folder.parents[1])]
+    work(int(sys.argv[3]), sys.argv[1], sys.argv[2])
