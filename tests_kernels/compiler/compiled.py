@@ -24,7 +24,7 @@ from rm_ood.ops.packing import MODES
 from rm_ood.ops.scatter_kernel import scatter_kernel
 
 # KiB of shared memory that one program may have.
-SHARED = {80: 163, 86: 99, 90: 227, 100: 227, 120: 99}
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 _TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 _NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 _FAMILIES = {"HMMA": r"\bHMMA", "HGMMA": r"\bHGMMA", "UTCMMA": r"\bUTC\w*MMA"}
@@ -51,13 +51,20 @@ class Case(NamedTuple):
     mode: str
     x: torch.dtype
     k: int
+    # Tokens of hidden states; a centre for vectors that are not float32; a width that is no multiple of 16; other blocks.
+    rows: bool = False
+    center: bool = False
+    odd: bool = False
+    forced: Blocks | None = None
 
     @property
     def changed(self) -> bool:
-        return self.x == torch.float32
+        return self.x == torch.float32 or self.center
 
     @property
     def blocks(self) -> Blocks:
+        if self.forced is not None:
+            return self.forced
         tiles = MODES[self.mode].dtype
         parts = distance_launch.x_parts(tiles, self.x, changed=self.changed)
         n = {"<= 16": 16, "<= 64": 64, "> 64": 4096}[self.batch]
@@ -79,6 +86,27 @@ def cases() -> list[Case]:
     return found + [Case(cc, "> 64", "fp16x2", x, 2) for cc in (86, 120) for x in (bf16, fp32)]
 
 
+def variants() -> list[Case]:
+    """What ships beside the cases of the table: one class, tokens by index, odd widths, a centre for bfloat16 vectors."""
+    bf16 = torch.bfloat16
+    found = []
+    for cc in (80, 90, 100):
+        found += [Case(cc, "<= 16", "fp16x2", bf16, 1, odd=True), Case(cc, "<= 64", "fp16x2", bf16, 2, rows=True)]
+        found += [Case(cc, "> 64", "fp16x2", bf16, 2, center=True), Case(cc, "> 64", "bf16x3", bf16, 1, rows=True)]
+    return found
+
+
+def candidates() -> list[Case]:
+    """What `tune` may try where the compiler is known to change what it is asked for."""
+    fp16, bf16, fp32 = torch.float16, torch.bfloat16, torch.float32
+    wanted = [("fp32", fp32, bf16), ("bf16x3", bf16, fp32), ("fp16x2", fp16, fp32)]
+    return [
+        Case(100, "> 64", mode, x, 2, forced=blocks)
+        for mode, tiles, x in wanted
+        for blocks in distance_launch.CANDIDATES[tiles]
+    ]
+
+
 @functools.cache
 def distance(case: Case, split: int = 4) -> Machine:
     """The distance kernel as it is launched for a case; float32 vectors with factors and a centre."""
@@ -90,17 +118,24 @@ def distance(case: Case, split: int = 4) -> Machine:
         k=case.k,
         parts=mode.parts,
         x_parts=distance_launch.x_parts(mode.dtype, case.x, changed=case.changed),
-        rows=False,
-        factors=case.changed,
+        rows=case.rows,
+        factors=case.x == torch.float32,
         center=case.changed,
         bulk_copy=bulk_copy,
     )
     x, tile = _NAMES[case.x], _NAMES[mode.dtype]
     kinds = dict.fromkeys(("factors", "center", "scales", "shifts", "sq", "lowest", "partials"), "*fp32")
-    kinds |= {"x": f"*{x}", "rows": f"*{x}", "nearest": "*i64", "tickets": "*i32", "x_scale": "fp32"}
+    kinds |= {
+        "x": f"*{x}",
+        "rows": "*i64" if case.rows else f"*{x}",
+        "nearest": "*i64",
+        "tickets": "*i32",
+        "x_scale": "fp32",
+    }
     kinds |= dict.fromkeys(("n", "d", "n_tokens", "item_stride", "token_stride", "plane"), "i32")
     kinds["tiles"] = f"tensordesc<{tile}[{blocks.columns}, 64]>" if bulk_copy else f"*{tile}"
-    aligned = [name for name, kind in kinds.items() if kind.startswith("*")] + ["d", "item_stride", "plane"]
+    aligned = [name for name, kind in kinds.items() if kind.startswith("*")] + ["plane"]
+    aligned += [] if case.odd else ["d", "item_stride", *(["token_stride"] if case.rows else [])]
     return compiled(distance_kernel, kinds, constants, aligned, case.cc, blocks.warps, blocks.stages)
 
 

@@ -7,20 +7,20 @@ from pathlib import Path
 
 import pytest
 import triton
-from compiled import HEADER, SHARED, Case, cases, distance, rows, scatter, table
+from compiled import HEADER, SHARED, Case, candidates, cases, distance, rows, scatter, table, variants
 
 import rm_ood.ops
 
 README = Path(rm_ood.ops.__file__).parent / "README.md"
 # Of the machine that the work runs on: tensor cores of Ampere, Hopper and Blackwell.
-FAMILY = {80: "HMMA", 86: "HMMA", 90: "HGMMA", 100: "UTCMMA", 120: "HMMA"}
+FAMILY = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCMMA", 120: "HMMA"}
 
 
 def named(case: Case) -> str:
-    return "-".join(map(str, (case.cc, case.batch, case.mode, case.x, case.k)))
+    return "-".join(map(str, case[:-1] if case.forced is None else (*case[:5], *case.forced)))
 
 
-@pytest.mark.parametrize("case", cases(), ids=named)
+@pytest.mark.parametrize("case", [*cases(), *variants()], ids=named)
 def test_distance_kernel_fits_and_uses_the_tensor_cores(case):
     made = distance(case)
     assert made.stack == 0
@@ -36,8 +36,19 @@ def test_distance_kernel_fits_and_uses_the_tensor_cores(case):
     assert ".tf32" not in made.ptx
 
 
+@pytest.mark.parametrize("case", candidates(), ids=named)
+def test_blocks_that_are_tried_compute_what_is_asked_for(case):
+    made = distance(case)
+    if case.mode == "fp32":
+        assert made.mma == {}, "float32 products became TF32"
+        assert made.spills == 0
+    else:
+        assert made.mma, "a trap"
+    assert ".tf32" not in made.ptx
+
+
 @pytest.mark.parametrize("split_x", [True, False])
-@pytest.mark.parametrize("cc", [80, 90, 100])
+@pytest.mark.parametrize("cc", [80, 86, 89, 90, 100, 120])
 def test_scatter_kernel_fits_and_uses_the_tensor_cores(cc, split_x):
     made = scatter(cc, split_x)
     assert made.spills == made.stack == 0

@@ -246,29 +246,39 @@ def test_what_the_kernel_cannot_take_goes_to_pytorch_and_says_why():
     assert ops.backend_info()["fallbacks"] == "17 classes, more than 16; vectors of torch.float64"
 
 
-def test_tuning_keeps_the_fastest_blocks(monkeypatch):
+@pytest.mark.parametrize("mode", ["fp16x2", "bf16x3", "fp32"])
+def test_tuning_keeps_the_fastest_blocks_that_are_right(mode, monkeypatch):
     factor, means, whitening = gaussian(33, 2)
-    packed = pack([(whitening, means)])
+    packed = pack([(whitening, means)], mode=mode)
     x = draws(3, factor, means).to(BF16)
     errors = pytest.importorskip("triton.runtime.errors")
-    wanted, tried = Blocks(16, 32, 4, 6), []
+    candidates = distance_launch.CANDIDATES[packed.tiles.dtype]
+    own = distance_launch.blocks_for(Device(90, 4), packed.tiles.dtype, 3, 1)
+    wrong, large, wanted = [blocks for blocks in candidates if blocks != own][:3]
+    timed, original = [], distance_launch.launch
+
+    def broken(*arguments):
+        if arguments[-1] == large:
+            raise errors.OutOfResources(300, 200, "shared memory")
+        sq, *others = original(*arguments)
+        # As far as TF32 is off.
+        return (sq * (1 - 1e-3) if arguments[-1] == wrong else sq, *others)
 
     def measure(call):
-        blocks = call.args[-1]
-        tried.append(blocks)
-        if blocks == Blocks(64, 64, 4, 4):
-            raise errors.OutOfResources(300, 200, "shared memory")
+        timed.append(call.args[-1])
         call()
-        return 0.0 if blocks == wanted else 1.0
+        return {wrong: 0.0, wanted: 0.5}.get(call.args[-1], 1.0)
 
     monkeypatch.setattr(distance_launch, "_tuned", {})
-    assert distance_launch.tune(x, packed, measure=measure) == wanted
-    assert set(tried) == {*distance_launch.CANDIDATES, distance_launch.TABLE[90].few}
+    with monkeypatch.context() as patched:
+        patched.setattr(distance_launch, "launch", broken)
+        assert distance_launch.tune(x, packed, measure=measure) == wanted
+    assert set(timed) == {own, *candidates} - {wrong, large}
     used = []
     monkeypatch.setattr(distance_launch, "split_for", lambda device, blocks, *_: used.append(blocks) or 1)
     launched(x, packed)
     launched(x.float(), packed)
-    assert used == [wanted, distance_launch.TABLE[90].few]
+    assert used == [wanted, own]
 
 
 def test_tickets_are_shared_by_nobody():
