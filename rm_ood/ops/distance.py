@@ -54,16 +54,14 @@ def _forward(x: Tensor, whitening: Tensor, center: Tensor, class_offsets: Tensor
     n, k = x.shape[0], class_offsets.shape[0]
     chunk = max(1, min(_CHUNK, _PAIRS // k))
     with torch.no_grad() if torch.is_grad_enabled() else _AS_IS, without_autocast(x.device.type):
-        parts = [
-            # Centred in the wider of the two dtypes: a float64 row far from 0 keeps its digits.
-            _sq_distances((rows - center).to(whitening.dtype), whitening, class_offsets)
-            for rows in (torch.split(x, chunk) if n > chunk else (x,))
-        ]
-        sq = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if n <= chunk:
+            sq = _sq_distances(x, whitening, center, class_offsets)
+        else:
+            parts = torch.split(x, chunk)
+            sq = torch.cat([_sq_distances(rows, whitening, center, class_offsets) for rows in parts])
         # inf - inf and 0 * inf inside the product are NaN; NaN would pass every `score > threshold`.
         sq.nan_to_num_(nan=torch.inf, posinf=torch.inf)
-        lowest = sq.min(1)
-    return sq, lowest.values, lowest.indices
+        return sq, sq.amin(1), sq.argmin(1)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
@@ -71,19 +69,26 @@ def without_autocast(device_type: str) -> AbstractContextManager[object]:
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else _AS_IS
 
 
-def _sq_distances(centred: Tensor, whitening: Tensor, class_offsets: Tensor) -> Tensor:
-    n, d = centred.shape
+def _sq_distances(x: Tensor, whitening: Tensor, center: Tensor, class_offsets: Tensor) -> Tensor:
+    n, d = x.shape
+    # Centred in the wider of the two dtypes: a float64 row far from 0 keeps its digits.
+    centred = (x - center).to(whitening.dtype)
     block = next(block for most, block in _BLOCKS if n <= most)
-    sq: Tensor | None = None
-    for first in range(0, d, block):
+    if d <= block:
+        return _squares(centred, whitening, class_offsets)
+    # W is lower triangular: its rows up to `last` have only zeros from column `last` on.
+    sq = _squares(centred[:, :block], whitening[:block, :block], class_offsets[:, :block])
+    for first in range(block, d, block):
         last = min(first + block, d)
-        # W is lower triangular: its rows first..last have only zeros from column `last` on.
-        z = torch.nn.functional.linear(centred[:, :last], whitening[first:last, :last])
-        # All classes at once: faster than class by class at every size that was measured.
-        part = torch.linalg.vector_norm(z.unsqueeze(1) - class_offsets[:, first:last], dim=2).square_()
-        sq = part if sq is None else sq.add_(part)
-    assert sq is not None, "a whitening of no features"
+        sq += _squares(centred[:, :last], whitening[first:last, :last], class_offsets[:, first:last])
     return sq
+
+
+def _squares(centred: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
+    z = torch.nn.functional.linear(centred, rows)
+    # All classes at once: faster than class by class at every size that was measured.
+    squares: Tensor = torch.linalg.vector_norm(z.unsqueeze(1) - offsets, dim=2).square_()
+    return squares
 
 
 _operator = torch.library.custom_op("rm_ood::whitened_sq_distance", _forward, mutates_args=())
