@@ -79,7 +79,7 @@ TABLE = {
     ),
 }
 # float32 products run outside the tensor cores, everywhere: in larger blocks they spill, or become TF32 on 10.0.
-_FLOAT32 = Choices(Blocks(16, 32, 4, 3), Blocks(32, 64, 4, 3), (Blocks(32, 64, 4, 3),) * 3)
+_FLOAT32 = Choices(Blocks(16, 32, 4, 3), Blocks(32, 32, 4, 3), (Blocks(32, 32, 4, 3),) * 3)
 # From this capability on, blocks of W come by bulk copies (TMA).
 BULK_COPY = 90
 # What `tune` tries beside the table's own, by the dtype of the tiles. bfloat16 parts of float32 vectors are a trap in blocks of

@@ -224,7 +224,7 @@ def test_table_has_blocks_for_every_size_and_gpu():
     assert distance_launch.blocks_for(Device(89, 100), half, 64, 2) == TABLE[86].some
     assert distance_launch.blocks_for(Device(103, 100), half, 65, 2) == TABLE[100].many[1]
     assert distance_launch.blocks_for(Device(75, 100), half, 65, 1) == TABLE[80].many[0]
-    assert distance_launch.blocks_for(Device(90, 100), torch.float32, 65, 1) == Blocks(32, 64, 4, 3)
+    assert distance_launch.blocks_for(Device(90, 100), torch.float32, 65, 1) == Blocks(32, 32, 4, 3)
     # One wave of programs, each with a short and a long tile row of W.
     split = distance_launch.split_for
     assert split(Device(90, 132), TABLE[90].few, 1, 4096, 1) == 128
