@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rm_ood.detectors.learned import Forms, Learned, check_dtype, check_scale, fail_closed
 from rm_ood.errors import CalibrationError, FormatError, InputError
-from rm_ood.ops.distance import without_autocast
+from rm_ood.ops.arithmetic import without_autocast
 from rm_ood.vectors import as_vectors, check_finite, unit_rows
 
 # Rows of x times fit vectors of one block of products: bounds it to 32 MiB in float32.

@@ -10,7 +10,7 @@ from torch import Tensor
 from rm_ood.detectors.learned import Forms, Learned, check_dtype, check_scale, fail_closed
 from rm_ood.errors import CalibrationError, FormatError, InputError, MismatchError
 from rm_ood.moments import ClassMoments
-from rm_ood.ops.distance import without_autocast
+from rm_ood.ops.arithmetic import without_autocast
 from rm_ood.vectors import as_vectors, check_finite
 
 _CHUNK = 4096

@@ -5,12 +5,11 @@ The derivation is in ops/README.md. On a GPU the whitening comes packed, and `rm
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
 from rm_ood.ops import distance_launch
+from rm_ood.ops.arithmetic import AS_IS, exact_dtype, without_autocast
 from rm_ood.ops.packing import Packed, unpack
 
 # 512 rows of x by one block of z stay in the L2 cache.
@@ -20,8 +19,6 @@ _CHUNK = 512
 _BLOCKS = ((16, 512), (128, 256), (_CHUNK, 128))
 # Rows times classes of one chunk: bounds the (rows, k, block) differences to 8 MiB in float32.
 _PAIRS = 8192
-# Entering a context costs as much as the arithmetic of a short row.
-_AS_IS: AbstractContextManager[object] = nullcontext()
 
 
 def whitened_sq_distance(
@@ -53,7 +50,11 @@ def whitened_sq_distance(
 def _forward(x: Tensor, whitening: Tensor, center: Tensor, class_offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     n, k = x.shape[0], class_offsets.shape[0]
     chunk = max(1, min(_CHUNK, _PAIRS // k))
-    with torch.no_grad() if torch.is_grad_enabled() else _AS_IS, without_autocast(x.device.type):
+    exact = exact_dtype(x.device.type, whitening.dtype)
+    if exact != whitening.dtype:
+        sq = _forward(x, whitening.to(exact), center, class_offsets.to(exact))[0].to(whitening.dtype)
+        return sq, sq.amin(1), sq.argmin(1)
+    with torch.no_grad() if torch.is_grad_enabled() else AS_IS, without_autocast(x.device.type):
         if n <= chunk:
             sq = _sq_distances(x, whitening, center, class_offsets)
         else:
@@ -62,11 +63,6 @@ def _forward(x: Tensor, whitening: Tensor, center: Tensor, class_offsets: Tensor
         # inf - inf and 0 * inf inside the product are NaN; NaN would pass every `score > threshold`.
         sq.nan_to_num_(nan=torch.inf, posinf=torch.inf)
         return sq, sq.amin(1), sq.argmin(1)
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Inside a training loop's autocast the product would run in bfloat16, an error of several per cent."""
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else _AS_IS
 
 
 def _sq_distances(x: Tensor, whitening: Tensor, center: Tensor, class_offsets: Tensor) -> Tensor:
@@ -117,6 +113,10 @@ def packed_sq_distance(
 
     Returns:
         Squared distances (g, n, k), their minimum (g, n), float32, and its class (g, n) int64, as `whitened_sq_distance`.
+
+    Raises:
+        MismatchError: another width than that of the whitenings, or rows or factors of another size, dtype or device.
+        InputError: a dtype or a number of classes that the kernel does not take; tokens without `rows`, or the reverse.
     """
     result: tuple[Tensor, Tensor, Tensor] = _packed_operator(
         x.detach(), packed.tiles, packed.scales, packed.shifts, packed.center, rows, factors, packed.x_scale
@@ -134,6 +134,7 @@ def _packed(
     factors: Tensor | None,
     x_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    distance_launch.check(x, scales, shifts, rows, factors)
     if distance_launch.unavailable(x.device) is None:
         return distance_launch.launch(x, tiles, scales, shifts, center, rows, factors, x_scale)
     return emulate(x, tiles, scales, shifts, center, rows, factors, x_scale)
@@ -181,5 +182,6 @@ def _(
     factors: Tensor | None,
     x_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    distance_launch.check(x, scales, shifts, rows, factors)
     (g, k), n = shifts.shape[:2], x.shape[0]
     return shifts.new_empty(g, n, k), shifts.new_empty(g, n), shifts.new_empty(g, n, dtype=torch.int64)

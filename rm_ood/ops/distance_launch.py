@@ -186,7 +186,7 @@ def launch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One launch; arguments, results and errors as `rm_ood.ops.distance.packed_sq_distance`."""
     # Triton is optional, and importing it takes a second.
-    _check(x, scales, shifts, rows, factors)
+    check(x, scales, shifts, rows, factors)
     kernel = importlib.import_module("rm_ood.ops.distance_kernel").distance_kernel
     descriptor = importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor
     if x.stride(-1) != 1:
@@ -251,7 +251,7 @@ def launch(
     return sq, lowest, nearest
 
 
-def _check(x: Tensor, scales: Tensor, shifts: Tensor, rows: Tensor | None, factors: Tensor | None) -> None:
+def check(x: Tensor, scales: Tensor, shifts: Tensor, rows: Tensor | None, factors: Tensor | None) -> None:
     """The kernel trusts what it is given: sizes that do not fit would read other memory."""
     if reason := unsupported(x, shifts.shape[1]):
         raise InputError(f"packed_sq_distance takes no {reason}; use whitened_sq_distance")
