@@ -14,9 +14,10 @@ from rm_ood.ops.packing import Packed, unpack
 
 # 512 rows of x by one block of z stay in the L2 cache.
 _CHUNK = 512
-# Rows of W at a time, by the most rows of x: for few, call overhead and one read of W are the time, and large products win;
-# for many, the triangle that is left out is.
-_BLOCKS = ((16, 512), (128, 256), (_CHUNK, 128))
+# Rows of W at a time, by the most rows of x times classes: for few, call overhead and one read of W are the time, and large
+# products win; for many, the triangle that is left out is, and differences that stay in cache.
+_BLOCKS = ((32, 512), (256, 256))
+_BLOCK = 128
 # Rows times classes of one chunk: bounds the (rows, k, block) differences to 8 MiB in float32.
 _PAIRS = 8192
 
@@ -66,10 +67,11 @@ def _forward(x: Tensor, whitening: Tensor, center: Tensor, class_offsets: Tensor
 
 
 def _sq_distances(x: Tensor, whitening: Tensor, center: Tensor, class_offsets: Tensor) -> Tensor:
-    n, d = x.shape
+    d = x.shape[1]
     # Centred in the wider of the two dtypes: a float64 row far from 0 keeps its digits.
     centred = (x - center).to(whitening.dtype)
-    block = next(block for most, block in _BLOCKS if n <= most)
+    pairs = len(x) * len(class_offsets)
+    block = next((block for most, block in _BLOCKS if pairs <= most), _BLOCK)
     if d <= block:
         return _squares(centred, whitening, class_offsets)
     # W is lower triangular: its rows up to `last` have only zeros from column `last` on.
