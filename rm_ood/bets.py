@@ -34,6 +34,9 @@ RATIOS = (1.5, 2.0, 4.0, 8.0, 16.0)
 _HIGHEST = 0.9
 _CLIP = 1e290
 _BLOCK, _STEP = 256, 16
+# Requests that are laid out as arrays at once: some ten numbers for each bet.
+_CHUNK = 16_384
+LARGER, SMALLER = "larger", "smaller"
 
 
 def tie_keys(count: int, start: int, seed: int) -> Words:
@@ -58,6 +61,9 @@ class Wealth:
     def __init__(self, bets: int) -> None:
         self.t = 0
         self.cash = 1.0
+        # (B,) capital where the evidence first reached its limit, and where `recent` last did, in the last `advance`.
+        self.reached: Floats | None = None
+        self.fired: Floats | None = None
         # Both kinds side by side: one array operation for the two of them.
         self._both = np.zeros(2 * bets)
 
@@ -85,25 +91,27 @@ class Wealth:
         """The same by some of the bets alone."""
         return float(_mean(self.ever[bets])) + self.cash
 
-    def advance(self, factors: Floats, limit: float) -> tuple[Floats, Floats]:
+    def advance(self, factors: Floats, limit: float, ever: float = math.inf) -> tuple[Floats, Floats]:
         """Play m requests; `recent` starts anew after a request at which its mean reaches `limit`.
 
         Args:
             factors: (m, B) what each bet multiplies by at each request.
+            ever: the evidence at which the capital is kept, in `reached`.
         Returns:
             Evidence and mean of `recent` after each request, (m,) each.
         """
         evidence, recent = np.empty(len(factors)), np.empty(len(factors))
         at, size = 0, _BLOCK
+        self.reached = self.fired = None
         while at < len(factors):
-            e, r = self._block(factors[at : at + size], limit)
+            e, r = self._block(factors[at : at + size], limit, ever)
             evidence[at : at + len(e)], recent[at : at + len(e)] = e, r
             at += len(e)
             # What follows an alarm is played again: in small steps, for the next one is near.
             size = _STEP if r[-1] >= limit else min(2 * size, _BLOCK)
         return evidence, recent
 
-    def _block(self, factors: Floats, limit: float) -> tuple[Floats, Floats]:
+    def _block(self, factors: Floats, limit: float, ever: float) -> tuple[Floats, Floats]:
         """Play requests up to the first at which `recent` reaches the limit: evidence and mean of `recent` after each."""
         m, bets = factors.shape
         gains, cash = np.ones((m, 2 * bets)), np.empty(m)
@@ -128,8 +136,13 @@ class Wealth:
         self.cash = float(cash[last])
         self._both = played[last].copy()
         if fired.size:
+            self.fired = played[last, bets:].copy()
             self.recent[:] = 0
-        return _mean(played[: last + 1, :bets]) + cash[: last + 1], recent[: last + 1]
+        evidence = _mean(played[: last + 1, :bets]) + cash[: last + 1]
+        reached = np.flatnonzero(evidence >= ever)
+        if self.reached is None and reached.size:
+            self.reached = played[reached[0], :bets].copy()
+        return evidence, recent[: last + 1]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able state; floats come back bit for bit."""
@@ -181,7 +194,7 @@ class PolyaBets:
                     ranks.append(k)
                     signs.append(sign)
         if -1.0 not in signs:
-            raise CalibrationError(f"{n} calibration scores are too few to bet on both tails: need 19, better 1,000")
+            raise CalibrationError(f"{n} calibration scores are too few to bet on both tails: need 4, better 1,000")
         self._ranks, self._signs = np.array(ranks), np.array(signs)
         at = order[[n - k if sign > 0 else k - 1 for k, sign in zip(ranks, signs, strict=True)]]
         self._scores, self._keys = self.calibration[at], keys[at]
@@ -190,14 +203,33 @@ class PolyaBets:
         self.high, self.low = slice(0, high), slice(high, len(which))
         self.hits = np.zeros(len(ranks))
         self.wealth = Wealth(len(which))
+        # Which tail had it: where the evidence first reached `ever`, and where `recent` last fired, in the last `advance`.
+        self.reached_side: str | None = None
+        self.fired_side: str | None = None
 
-    def advance(self, scores: Floats, keys: Words, limit: float) -> tuple[Floats, Floats]:
+    def advance(self, scores: Floats, keys: Words, limit: float, ever: float = math.inf) -> tuple[Floats, Floats]:
         """Play m requests: evidence and mean of the recent bets after each, see `Wealth.advance`.
 
         Args:
             scores: (m,) in the unit of the calibration; what is not finite counts as the largest.
             keys: (m,) tie keys.
+            limit, ever: of the recent bets and of the evidence; the tails that reached them are kept.
         """
+        evidence, recent = np.empty(len(scores)), np.empty(len(scores))
+        self.reached_side = self.fired_side = None
+        for start in range(0, len(scores), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            evidence[part], recent[part] = self._advance(scores[part], keys[part], limit, ever)
+            self.reached_side = self.reached_side or self._side(self.wealth.reached)
+            self.fired_side = self._side(self.wealth.fired) or self.fired_side
+        return evidence, recent
+
+    def _side(self, capital: Floats | None) -> str | None:
+        if capital is None:
+            return None
+        return LARGER if _mean(capital[self.high]) >= _mean(capital[self.low]) else SMALLER
+
+    def _advance(self, scores: Floats, keys: Words, limit: float, ever: float) -> tuple[Floats, Floats]:
         s = np.where(np.isfinite(scores), scores, np.inf)[:, None]
         equal = s == self._scores
         above, later = s > self._scores, keys[:, None] > self._keys
@@ -210,9 +242,8 @@ class PolyaBets:
         # Never below the null: what the traffic has shown so far is its normal.
         q = np.maximum(self._target, rho)
         factors = np.where(hit[:, self._which], q / rho, (1 - q) / (1 - rho))
-        if len(s):
-            self.hits = count[-1]
-        return self.wealth.advance(factors, limit)
+        self.hits = count[-1]
+        return self.wealth.advance(factors, limit, ever)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able state."""

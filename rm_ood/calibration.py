@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -26,6 +27,7 @@ from rm_ood.conformal import (
     minimum_calibration,
     pool_groups,
     ranked_by_group,
+    scores_digest,
 )
 from rm_ood.errors import CalibrationError, InputError
 from rm_ood.length import LengthStandardiser
@@ -171,6 +173,11 @@ class Profile:
         if not wanted:
             raise InputError("axes: got none")
         return {axis: np.concatenate([scores for scores, _ in self.axis_pools(axis)]) for axis in wanted}
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Axis -> digest of `axis_scores`: tells whether two verdicts were ranked among the same scores."""
+        return {axis: scores_digest(scores) for axis, scores in self.axis_scores().items()}
 
     def axis_pools(self, axis: str | None) -> list[tuple[Floats, int]]:
         """(scores in ascending order, k of alpha) of each group of one axis; of the whole verdict for None.

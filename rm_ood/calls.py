@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from rm_ood.channels import FINAL, Channel
 from rm_ood.config import GuardConfig
-from rm_ood.dialogue import Dialogue, Response, Text, check_dialogue, check_prompt, check_response
+from rm_ood.dialogue import Dialogue, Response, Text, check_dialogue, check_prompt, check_response, messages_of
 from rm_ood.embed import Embedded
 from rm_ood.errors import InputError
 from rm_ood.vectors import as_tensor, as_vectors
@@ -20,7 +21,11 @@ from rm_ood.vectors import as_tensor, as_vectors
 
 @dataclass(frozen=True)
 class Call:
-    """Items of a call: (prompt, response) each, the prompt each belongs to, and whether one verdict was asked for."""
+    """Items of a call: (prompt, response) each, the prompt each belongs to, and whether one verdict was asked for.
+
+    `prompt_index` is the prompt's place in the call where prompts come with several answers each, and otherwise the number of
+    the prompt among those that differ, in the order they come: one prompt, listed once for each of its answers, is one.
+    """
 
     items: list[tuple[Text, Response]]
     prompt_index: NDArray[np.int64]
@@ -42,6 +47,9 @@ def read_call(
     prompts, answers = ([prompt], [response]) if is_single else _pairs(prompt, response)
     items: list[tuple[Text, Response]] = []
     index: list[int] = []
+    flat: list[int] = []
+    numbers: dict[str, int] = {}
+    is_nested = False
     for i, (one, given) in enumerate(zip(prompts, answers, strict=True)):
         where = "" if is_single else f"items[{i}]."
         text = check_prompt(one, f"{where}prompt", allow_empty=config.allow_empty, max_chars=config.max_chars)
@@ -50,11 +58,14 @@ def read_call(
                 raise InputError(f"{where}prompt: a Dialogue brings its own tools and keywords; pass them there only")
             text = check_dialogue(text, tools, template_kwargs, "", max_chars=config.max_chars)
         several = isinstance(given, (list, tuple)) and not _is_messages(given)
+        is_nested |= several
+        number = numbers.setdefault(_asked(text), len(numbers))
         for j, answer in enumerate(given if several else [given]):
             name = f"{where}response{f'[{j}]' if several else ''}"
             items.append((text, check_response(answer, name, max_chars=config.max_chars)))
             index.append(i)
-    return Call(items, np.array(index, dtype=np.int64), is_single)
+            flat.append(number)
+    return Call(items, np.array(index if is_nested else flat, dtype=np.int64), is_single)
 
 
 def read_vectors(
@@ -86,6 +97,12 @@ def read_vectors(
         truncated=np.zeros(n, dtype=bool),
     )
     return vectors, values, part
+
+
+def _asked(prompt: Text) -> str:
+    """Equal for prompts that ask the same in the same words: messages, tools and template keywords."""
+    beside = [prompt.tools, prompt.template_kwargs] if isinstance(prompt, Dialogue) else [[], {}]
+    return json.dumps([messages_of(prompt), *beside], sort_keys=True)
 
 
 def _is_messages(value: Any) -> bool:

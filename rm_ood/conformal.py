@@ -12,6 +12,7 @@ Reference:
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -148,6 +149,11 @@ def sorted_scores(calibration: ArrayLike) -> Floats:
             "One NaN would shift every rank; remove those rows."
         )
     return np.sort(scores)
+
+
+def scores_digest(scores: Floats) -> str:
+    """SHA-256 of calibration scores, in whatever order."""
+    return hashlib.sha256(np.sort(scores).tobytes()).hexdigest()
 
 
 def ranks(ascending: Floats, scores: ArrayLike) -> Ints:

@@ -122,12 +122,17 @@ class ChannelDecisions:
 
 @dataclass(frozen=True)
 class AxisDecisions:
-    """`AxisDecision` of n items: `ood_scores`, `p_values`, `is_ood` (n,)."""
+    """`AxisDecision` of n items: `ood_scores`, `p_values`, `is_ood` (n,).
+
+    Attributes:
+        calibration: digest of the calibration scores that the axis was ranked among; empty where it is not known.
+    """
 
     ood_scores: Floats
     p_values: Floats
     is_ood: Bools
     channels: dict[str, ChannelDecisions]
+    calibration: str = ""
 
     def channel(self, name: str) -> ChannelDecisions:
         """One channel of this axis.
@@ -142,7 +147,8 @@ class AxisDecisions:
     def take(self, index: Any) -> AxisDecisions:
         """The same for some of the items."""
         channels = {name: channel.take(index) for name, channel in self.channels.items()}
-        return AxisDecisions(self.ood_scores[index], self.p_values[index], self.is_ood[index], channels)
+        flags = self.is_ood[index]
+        return AxisDecisions(self.ood_scores[index], self.p_values[index], flags, channels, self.calibration)
 
 
 @dataclass(frozen=True)
@@ -159,7 +165,8 @@ class Decisions:
         class_log_odds: (n,) float; None where `final` was not given or has one class.
         reasons: n tuples of reason codes.
         truncated: (n,) bool.
-        prompt_index: (n,) int: which prompt of the call an item belongs to (nested responses).
+        prompt_index: (n,) int: which prompt of the call an item belongs to: items with equal prompts have one number. Each item
+            has its own where prompts are not known (vectors, tensors).
         alpha: the level of `is_ood`.
     """
 

@@ -375,13 +375,15 @@ class Fitter:
         return table, record
 
 
-def check_overlap(reservoir: Reservoir[Kept], fit_keys: NDArray[np.uint64]) -> None:
+def check_overlap(prompt_keys: Iterable[int], fit_keys: NDArray[np.uint64]) -> None:
     """Refuse calibration prompts that were fitted on.
 
+    Args:
+        prompt_keys: `prompt_key` of each.
     Raises:
         CalibrationError: with the number of shared prompts.
     """
-    keys = np.array([k.key for k in reservoir.items()], dtype=np.uint64)
+    keys = np.array(list(prompt_keys), dtype=np.uint64)
     shared = int(np.isin(keys, fit_keys).sum())
     if shared:
         raise CalibrationError(

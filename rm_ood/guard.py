@@ -28,6 +28,7 @@ from rm_ood.dialogue import Dialogue, Response, Text
 from rm_ood.embed import Embedder, embedded, needed_channels
 from rm_ood.errors import CalibrationWarning, InputError, MismatchError, NotFittedError
 from rm_ood.fit import Fitter
+from rm_ood.flag_rate import default_budget
 from rm_ood.identity import TIERS, Identity
 from rm_ood.inputs import Notes, read_inputs
 from rm_ood.monitor import TrafficMonitor
@@ -226,7 +227,7 @@ class OODGuard:
             prompt: a string, a message list or a `Dialogue`; or a list of those.
             response: a string (or one assistant message in a list); or a list, one per prompt. An entry of the list may
                 itself be a list: several answers to that prompt, which come out one after the other, `prompt_index` telling
-                which is whose.
+                which is whose. So it does where a prompt is listed once for each of its answers.
             groups: the group of each item, for a guard with a grouping column.
             progress: show a progress bar on stderr.
             tools: JSON schemas that the chat template renders for every prompt of the call, a list or a JSON string.
@@ -257,7 +258,8 @@ class OODGuard:
         """What to read first: the k most suspicious items whose reward is high while the guard disagrees.
 
         High is the dataset's top `share` of rewards. The guard disagrees where an item is flagged, or nearer to the rejected
-        class than to the chosen one. They do not count as traffic.
+        class than to the chosen one. Flagged ones come first; equal responses are one, with their `count`. They do not count
+        as traffic.
 
         Args:
             dataset: rows with responses, such as a policy's rollouts: `prompt`/`response`, or preference rows.
@@ -440,14 +442,18 @@ class OODGuard:
             axes: the guard's axes that are watched, all by default.
             channels, with_lengths: for verdicts on vectors from elsewhere, what they are joined from, and whether span
                 lengths come with them (see `check_embeddings`).
-            settings: of `TrafficMonitor`; alpha and confidence are the guard's.
+            settings: of `TrafficMonitor`; alpha and confidence are the guard's. `calibrate` and `fit` end it: verdicts of the
+                new calibration are refused.
         Raises:
             NotFittedError, CalibrationError: the guard is not fitted or not calibrated. MismatchError: saved on another.
         """
         c = self._fitted().config
         profile = self._fitted().profile(c.joined if channels is None else tuple(channels), with_lengths=with_lengths)
         settings = {"alpha": c.alpha, "confidence": c.confidence, **settings}
-        return TrafficMonitor.open(path, profile.axis_scores(axes), **settings)
+        sizes = [scores.size for scores, _ in profile.axis_pools(None)]
+        if settings.get("budget") is None and len(sizes) > 1:
+            settings["budget"] = default_budget(sizes, settings["alpha"], settings["confidence"])
+        return TrafficMonitor.open(path, profile.axis_scores(axes), **settings).bind(profile.digests)
 
     # -- life
 

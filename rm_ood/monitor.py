@@ -8,6 +8,7 @@ many, a tenth of a millisecond alone; memory does not grow.
 from __future__ import annotations
 
 import hashlib
+import numbers
 import os
 import threading
 from collections import OrderedDict
@@ -19,11 +20,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rm_ood.bets import RATIOS, PolyaBets, tie_keys
-from rm_ood.conformal import ALL, check_alpha, check_confidence, guaranteed_rank, ranks
+from rm_ood.conformal import ALL, check_alpha, check_confidence, guaranteed_rank, ranks, scores_digest
 from rm_ood.errors import FormatError, InputError, MismatchError
-from rm_ood.flag_rate import BudgetBets
-from rm_ood.monitor_file import read_monitor, write_monitor
-from rm_ood.monitor_state import AxisEvidence, MonitorState, Verdicts
+from rm_ood.flag_rate import BudgetBets, default_budget
+from rm_ood.monitor_file import MAX_SESSIONS, read_monitor, write_monitor
+from rm_ood.monitor_state import AxisEvidence, Change, MonitorState, Verdicts
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -50,18 +51,20 @@ class TrafficMonitor:
     Args:
         calibration: (n,) OOD scores of held-out in-distribution inputs, one per prompt, +inf allowed; or axis -> scores.
         lifetime, recurring: see above; larger than 1.
-        alpha: level of the flags, and the default budget.
+        alpha: level of the flags.
         confidence: of the monitor's own flags; it flags by itself on one axis where n is large enough for `alpha`.
-        budget: tolerated flag rate, a fraction in (0, 1).
+        budget: tolerated flag rate, a fraction in (0, 1). By default alpha; without a confidence, what the rate of flags that
+            hold alpha on average stays within for 95 % of calibration sets.
         workers: monitors that run side by side on shares of the traffic; each threshold is multiplied by it, and T counts the
             items of one worker.
         ratios: inflations of the tail rates that are betted on; the smallest is the tolerance.
-        session_memory: sessions that are remembered; one that was not seen for so many others counts again.
+        session_memory: sessions that are remembered, at most 1,000,000; one that was not seen for so many others counts
+            again.
         seed: of the tie-breaks.
 
     Raises:
         InputError: a setting out of range.
-        CalibrationError: fewer than 19 calibration scores, or NaN or -inf among them.
+        CalibrationError: fewer than 4 calibration scores, or NaN or -inf among them.
 
     Reference:
         Choe, Ramdas, "Combining evidence across filtrations", 2024 (arXiv 2402.09698): why axes are not averaged.
@@ -81,9 +84,16 @@ class TrafficMonitor:
         session_memory: int = 65_536,
         seed: int = 0,
     ) -> None:
+        alpha, lifetime, recurring = (
+            _number("alpha", alpha),
+            _number("lifetime", lifetime),
+            _number("recurring", recurring),
+        )
+        confidence = None if confidence is None else _number("confidence", confidence)
+        budget = None if budget is None else _number("budget", budget)
+        ratios = tuple(_number("ratios", ratio) for ratio in ratios)
         check_alpha(alpha)
         check_confidence(confidence)
-        ratios = tuple(float(ratio) for ratio in ratios)
         if not (1 < lifetime < np.inf and 1 < recurring < np.inf):
             raise InputError(f"lifetime={lifetime}, recurring={recurring}: expected finite numbers above 1")
         if budget is not None and not 0 < budget < 1:
@@ -93,8 +103,14 @@ class TrafficMonitor:
         whole = {"workers": workers, "session_memory": session_memory}
         if not all(isinstance(count, (int, np.integer)) and count >= 1 for count in whole.values()):
             raise InputError(f"{whole}: expected whole numbers of at least 1")
+        if session_memory > MAX_SESSIONS:
+            raise InputError(
+                f"session_memory={session_memory}: expected at most {MAX_SESSIONS}, so that the state can be saved"
+            )
+        if not isinstance(seed, (int, np.integer)):
+            raise InputError(f"seed={seed!r}: expected a whole number")
         self._settings: dict[str, Any] = {
-            "lifetime": float(lifetime), "recurring": float(recurring), "alpha": alpha, "confidence": confidence,
+            "lifetime": lifetime, "recurring": recurring, "alpha": alpha, "confidence": confidence,
             "budget": budget, "workers": int(workers), "ratios": list(ratios), "session_memory": int(session_memory),
             "seed": int(seed),
         }  # fmt: skip
@@ -102,19 +118,24 @@ class TrafficMonitor:
         if not given:
             raise InputError("calibration: got no axis")
         self._bets = {
-            str(axis): PolyaBets(np.asarray(values), ratios, 2 * seed) for axis, values in sorted(given.items())
+            str(axis): PolyaBets(np.asarray(values), ratios, 2 * int(seed)) for axis, values in sorted(given.items())
         }
         axes = len(self._bets)
-        self._lifetime = float(lifetime) * workers
-        self._recurring = float(recurring) * workers
+        self._lifetime = lifetime * int(workers)
+        self._recurring = recurring * int(workers)
         # A union of P(alarm by T) <= T / A over the axes leaves a mean time of A / 2 only.
         self._joined = axes, 1 if axes == 1 else 2 * axes
-        self._flag_bets = BudgetBets(alpha if budget is None else budget, ratios, self._lifetime)
-        single = next(iter(self._bets.values())).calibration
-        self._own_k = guaranteed_rank(single.size, alpha, confidence) if axes == 1 else 0
+        n = min(bets.calibration.size for bets in self._bets.values())
+        tolerated = default_budget([n], alpha, confidence) if budget is None else budget
+        self._flag_bets = BudgetBets(tolerated, ratios, self._lifetime)
+        self._own_k = guaranteed_rank(n, alpha, confidence) if axes == 1 else 0
         self._requests = self._counted = self._unscored = self._alarms = 0
         self._alarm_at: int | None = None
         self._last_alarm: int | None = None
+        self._alarm_of: Change | None = None
+        self._last_alarm_of: Change | None = None
+        # Axis -> digest of the calibration that the watched verdicts were made on.
+        self._watched: dict[str, str] | None = None
         self._sessions: OrderedDict[int, None] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -159,6 +180,8 @@ class TrafficMonitor:
             raise InputError(f"lengths differ: {sizes}")
         if marks is not None and m and marks.dtype != np.bool_:
             raise InputError(f"flags: expected bool, got {marks.dtype}")
+        if isinstance(sessions, (str, bytes)):
+            raise InputError(f"sessions: expected a list of keys, one per item, got {type(sessions).__name__}")
         keys = None if sessions is None else [_session_key(key) for key in sessions]
         with self._lock:
             rows = np.arange(m) if keys is None else self._representatives(keys)
@@ -170,17 +193,44 @@ class TrafficMonitor:
         Args:
             decisions: `Decisions` of the guard that the monitor comes from.
             sessions: as in `update`, one key per item. Without them each prompt of the call is a session: several answers to
-                one prompt are not independent.
+                one prompt are not independent. A prompt that comes back in another call counts again, and verdicts on
+                vectors or tensors do not know their prompts: pass keys for those.
+        Raises:
+            MismatchError: the guard has been calibrated anew since the verdicts that were watched before.
+            InputError: as in `update`, or an axis is missing.
         """
         missing = sorted(set(self._bets) - set(decisions.axes))
         if missing:
             raise InputError(f"decisions on {sorted(decisions.axes)}: this monitor watches {missing} too")
+        self._same_calibration(decisions)
         table = {axis: np.asarray(decisions.axes[axis].ood_scores) for axis in self._bets}
         if sessions is None:
             first = np.sort(np.unique(decisions.prompt_index, return_index=True)[1])
             table = {axis: values[first] for axis, values in table.items()}
             return self.update(table, flags=decisions.is_ood[first])
         return self.update(table, sessions=sessions, flags=decisions.is_ood)
+
+    def bind(self, calibrations: Mapping[str, str]) -> Self:
+        """Take verdicts of one calibration only: axis -> its digest, `AxisDecisions.calibration`.
+
+        `guard.monitor` does this; otherwise the first verdicts that are watched do.
+        """
+        self._watched = {axis: calibrations[axis] for axis in self._bets}
+        return self
+
+    def _same_calibration(self, decisions: Verdicts) -> None:
+        found = {axis: getattr(decisions.axes[axis], "calibration", "") for axis in self._bets}
+        if not all(found.values()):
+            return
+        with self._lock:
+            if self._watched is None:
+                self._watched = found
+            other = sorted(axis for axis in found if found[axis] != self._watched[axis])
+        if other:
+            raise MismatchError(
+                f"verdicts on {other} were made on another calibration than this monitor watches: scores before and after "
+                "calibrate() or fit() do not compare. Start a new monitor: guard.monitor()"
+            )
 
     def _representatives(self, keys: list[int | None]) -> NDArray[np.int64]:
         rows = []
@@ -203,17 +253,23 @@ class TrafficMonitor:
         self._unscored += int(unscored.sum())
         ever, often = self._joined
         keys = tie_keys(rows.size, self._counted, 2 * self._settings["seed"] + 1)
-        evidence, fired = np.zeros(rows.size), np.zeros(rows.size, dtype=bool)
+        fired = np.zeros(rows.size, dtype=bool)
+        first: tuple[int, Change] | None = None
+        last: tuple[int, Change] | None = None
         for axis, bets in self._bets.items():
-            e, recent = bets.advance(table[axis][rows], keys, self._recurring * often)
-            np.maximum(evidence, e / ever, out=evidence)
-            fired |= recent >= self._recurring * often
-        reached = np.flatnonzero(evidence >= self._lifetime)
-        if self._alarm_at is None and reached.size:
-            self._alarm_at = self._counted + int(reached[0]) + 1
-        if fired.any():
+            e, recent = bets.advance(table[axis][rows], keys, self._recurring * often, self._lifetime * ever)
+            reached = np.flatnonzero(e >= self._lifetime * ever)
+            if bets.reached_side is not None and (first is None or reached[0] < first[0]):
+                first = int(reached[0]), Change(axis, bets.reached_side)
+            at = np.flatnonzero(recent >= self._recurring * often)
+            if bets.fired_side is not None and (last is None or at[-1] > last[0]):
+                last = int(at[-1]), Change(axis, bets.fired_side)
+            fired[at] = True
+        if self._alarm_at is None and first is not None:
+            self._alarm_at, self._alarm_of = self._counted + first[0] + 1, first[1]
+        if last is not None:
             self._alarms += int(fired.sum())
-            self._last_alarm = self._counted + int(np.flatnonzero(fired)[-1]) + 1
+            self._last_alarm, self._last_alarm_of = self._counted + last[0] + 1, last[1]
         self._counted += rows.size
         if flags is None and self._own_k:
             (bets,) = self._bets.values()
@@ -242,11 +298,13 @@ class TrafficMonitor:
             threshold=self._lifetime,
             alarm=self._alarm_at is not None,
             alarm_at=self._alarm_at,
+            alarm_of=self._alarm_of,
             recurring_value=max(axis.recurring_value for axis in axes.values()) / often,
             recurring_threshold=self._recurring,
             recurring_alarm=fired,
             recurring_alarms=self._alarms,
             last_recurring_at=self._last_alarm,
+            last_recurring_of=self._last_alarm_of,
             axes=axes,
             flag_rate=flags if flags.n or self._own_k else None,
         )
@@ -256,12 +314,17 @@ class TrafficMonitor:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to a file, atomically: a crash leaves the old file or the new one.
 
+        The state is that of the moment of writing, after any wait for another saver. One path for each worker: a file holds
+        one monitor, the last that was saved.
+
         Raises:
             SaveError: the disk refuses, or another process has been saving here for a minute.
         """
+        write_monitor(Path(path), self._snapshot)
+
+    def _snapshot(self) -> dict[str, Any]:
         with self._lock:
-            content = self._content()
-        write_monitor(Path(path), content)
+            return self._content()
 
     @classmethod
     def open(
@@ -285,6 +348,7 @@ class TrafficMonitor:
             FileNotFoundError: no such file.
             FormatError, IntegrityError: not a monitor's state, or a changed or cut one.
             MismatchError: another calibration, or other settings; names which.
+            InputError: a setting that there is not.
         """
         content = read_monitor(Path(path))
         try:
@@ -293,14 +357,17 @@ class TrafficMonitor:
         except (KeyError, TypeError, AttributeError, InputError) as error:
             raise FormatError(f"{path}: settings are incomplete or malformed ({error})") from error
         asked = {name: list(value) if name == "ratios" else value for name, value in settings.items()}
-        other = sorted(name for name, value in asked.items() if monitor._settings.get(name, name) != value)
-        if other:
-            raise MismatchError(f"{path}: saved with other settings: {', '.join(other)}. Start a new monitor for those")
+        unknown = sorted(set(asked) - set(monitor._settings))
+        if unknown:
+            raise InputError(f"settings {unknown}: expected some of {sorted(monitor._settings)}")
         if saved != monitor._digests():
             raise MismatchError(
                 f"{path}: saved on other calibration scores, axes {sorted(saved)} there and {sorted(monitor._bets)} here. "
                 "After calibrate() or fit() start a new monitor"
             )
+        other = sorted(name for name, value in asked.items() if monitor._settings[name] != value)
+        if other:
+            raise MismatchError(f"{path}: saved with other settings: {', '.join(other)}. Start a new monitor for those")
         try:
             monitor._restore(content)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -315,7 +382,10 @@ class TrafficMonitor:
             "flags": self._flag_bets.to_dict(),
             "counts": [self._requests, self._counted, self._unscored, self._alarms],
             "alarm_at": self._alarm_at,
+            "alarm_of": self._alarm_of,
             "last_recurring_at": self._last_alarm,
+            "last_recurring_of": self._last_alarm_of,
+            "watched": self._watched,
             "sessions": list(self._sessions),
         }
 
@@ -325,10 +395,13 @@ class TrafficMonitor:
         self._flag_bets.restore(content["flags"])
         self._requests, self._counted, self._unscored, self._alarms = (int(c) for c in content["counts"])
         self._alarm_at, self._last_alarm = content["alarm_at"], content["last_recurring_at"]
+        self._alarm_of, self._last_alarm_of = _change(content["alarm_of"]), _change(content["last_recurring_of"])
+        watched = content["watched"]
+        self._watched = None if watched is None else {axis: str(watched[axis]) for axis in self._bets}
         self._sessions = OrderedDict.fromkeys(int(key) for key in content["sessions"])
 
     def _digests(self) -> dict[str, str]:
-        return {axis: hashlib.sha256(scores.tobytes()).hexdigest() for axis, scores in self.calibration.items()}
+        return {axis: scores_digest(scores) for axis, scores in self.calibration.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy in another process is another monitor: see `workers`.
@@ -342,6 +415,16 @@ class TrafficMonitor:
     def __repr__(self) -> str:
         state = self.state
         return f"TrafficMonitor({list(self._bets)}, {state.counted} items, e_value={state.e_value:.3g}, alarm={state.alarm})"
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        raise InputError(f"{name}={value!r}: expected a number")
+    return float(value)
+
+
+def _change(saved: Any) -> Change | None:
+    return None if saved is None else Change(*map(str, saved))
 
 
 def _one_column(values: ArrayLike, axis: str) -> Floats:
@@ -358,7 +441,19 @@ def _session_key(key: Hashable | None) -> int | None:
     """64 bits of a session's name: what is kept, and saved, is not the name."""
     if key is None:
         return None
-    if isinstance(key, (float, np.floating)) or not isinstance(key, (str, bytes, int, np.integer, tuple)):
-        raise InputError(f"sessions: expected strings, integers, bytes or tuples of those, got {type(key).__name__}")
+    key = _plain(key)
     data = key if isinstance(key, bytes) else str(key).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def _plain(key: Any) -> str | bytes | int | tuple[Any, ...]:
+    """A key without NumPy's types, which print otherwise inside a tuple."""
+    if isinstance(key, tuple):
+        return tuple(_plain(part) for part in key)
+    if isinstance(key, (int, np.integer)):
+        return int(key)
+    if isinstance(key, str):
+        return str(key)
+    if isinstance(key, bytes):
+        return bytes(key)
+    raise InputError(f"sessions: expected strings, integers, bytes or tuples of those, got {type(key).__name__}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +13,31 @@ from rm_ood.atomic import locked_folder, remove_temporaries, sync_folder, write_
 from rm_ood.errors import FormatError, IntegrityError, SaveError
 from rm_ood.strict_json import canonical_json, parse_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# A session takes at most 21 bytes of the file, so that what is saved also loads.
+MAX_SESSIONS = 1_000_000
 _KIND = "rm_ood traffic monitor"
 _MAX_BYTES = 2**25
 _LOCK_WAIT_S = 60.0
 
 
-def write_monitor(path: Path, content: Mapping[str, Any]) -> None:
+def write_monitor(path: Path, content: Callable[[], Mapping[str, Any]]) -> None:
     """Replace the file: after a crash at any point it is the old one or the new one.
 
+    Args:
+        content: gives the state; called once it is this saver's turn, so that a later state never gives way to an earlier.
     Raises:
         SaveError: the disk refuses, or another process has been saving here for a minute.
     """
-    signed = {**content, "kind": _KIND, "format_version": FORMAT_VERSION}
-    data = canonical_json({**signed, "sha256": _digest(signed)}).encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked_folder(path.parent, _LOCK_WAIT_S) as locked, contextlib.ExitStack() as cleanup:
             if locked is False:
                 raise SaveError(f"{path.parent}: another process has been saving here for {_LOCK_WAIT_S:.0f} s")
+            signed = {**content(), "kind": _KIND, "format_version": FORMAT_VERSION}
+            data = canonical_json({**signed, "sha256": _digest(signed)}).encode()
+            if len(data) > _MAX_BYTES:
+                raise SaveError(f"monitor not saved to {path}: {len(data)} bytes, at most {_MAX_BYTES} load")
             remove_temporaries(path.parent, path.name)
             os.replace(write_temporary(path.parent, path.name, data, cleanup), path)
             sync_folder(path.parent)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +55,17 @@ class AxisEvidence:
     lower: float
 
 
+class Change(NamedTuple):
+    """What an alarm was about: an axis' scores, `"larger"` or `"smaller"` than the calibration data's when it came."""
+
+    axis: str
+    side: str
+
+    def __str__(self) -> str:
+        what = "scores" if self.axis == ALL else f"{self.axis} scores"
+        return f"the traffic's {what} are {self.side} than the calibration data's"
+
+
 @dataclass(frozen=True)
 class MonitorState:
     """Where a `TrafficMonitor` stands.
@@ -64,10 +75,10 @@ class MonitorState:
         e_value: evidence that the traffic has changed at some time.
         threshold: what `e_value` has to reach.
         alarm: it has reached it once; with probability 1 / lifetime at most it ever does on clean traffic.
-        alarm_at: the counted item at which it first did, from 1.
+        alarm_at, alarm_of: the counted item at which it first did, from 1, and what had changed there.
         recurring_value, recurring_threshold: evidence of a change that is recent, begun anew after each alarm.
         recurring_alarm: the update that returned this state made it alarm.
-        recurring_alarms, last_recurring_at: how often it did in all, and when last.
+        recurring_alarms, last_recurring_at, last_recurring_of: how often it did in all, when last, and of what.
         axes: axis -> its evidence.
         flag_rate: flags so far; None where the monitor was given none and has too few calibration scores to flag.
     """
@@ -79,11 +90,13 @@ class MonitorState:
     threshold: float
     alarm: bool
     alarm_at: int | None
+    alarm_of: Change | None
     recurring_value: float
     recurring_threshold: float
     recurring_alarm: bool
     recurring_alarms: int
     last_recurring_at: int | None
+    last_recurring_of: Change | None
     axes: dict[str, AxisEvidence]
     flag_rate: FlagRate | None
 
@@ -92,14 +105,11 @@ class MonitorState:
         """What to tell a person; None while there is nothing to tell."""
         parts = []
         if self.alarm:
-            parts.append(f"since item {self.alarm_at} (evidence now {self.e_value:.3g}, threshold {self.threshold:g})")
+            evidence = f"evidence now {self.e_value:.3g}, threshold {self.threshold:g}"
+            parts.append(f"{self.alarm_of}: since item {self.alarm_at} ({evidence})")
         if self.recurring_alarms:
-            parts.append(f"recurring alarm {self.recurring_alarms} at item {self.last_recurring_at}")
-        if parts:
-            name, axis = max(self.axes.items(), key=lambda pair: pair[1].e_value)
-            what = "scores" if name == ALL else f"{name} scores"
-            side = "larger" if axis.higher >= axis.lower else "smaller"
-            parts[0] = f"the traffic's {what} are {side} than the calibration data's: {parts[0]}"
+            told = "" if self.alarm and self.last_recurring_of == self.alarm_of else f"{self.last_recurring_of}: "
+            parts.append(f"{told}recurring alarm {self.recurring_alarms} at item {self.last_recurring_at}")
         if self.flag_rate is not None and self.flag_rate.alarm:
             low, high = self.flag_rate.band()
             parts.append(

@@ -115,14 +115,19 @@ class RewardPenalty:
                 so that prompts whose answers are all strange are not punished as such, and only the comparison within the
                 group, which GRPO and RLOO learn from, feels the penalty; items below the threshold gain.
         Raises:
-            InputError: groups of another length, or an axis that the guard does not judge.
+            InputError: groups of another length, groups of one member each, or an axis that the guard does not judge.
         """
         penalty = self(verdict_scores(decisions, self.axis))
         if neutral:
             labels = np.asarray(decisions.prompt_index if groups is None else groups)
             if labels.shape != penalty.shape:
                 raise InputError(f"groups: expected {penalty.size} labels, got shape {labels.shape}")
-            _, group = np.unique(labels, return_inverse=True)
+            _, group, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+            if sizes.size and sizes.max() == 1:
+                raise InputError(
+                    f"neutral=True: each of the {sizes.size} groups has one member, which would get its own penalty back. Judge "
+                    "all answers to a prompt in one call, or pass groups=, one label per item"
+                )
             scored = np.isfinite(decisions.rewards)
             total = np.bincount(group, np.where(scored, penalty, 0.0))
             penalty = penalty - (total / np.maximum(np.bincount(group, scored), 1))[group]

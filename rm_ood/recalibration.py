@@ -170,7 +170,7 @@ def _sampled(column: Embedder, state: FittedState, dataset: Any, progress: bool)
     """Trusted data through the model; none of their prompts was fitted on."""
     fitter = Fitter(column, state.config, 1.0)
     fitter.run(dataset, labelled=False, progress=progress)
-    check_overlap(fitter.reservoir, state.fit_keys)
+    check_overlap((kept.key for kept in fitter.reservoir.items()), state.fit_keys)
     return fitter
 
 

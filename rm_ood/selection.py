@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 from rm_ood.calls import read_call
 from rm_ood.conformal import Pool, guaranteed_rank, minimum_calibration
 from rm_ood.decision import Decisions
-from rm_ood.dialogue import Response, Text
-from rm_ood.errors import CalibrationError, InputError, NonFiniteError
+from rm_ood.dialogue import Response, Text, check_prompt
+from rm_ood.errors import CalibrationError, InputError, MismatchError, NonFiniteError
+from rm_ood.fit import check_overlap
 from rm_ood.guard import OODGuard
 from rm_ood.penalty import RESPONSE, verdict_scores
 from rm_ood.power import share_interval
+from rm_ood.preferences import prompt_key
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -38,6 +40,7 @@ class Winners:
     Attributes:
         n: candidates per prompt. axis: whose OOD score is read, as in `best_of_n`.
         alpha, confidence: what the threshold promises. pool: the winners' scores, their k and threshold.
+        calibration: axis -> digest of the guard's calibration scores, which the winners' scores are in the unit of.
     """
 
     n: int
@@ -45,6 +48,7 @@ class Winners:
     alpha: float
     confidence: float | None
     pool: Pool = field(repr=False)
+    calibration: Mapping[str, str] = field(repr=False)
 
     @classmethod
     def fit(
@@ -61,12 +65,14 @@ class Winners:
         """Play best-of-n on prompts that are neither fitted nor calibrated on; they do not count as traffic.
 
         Args:
-            prompts: in-distribution prompts, as many as `alpha` needs (299 for 1 % at 95 %).
+            prompts: in-distribution prompts, as many as `alpha` needs (299 for 1 % at 95 %). Of prompts whose first user
+                turn is the same only the first is played.
             responses: n in-distribution answers to each, from the kind of policy that will be guarded.
             alpha: by default the guard's; the confidence is the guard's.
             groups: one label per prompt, for a guard with a grouping column.
         Raises:
-            InputError: prompts with differing numbers of answers. CalibrationError: too few prompts.
+            InputError: prompts with differing numbers of answers. CalibrationError: too few prompts, or some that were fitted
+                on.
             NonFiniteError: a prompt none of whose answers has a reward.
         """
         counts = {len(answers) for answers in responses}
@@ -74,11 +80,22 @@ class Winners:
             raise InputError(f"responses: expected as many answers to each prompt, got {sorted(counts)}")
         config = guard.config
         level = config.alpha if alpha is None else alpha
-        _enough(len(prompts), level, config.confidence, "")
-        rounds = _rounds(guard, prompts, responses, groups, progress)
+        first: dict[int, int] = {}
+        for i, prompt in enumerate(prompts):
+            text = check_prompt(prompt, f"prompts[{i}]", allow_empty=config.allow_empty, max_chars=config.max_chars)
+            first.setdefault(prompt_key(text), i)
+        _enough(len(first), level, config.confidence, "")
+        check_overlap(first, guard.state.fit_keys)
+        if len(responses) != len(prompts) or (groups is not None and len(groups) != len(prompts)):
+            sizes = f"{len(responses)} lists of responses" if groups is None else f"{len(groups)} labels"
+            raise InputError(f"{len(prompts)} prompts and {sizes}: expected as many of each")
+        rows = list(first.values())
+        labels = None if groups is None else [groups[i] for i in rows]
+        rounds = _rounds(guard, [prompts[i] for i in rows], [responses[i] for i in rows], labels, progress)
         scores = [float(verdict_scores(d, axis)[_highest(d.rewards)]) for d in rounds]
         calibrated = np.where(np.isfinite(scores), scores, np.inf)
-        return cls(counts.pop(), axis, level, config.confidence, Pool.fit(calibrated, level, config.confidence))
+        pool = Pool.fit(calibrated, level, config.confidence)
+        return cls(counts.pop(), axis, level, config.confidence, pool, _calibration(rounds[0], axis))
 
 
 @dataclass(frozen=True)
@@ -168,6 +185,7 @@ def best_of_n(
         group: the prompt's group, for a guard with a grouping column.
     Raises:
         InputError: no response, or winners of another n, alpha or axis.
+        MismatchError: winners of another guard, or of this one before it was calibrated anew.
         CalibrationError: too few calibration prompts for alpha / n; names the number missing.
         NonFiniteError: no response has a finite reward.
     """
@@ -199,6 +217,8 @@ def choose(
         raise InputError(f"{len(responses)} responses and {len(decisions)} verdicts: expected as many of each")
     level = _level(guard, alpha, winners)
     _fits(guard, len(decisions), level, axis, winners)
+    if winners is not None and any(_calibration(decisions, axis).values()):
+        _same(winners, _calibration(decisions, axis))
     scores, p = verdict_scores(decisions, axis), decisions.p_values if axis is None else decisions.axis(axis).p_values
     scored = np.isfinite(decisions.rewards)
     if winners is None:
@@ -306,10 +326,25 @@ def _fits(guard: OODGuard, n: int, alpha: float, axis: str | None, winners: Winn
                 f"winners of n={winners.n}, alpha={winners.alpha}, axis={winners.axis!r}: asked for n={n}, alpha={alpha}, "
                 f"axis={axis!r}. Fit Winners for those"
             )
+        digests = guard.state.profile(guard.config.joined).digests
+        _same(winners, digests if axis is None else {axis: digests.get(axis, "")})
         return
     state = guard.state
     smallest = min(scores.size for scores, _ in state.profile(state.config.joined).axis_pools(axis))
     _enough(smallest, alpha / n, state.config.confidence, f"alpha={alpha} for the winner of {n}: ")
+
+
+def _calibration(decisions: Decisions, axis: str | None) -> dict[str, str]:
+    """Axis -> digest of the calibration, of the axes whose scores are read."""
+    return {name: one.calibration for name, one in decisions.axes.items() if axis in (None, name)}
+
+
+def _same(winners: Winners, calibration: Mapping[str, str]) -> None:
+    if winners.calibration != calibration:
+        raise MismatchError(
+            f"winners: their scores are of another calibration on {sorted(winners.calibration)}, by another guard, or by this "
+            "one before calibrate(), fit() or keep(), or of vectors without span lengths. Fit Winners anew"
+        )
 
 
 def _enough(prompts: int, alpha: float, confidence: float | None, what: str) -> None:

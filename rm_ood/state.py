@@ -230,7 +230,7 @@ class FittedState:
             rewards=part.rewards,
             is_ood=ranking.p <= self.config.alpha,
             p_values=ranking.p,
-            axes=self._axes(raw, scored, ranking),
+            axes=self._axes(raw, scored, ranking, profile.digests),
             nearest_class=None if distances is None else np.where(bad, -1, distances.argmin(1)),
             class_log_odds=None if distances is None else np.where(bad, np.nan, class_log_odds(distances)),
             reasons=tuple(notes),
@@ -246,7 +246,9 @@ class FittedState:
         classes = {n: np.empty((0, len(d.classes_))) for n, d in self.detectors.items() if len(d.classes_) > 1}
         return self.decide(ChannelScores(names, np.empty((0, len(names))), classes), none, groups=[])
 
-    def _axes(self, raw: Floats, scored: ChannelScores, ranking: Ranking) -> dict[str, AxisDecisions]:
+    def _axes(
+        self, raw: Floats, scored: ChannelScores, ranking: Ranking, digests: Mapping[str, str]
+    ) -> dict[str, AxisDecisions]:
         axes = {}
         for axis in self.config.axes:
             if axis not in ranking.axis_score:
@@ -262,7 +264,7 @@ class FittedState:
                 if Channel.parse(name).axis == axis
             }
             p = ranking.axis_p[axis]
-            axes[axis] = AxisDecisions(ranking.axis_score[axis], p, p <= self.config.alpha, channels)
+            axes[axis] = AxisDecisions(ranking.axis_score[axis], p, p <= self.config.alpha, channels, digests[axis])
         return axes
 
     def to(self, device: torch.device) -> FittedState:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -165,7 +166,7 @@ def test_evidence_stays_finite_under_a_flood() -> None:
 
 
 def test_too_few_scores_for_both_tails_are_refused() -> None:
-    with pytest.raises(CalibrationError, match="need 19"):
+    with pytest.raises(CalibrationError, match="need 4"):
         PolyaBets(np.arange(3.0), RATIOS, 0)
     PolyaBets(np.arange(19.0), RATIOS, 0)
     with pytest.raises(CalibrationError, match="NaN"):
@@ -186,3 +187,29 @@ def test_another_number_of_bets_is_not_taken_up() -> None:
         PolyaBets(np.arange(500.0), RATIOS[:2], 0).restore(saved)
     with pytest.raises(FormatError):
         PolyaBets(np.arange(500.0), RATIOS, 0).restore({**saved, "hits": [9, 0, 0, 0, 0]})
+
+
+def test_a_long_update_takes_no_more_memory_than_its_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(12)
+    calibration, scores = rng.normal(size=200), rng.normal(size=60_000)
+    tracemalloc.start()
+    try:
+        evidence, recent = play(calibration, scores)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # At once, 60,000 requests' bets are 60,000 x 21 numbers, several times over.
+    assert peak < 40e6
+    monkeypatch.setattr("rm_ood.bets._CHUNK", 999)
+    for whole, pieces in zip((evidence, recent), play(calibration, scores), strict=True):
+        np.testing.assert_array_equal(whole, pieces)
+
+
+@pytest.mark.parametrize(("shift", "side"), [(3.0, "larger"), (-3.0, "smaller")])
+def test_the_tail_that_had_it_is_kept(shift: float, side: str) -> None:
+    rng = np.random.default_rng(13)
+    bets = PolyaBets(rng.normal(size=500), RATIOS, 0)
+    bets.advance(rng.normal(size=50), tie_keys(50, 0, 1), 1e4, 100.0)
+    assert (bets.reached_side, bets.fired_side) == (None, None)
+    bets.advance(rng.normal(size=50) + shift, tie_keys(50, 50, 1), 1e4, 100.0)
+    assert (bets.reached_side, bets.fired_side) == (side, side)

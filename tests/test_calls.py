@@ -54,3 +54,15 @@ def test_a_dialogue_is_one_prompt() -> None:
 def test_tools_of_another_kind_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         read_call("Is it cold?", "Yes.", CONFIG, **arguments)
+
+
+def test_a_prompt_listed_once_for_each_answer_is_one() -> None:
+    flat = read_call(["a", "a", "b", "a"], ["1", "2", "3", "4"], CONFIG)
+    assert flat.prompt_index.tolist() == [0, 0, 1, 0]
+    # The same words as a string and as messages are one; with other tools, or another later turn, they are not.
+    turns = [USER, {"role": "assistant", "content": "No."}, {"role": "user", "content": "Why?"}]
+    prompts = ["Is it cold?", [USER], Dialogue([USER], TOOLS), turns, [USER]]
+    assert read_call(prompts, ["x"] * 5, CONFIG).prompt_index.tolist() == [0, 0, 1, 2, 0]
+    # Nested answers are numbered by the place of their prompt in the call.
+    assert read_call(["a", "a"], [["1", "2"], ["3"]], CONFIG).prompt_index.tolist() == [0, 0, 1]
+    assert read_call([], [], CONFIG).prompt_index.shape == (0,)

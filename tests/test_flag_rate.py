@@ -9,8 +9,9 @@ import pytest
 from scipy import stats
 
 from rm_ood.bets import RATIOS
+from rm_ood.conformal import guaranteed_rank
 from rm_ood.errors import FormatError, InputError
-from rm_ood.flag_rate import BudgetBets, rate_band
+from rm_ood.flag_rate import BudgetBets, default_budget, rate_band
 
 
 def test_the_band_at_one_percent_is_as_wide_as_known() -> None:
@@ -69,6 +70,32 @@ def test_a_rate_within_the_budget_rarely_alarms() -> None:
         bets.advance(rng.random(1000) < 0.02)
         alarms += bets.state.alarm
     assert alarms <= stats.binom.ppf(0.999, 150, 0.1)
+
+
+def test_flags_that_hold_on_average_only_rarely_alarm_at_their_own_budget() -> None:
+    """Half of all calibration sets flag more than alpha; the default budget is what 95 % of them stay within."""
+    alpha, n, streams = 0.05, 199, 100
+    k = guaranteed_rank(n, alpha, None)
+    budget = default_budget([n], alpha, None)
+    assert budget == pytest.approx(stats.beta.ppf(0.95, k, n + 1 - k))
+    alarms = at_alpha = 0
+    for seed in range(streams):
+        rng = np.random.default_rng(seed)
+        flags = rng.random(5000) < rng.beta(k, n + 1 - k)
+        for tolerated in (budget, alpha):
+            bets = BudgetBets(tolerated, RATIOS, 100)
+            bets.advance(flags)
+            alarms += bets.state.alarm and tolerated == budget
+            at_alpha += bets.state.alarm and tolerated == alpha
+    most = stats.binom.ppf(0.999, streams, 0.05 + 0.01)
+    assert alarms <= most < at_alpha
+
+
+def test_the_default_budget_holds_for_all_groups_at_once() -> None:
+    assert default_budget([99, 999], 0.05, 0.95) == 0.05
+    assert default_budget([99, 999], 0.05, None) == pytest.approx(stats.beta.ppf(0.975, 5, 95))
+    # No flag at all: nothing to bound.
+    assert default_budget([9], 0.05, None) == 0.05
 
 
 @pytest.mark.parametrize("budget", [0.01, 0.95])

@@ -6,6 +6,7 @@ import math
 import pickle
 import threading
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from conftest import POISON, preference_rows
 from scipy import stats
 
 from rm_ood import InputError, MismatchError, MonitorState, OODGuard, TrafficMonitor
+from rm_ood.bets import RATIOS, PolyaBets, tie_keys
 from rm_ood.errors import CalibrationError
 
 CALIBRATION = np.random.default_rng(0).normal(size=1000)
@@ -85,14 +87,20 @@ def test_workers_multiply_both_thresholds() -> None:
     assert first.recurring_alarms > later.recurring_alarms
 
 
-def test_the_alarm_of_any_of_several_workers_is_as_rare_as_promised() -> None:
-    alarms = 0
-    for seed in range(60):
-        rng = np.random.default_rng(seed)
-        calibration = rng.normal(size=300)
-        monitors = [TrafficMonitor(calibration, lifetime=5, workers=4, seed=seed) for _ in range(4)]
-        alarms += any(monitor.update(rng.normal(size=500)).alarm for monitor in monitors)
-    assert alarms <= stats.binom.ppf(0.999, 60, 1 / 5)
+def played(scores: np.ndarray, limit: float) -> tuple[np.ndarray, np.ndarray]:
+    """Evidence and recent evidence after each item, by the bets alone."""
+    return PolyaBets(CALIBRATION, RATIOS, 0).advance(scores, tie_keys(scores.size, 0, 1), limit)
+
+
+def test_workers_alarm_at_their_own_thresholds() -> None:
+    scores = shifted()
+    evidence, recent = played(scores, 300 * 8)
+    monitor = TrafficMonitor(CALIBRATION, lifetime=5, recurring=300, workers=8)
+    state = monitor.update(scores)
+    assert state.alarm_at == np.flatnonzero(evidence >= 5 * 8)[0] + 1 > np.flatnonzero(evidence >= 5)[0] + 1
+    at = np.flatnonzero(recent >= 300 * 8)
+    assert (state.recurring_alarms, state.last_recurring_at) == (at.size, at[-1] + 1)
+    assert at.size != (played(scores, 300)[1] >= 300).sum()
 
 
 def test_axes_are_joined_by_the_largest_and_not_by_the_mean() -> None:
@@ -111,20 +119,37 @@ def test_axes_are_joined_by_the_largest_and_not_by_the_mean() -> None:
     assert state.flag_rate is None
 
 
-def test_two_axes_that_err_together_alarm_as_rarely_as_one() -> None:
-    ever, early = 0, 0
-    for seed in range(120):
-        rng = np.random.default_rng(seed)
-        shared, own = rng.normal(size=(1, 1300)), rng.normal(size=(2, 1300))
-        prompt, response = 0.8 * shared + 0.6 * own
-        monitor = TrafficMonitor(
-            {"prompt": prompt[:300], "response": response[:300]}, lifetime=10, recurring=500, seed=seed
-        )
-        monitor.update({"prompt": prompt[300:350], "response": response[300:350]})
-        early += monitor.state.recurring_alarms > 0
-        ever += monitor.update({"prompt": prompt[350:], "response": response[350:]}).alarm
-    assert ever <= stats.binom.ppf(0.999, 120, 1 / 10)
-    assert early <= stats.binom.ppf(0.999, 120, 50 / 500)
+def test_axes_alarm_at_thresholds_times_their_number() -> None:
+    rng = np.random.default_rng(8)
+    scores, quiet = rng.normal(size=1000), rng.normal(size=1000)
+    scores[800:] += 0.9
+    # The recurring alarm of two axes: a mean time of A / 2 is all that a union bound leaves.
+    evidence, _ = played(scores, 300 * 4)
+    monitor = TrafficMonitor({"prompt": CALIBRATION, "response": CALIBRATION}, lifetime=20, recurring=300)
+    state = monitor.update({"prompt": quiet, "response": scores})
+    assert state.alarm_at == np.flatnonzero(evidence >= 20 * 2)[0] + 1 > np.flatnonzero(evidence >= 20)[0] + 1
+
+    def fired(factor: int) -> np.ndarray:
+        either = np.maximum(played(scores, 300 * factor)[1], played(quiet, 300 * factor)[1])
+        return np.flatnonzero(either >= 300 * factor)
+
+    assert (state.recurring_alarms, state.last_recurring_at) == (fired(4).size, fired(4)[-1] + 1)
+    assert fired(4).size not in (fired(1).size, fired(2).size)
+
+
+def test_the_message_tells_what_had_changed_at_the_alarm() -> None:
+    """First larger on one axis, then smaller on the other: today's evidence is not the alarm's."""
+    rng = np.random.default_rng(11)
+    monitor = TrafficMonitor({"prompt": CALIBRATION, "response": CALIBRATION})
+    monitor.update({"prompt": rng.normal(size=100) + 3, "response": rng.normal(size=100)})
+    for _ in range(20):
+        state = monitor.update({"prompt": rng.normal(size=300), "response": rng.normal(size=300) * 0.1 - 1.5})
+    assert state.axes["response"].e_value > state.axes["prompt"].e_value
+    assert state.axes["response"].lower > state.axes["response"].higher
+    assert state.alarm_of == ("prompt", "larger")
+    assert state.last_recurring_of == ("response", "smaller")
+    assert f"prompt scores are larger than the calibration data's: since item {state.alarm_at}" in state.message
+    assert "response scores are smaller than the calibration data's: recurring alarm" in state.message
 
 
 # -- one stream, however it comes
@@ -219,6 +244,7 @@ def test_one_of_each_session_is_betted_on() -> None:
     assert monitor.update([5.0], sessions=["a"]).counted == 2
     assert monitor.update([5.0], sessions=[b"a"]).counted == 2
     assert monitor.update([5.0, 5.0], sessions=[7, "7"]).counted == 3
+    assert monitor.update([5.0, 5.0], sessions=[("u", 1), ("u", np.int64(1))]).counted == 4
 
 
 def test_sessions_of_alike_items_do_not_alarm() -> None:
@@ -279,6 +305,21 @@ def test_without_scores_enough_there_are_no_own_flags() -> None:
     assert TrafficMonitor(CALIBRATION[:200], alpha=0.05).update(0.0).flag_rate.n == 1
 
 
+def test_without_a_confidence_the_budget_is_what_the_rate_may_come_to() -> None:
+    def budget(calibration: Any, **options: Any) -> float:
+        return float(
+            TrafficMonitor(calibration, alpha=0.05, **options)
+            .update(dict.fromkeys(calibration, 0.0) if isinstance(calibration, dict) else 0.0, flags=[False])
+            .flag_rate.budget
+        )
+
+    assert budget(CALIBRATION, confidence=None) == pytest.approx(stats.beta.ppf(0.95, 50, 951))
+    two = {"prompt": CALIBRATION, "response": CALIBRATION[:400]}
+    assert budget(two, confidence=None) == pytest.approx(stats.beta.ppf(0.95, 20, 381))
+    assert budget(CALIBRATION) == 0.05
+    assert budget(CALIBRATION, confidence=None, budget=0.03) == 0.03
+
+
 # -- what cannot be used
 
 
@@ -308,6 +349,12 @@ def test_what_has_no_score_is_never_normal(value: float | None) -> None:
         ({"ratios": ()}, "ratios"),
         ({"ratios": (1.0, 2.0)}, "ratios"),
         ({"ratios": (5.0,)}, "ratios"),
+        ({"ratios": ("2",)}, "ratios='2': expected a number"),
+        ({"alpha": None}, "alpha=None: expected a number"),
+        ({"lifetime": "100"}, "lifetime='100': expected a number"),
+        ({"budget": True}, "budget=True: expected a number"),
+        ({"seed": "0"}, "seed='0': expected a whole number"),
+        ({"seed": 1.5}, "seed=1.5: expected a whole number"),
     ],
 )
 def test_settings_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
@@ -318,7 +365,7 @@ def test_settings_out_of_range_are_refused(options: dict[str, Any], message: str
 def test_calibrations_that_carry_no_bet_are_refused() -> None:
     with pytest.raises(InputError, match="no axis"):
         TrafficMonitor({})
-    with pytest.raises(CalibrationError, match="need 19"):
+    with pytest.raises(CalibrationError, match="need 4"):
         TrafficMonitor(CALIBRATION[:3])
     with pytest.raises(CalibrationError, match="NaN"):
         TrafficMonitor([*CALIBRATION, math.nan])
@@ -335,6 +382,8 @@ def test_calibrations_that_carry_no_bet_are_refused() -> None:
         ([0.0, 0.0], {"flags": [0.01, 0.3]}, "expected bool"),
         ([0.0, 0.0], {"sessions": ["a", 0.5]}, "sessions"),
         ([0.0, 0.0], {"sessions": ["a", ["b"]]}, "sessions"),
+        ([0.0, 0.0], {"sessions": ["a", ("b", 0.5)]}, "sessions"),
+        ([0.0, 0.0], {"sessions": "ab"}, "a list of keys, one per item, got str"),
     ],
 )
 def test_a_refused_update_counts_nothing(scores: Any, options: dict[str, Any], message: str) -> None:
@@ -409,3 +458,34 @@ def test_items_that_a_guard_cannot_score_alarm(minilm_guard: OODGuard) -> None:
     assert state.unscored == 20
     assert state.alarm
     assert state.flag_rate.flagged == 20
+
+
+def test_answers_listed_flat_count_as_one_prompt(minilm_guard: OODGuard) -> None:
+    rows = preference_rows(6, seed=3)
+    prompts, answers = [r["prompt"] for r in rows], [[r["chosen"], r["rejected"]] for r in rows]
+    flat = minilm_guard.check([p for p in prompts for _ in range(2)], [a for pair in answers for a in pair])
+    assert minilm_guard.monitor().watch(flat).counted == 6
+    assert minilm_guard.monitor().watch(minilm_guard.check(prompts, answers)).counted == 6
+
+
+def test_a_guard_that_was_calibrated_anew_is_noticed(minilm_guard: OODGuard, tmp_path: Path) -> None:
+    guard = OODGuard.__new__(OODGuard)
+    guard._bind(None, None, minilm_guard.config, minilm_guard.state)
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(5, guard.state.detectors["final"].n_features_in_))
+
+    def judged() -> Any:
+        return guard.check_embeddings(vectors)
+
+    bound = guard.monitor(channels=["final"], with_lengths=False)
+    other = TrafficMonitor({"response": CALIBRATION})
+    assert bound.watch(judged()).counted == other.watch(judged()).counted == 5
+    other.save(tmp_path / "monitor.json")
+    table = guard.state.table
+    moved = replace(table, scores=table.scores * 1.5)
+    guard._swap(guard.state.with_table(moved, {}))
+    for monitor in (bound, other, TrafficMonitor.load(tmp_path / "monitor.json", {"response": CALIBRATION})):
+        with pytest.raises(MismatchError, match="made on another calibration"):
+            monitor.watch(judged())
+        assert monitor.state.counted == 5
+    assert guard.monitor(channels=["final"], with_lengths=False).watch(judged()).counted == 5

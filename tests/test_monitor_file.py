@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ import numpy as np
 import pytest
 
 import rm_ood
-from rm_ood import FormatError, IntegrityError, MismatchError, SaveError, TrafficMonitor
-from rm_ood.monitor_file import read_monitor, write_monitor
+from rm_ood import FormatError, InputError, IntegrityError, MismatchError, SaveError, TrafficMonitor
+from rm_ood.atomic import locked_folder
+from rm_ood.monitor_file import MAX_SESSIONS, read_monitor, write_monitor
 
 CALIBRATION = np.random.default_rng(0).normal(size=400)
 
@@ -63,7 +66,7 @@ def test_another_spelling_of_a_number_is_a_change(path: Path) -> None:
     [
         (b"[]", "not the state of a traffic monitor"),
         (b'{"kind": "guard"}', "not the state of a traffic monitor"),
-        (b'{"kind": "rm_ood traffic monitor", "format_version": 2}', "format 2, this version reads 1"),
+        (b'{"kind": "rm_ood traffic monitor", "format_version": 1}', "format 1, this version reads 2"),
         (b'{"kind": "rm_ood traffic monitor", "kind": 1}', "appears twice"),
         (b'{"kind": NaN}', "not strict JSON"),
         (b"\x80\x04", "not strict JSON"),
@@ -105,6 +108,8 @@ def test_another_calibration_or_setting_is_a_mismatch(path: Path) -> None:
         (("flags", "flagged"), 99, "99 of 20"),
         (("counts",), [1], "malformed"),
         (("sessions",), ["a"], "malformed"),
+        (("alarm_of",), ["response"], "malformed"),
+        (("watched",), {"other": "0"}, "malformed"),
     ],
 )
 def test_a_signed_state_that_cannot_be_is_refused(path: Path, where: tuple[str, ...], value: Any, message: str) -> None:
@@ -113,7 +118,7 @@ def test_a_signed_state_that_cannot_be_is_refused(path: Path, where: tuple[str, 
     for name in where[:-1]:
         inner = inner[name]
     inner[where[-1]] = value
-    write_monitor(path, content)
+    write_monitor(path, lambda: content)
     with pytest.raises(FormatError, match=message):
         TrafficMonitor.load(path, CALIBRATION)
 
@@ -135,12 +140,62 @@ def test_a_disk_that_refuses_leaves_what_was_there(path: Path, monkeypatch: pyte
     assert TrafficMonitor.load(path, CALIBRATION).state.counted == 21
 
 
+def test_a_save_that_waits_its_turn_writes_what_there_is_then(path: Path) -> None:
+    """Two savers of one path: the later one may not have waited with an earlier state."""
+    monitor = TrafficMonitor.load(path, CALIBRATION)
+    with locked_folder(path.parent, 1.0) as locked:
+        assert locked
+        saver = threading.Thread(target=monitor.save, args=(path,))
+        saver.start()
+        time.sleep(0.3)
+        monitor.update(0.5)
+    saver.join(timeout=30)
+    assert TrafficMonitor.load(path, CALIBRATION).state.counted == 21
+
+
+def test_a_monitor_with_all_its_sessions_loads(tmp_path: Path) -> None:
+    monitor = TrafficMonitor(CALIBRATION, session_memory=MAX_SESSIONS)
+    # The longest that a key's number is.
+    monitor._sessions.update(dict.fromkeys(range(2**64 - MAX_SESSIONS, 2**64)))
+    monitor.save(tmp_path / "monitor.json")
+    assert len(TrafficMonitor.load(tmp_path / "monitor.json", CALIBRATION)._sessions) == MAX_SESSIONS
+    with pytest.raises(InputError, match="session_memory=1000001: expected at most 1000000"):
+        TrafficMonitor(CALIBRATION, session_memory=MAX_SESSIONS + 1)
+
+
+def test_what_would_not_load_is_not_saved(path: Path) -> None:
+    with pytest.raises(SaveError, match="bytes, at most"):
+        write_monitor(path, lambda: {"sessions": "x" * 2**25})
+    assert TrafficMonitor.load(path, CALIBRATION).state.counted == 20
+
+
+def test_settings_of_other_types_are_saved_as_numbers(tmp_path: Path) -> None:
+    monitor = TrafficMonitor(
+        CALIBRATION, alpha=np.float32(0.01), budget=np.float32(0.02), ratios=np.array([2, 4]), seed=np.int64(3)
+    )
+    monitor.save(tmp_path / "monitor.json")
+    assert TrafficMonitor.load(tmp_path / "monitor.json", CALIBRATION, budget=np.float32(0.02)).state == monitor.state
+
+
+def test_a_setting_that_there_is_not_is_refused(path: Path) -> None:
+    with pytest.raises(InputError, match=r"settings \['foo'\]"):
+        TrafficMonitor.load(path, CALIBRATION, foo="foo")
+
+
+def test_what_an_alarm_was_about_is_saved(tmp_path: Path) -> None:
+    monitor = TrafficMonitor(CALIBRATION, recurring=1000)
+    monitor.update(CALIBRATION[:50] + 5)
+    monitor.save(tmp_path / "monitor.json")
+    assert monitor.state.message is not None
+    assert TrafficMonitor.load(tmp_path / "monitor.json", CALIBRATION).state.message == monitor.state.message
+
+
 _KILLED = """
 import json, os, signal, sys
 from pathlib import Path
 from rm_ood.monitor_file import read_monitor, write_monitor
 path = Path(sys.argv[1])
-write_monitor(path, {"which": 0})
+write_monitor(path, lambda: {"which": 0})
 seen = []
 for step in range(50):
     child = os.fork()
@@ -154,11 +209,11 @@ for step in range(50):
                 return call(*args, **options)
             return wrapper
         os.replace, os.fsync, Path.open, Path.unlink = map(stepped, (os.replace, os.fsync, Path.open, Path.unlink))
-        write_monitor(path, {"which": 1})
+        write_monitor(path, lambda: {"which": 1})
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     seen.append(read_monitor(path)["which"])
-    write_monitor(path, {"which": 0})
+    write_monitor(path, lambda: {"which": 0})
     assert len(list(path.parent.iterdir())) == 1, "stale files"
     if code == 0:
         break

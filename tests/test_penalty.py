@@ -87,6 +87,30 @@ def test_neutral_keeps_the_mean_of_each_group(minilm_guard: OODGuard) -> None:
         penalty.apply(decisions, groups=[1, 2], neutral=True)
 
 
+def test_neutral_groups_answers_that_are_listed_flat(minilm_guard: OODGuard) -> None:
+    """The form that trainers use: each prompt once for each of its answers."""
+    rows = preference_rows(10, seed=6)
+    loops = ["planet " * 40, "\u4f60\u597d " * 30, "seven seven"]
+    answers = [[r["chosen"], loops[i % 3]] for i, r in enumerate(rows)]
+    flat = minilm_guard.check(
+        [r["prompt"] for r in rows for _ in range(2)], [answer for pair in answers for answer in pair]
+    )
+    penalty = RewardPenalty.of(minilm_guard)
+    neutral = penalty.apply(flat, neutral=True)
+    assert (np.abs(neutral - flat.rewards) > 0.01).sum() >= 10
+    nested = penalty.apply(decisions_of(minilm_guard), neutral=True)
+    np.testing.assert_allclose(neutral, nested, atol=1e-3)
+
+
+def test_neutral_groups_of_one_are_refused(minilm_guard: OODGuard) -> None:
+    decisions = decisions_of(minilm_guard)
+    penalty = RewardPenalty.of(minilm_guard)
+    with pytest.raises(InputError, match="each of the 10 groups has one member"):
+        penalty.apply(decisions[::2], neutral=True)
+    assert len(penalty.apply(decisions[:0], neutral=True)) == 0
+    assert len(penalty.apply(decisions[::2])) == 10
+
+
 def test_an_item_without_a_reward_stays_without(minilm_guard: OODGuard) -> None:
     decisions = minilm_guard.check("a small question", ["the river", f"the {POISON}", "planet " * 40])
     penalty = RewardPenalty.of(minilm_guard)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from rm_ood import (
     CalibrationError,
     CalibrationWarning,
     InputError,
+    MismatchError,
     NonFiniteError,
     OODGuard,
     RewardPenalty,
@@ -25,6 +27,7 @@ from rm_ood import (
 )
 from rm_ood.conformal import Pool, p_values
 from rm_ood.decision import AxisDecisions, Decisions
+from rm_ood.preferences import prompt_key
 from rm_ood.selection import HIGHEST, LEAST_OOD, PASSED_OVER, choose
 
 PROMPT = "question about the garden"
@@ -55,6 +58,11 @@ def candidates(rng: np.random.Generator, prompts: int, n: int) -> tuple[np.ndarr
     return rewards, 0.7 * rewards + 0.7 * rng.normal(size=(prompts, n))
 
 
+def digests(guard: OODGuard) -> dict[str, str]:
+    """What binds winners of the response's score to a guard."""
+    return {"response": guard.state.profile(guard.config.joined).digests["response"]}
+
+
 # -- the promise
 
 
@@ -65,7 +73,7 @@ def test_the_level_holds_for_the_winner_and_not_for_each_candidate(minilm_guard:
         rng = np.random.default_rng(seed)
         rewards, scores = candidates(rng, 250, n)
         calibration = scores[np.arange(250), rewards.argmax(1)]
-        winners = Winners(n, "response", alpha, None, Pool.fit(calibration, alpha, None))
+        winners = Winners(n, "response", alpha, None, Pool.fit(calibration, alpha, None), digests(minilm_guard))
         one_each = scores[:, 0]
         rewards, scores = candidates(rng, prompts, n)
         picks = [
@@ -215,7 +223,15 @@ def test_winners_of_calibration_prompts_and_the_regret(minilm_guard: OODGuard) -
     ("prompts", "answers", "error", "message"),
     [
         (["p"] * 3, [["a"], ["a"], ["a", "b"]], InputError, r"\[1, 2\]"),
-        (["p"] * 3, [["a"]] * 3, CalibrationError, "needs 59 prompts to rank among: have 3, need 56 more"),
+        (["p", "q", "r"], [["a"]] * 3, CalibrationError, "needs 59 prompts to rank among: have 3, need 56 more"),
+        # One prompt in three spellings, and one of a dialogue that opens with it.
+        (
+            ["p", "P ", [{"role": "user", "content": "p"}]] * 30,
+            [["a"]] * 90,
+            CalibrationError,
+            "needs 59 prompts to rank among: have 1, need 58 more",
+        ),
+        ([f"p {i}" for i in range(70)], [["a"]] * 69, InputError, "70 prompts and 69 lists of responses"),
     ],
 )
 def test_winners_that_cannot_be_fitted(
@@ -223,6 +239,45 @@ def test_winners_that_cannot_be_fitted(
 ) -> None:
     with pytest.raises(error, match=message):
         Winners.fit(minilm_guard, prompts, answers)
+
+
+def test_winners_on_prompts_that_were_fitted_on_are_refused(minilm_guard: OODGuard) -> None:
+    keys = set(minilm_guard.state.fit_keys.tolist())
+    fitted = next(row["prompt"] for row in preference_rows(400) if prompt_key(row["prompt"]) in keys)
+    prompts = [row["prompt"] for row in preference_rows(70, seed=11)]
+    with pytest.raises(CalibrationError, match="1 of 71 calibration prompts were fitted on"):
+        Winners.fit(minilm_guard, [*prompts, fitted], [["a", "b"]] * 71)
+
+
+def test_a_repeated_prompt_is_one_draw(minilm_guard: OODGuard) -> None:
+    rows = preference_rows(60, seed=11)
+    prompts, answers = [r["prompt"] for r in rows], [[r["chosen"], r["rejected"]] for r in rows]
+    once = Winners.fit(minilm_guard, prompts, answers)
+    again = Winners.fit(minilm_guard, [*prompts, *prompts], [*answers, *answers[::-1]])
+    assert again.pool.scores.size == 60
+    np.testing.assert_allclose(again.pool.scores, once.pool.scores, rtol=1e-4, atol=1e-4)
+
+
+def test_winners_of_another_calibration_or_guard_are_refused(minilm_guard: OODGuard, grouped: OODGuard) -> None:
+    rows = preference_rows(60, seed=11)
+    winners = Winners.fit(minilm_guard, [r["prompt"] for r in rows], [[r["chosen"], r["rejected"]] for r in rows])
+    decisions = minilm_guard.check([PROMPT], [["a", "b"]])
+    assert choose(decisions, "ab", minilm_guard, winners=winners).rule == "winner"
+    moved = OODGuard.__new__(OODGuard)
+    table = minilm_guard.state.table
+    state = minilm_guard.state.with_table(replace(table, scores=table.scores * 1.5), {})
+    moved._bind(None, None, minilm_guard.config, state)
+    with pytest.raises(MismatchError, match=r"another calibration on \['response'\].*Fit Winners anew"):
+        choose(decisions, "ab", moved, winners=winners)
+    with pytest.raises(MismatchError, match="another guard"):
+        best_of_n(PROMPT, ["a", "b"], grouped, winners=winners, group="a")
+    with pytest.raises(MismatchError, match="another guard"):
+        id_regret(grouped, [PROMPT], [["a", "b"]], winners=winners, groups=["a"])
+    # Verdicts on vectors without span lengths are scores in another unit.
+    detector = minilm_guard.state.detectors["final"]
+    vectors = np.random.default_rng(0).normal(size=(2, detector.n_features_in_))
+    with pytest.raises(MismatchError, match="without span lengths"):
+        choose(minilm_guard.check_embeddings(vectors, [0.0, 1.0]), "ab", minilm_guard, winners=winners)
 
 
 @pytest.mark.parametrize("responses", ["one text", []])

@@ -48,9 +48,35 @@ def test_planted_hacks_come_first(minilm_guard: OODGuard) -> None:
         assert s.decision.is_ood
         assert s.reward == s.decision.reward
         assert s.response in [row["response"] for row in rows[50:]]
+        assert s.count == 1
     suspicion = [s.suspicion for s in found]
     assert suspicion == sorted(suspicion, reverse=True)
-    assert suspicion[0] == pytest.approx(math.log10(54))
+
+
+def test_a_collapsed_policy_is_one_suspect_and_the_first(minilm_guard: OODGuard) -> None:
+    """The same loop as the answer to most prompts: common in the batch, and still strange to the calibration."""
+    rows = rollouts(minilm_guard, planted=2)
+    common, rare = (row["response"] for row in rows[50:])
+    prompts = [r["prompt"] for r in preference_rows(60, seed=17)]
+    rows += [{"id": f"loop {i}", "prompt": prompt, "response": common} for i, prompt in enumerate(prompts)]
+    found = minilm_guard.suspects(rows, k=20, share=1.0, progress=False)
+    assert {s.response: s.count for s in found[:2]} == {common: 61, rare: 1}
+    flags = [s.decision.is_ood for s in found]
+    assert flags == sorted(flags, reverse=True)
+    assert len({s.response for s in found}) == len(found) > 2
+    for s in found:
+        if s.reasons == (OFF_SUPPORT,):
+            assert s.suspicion == pytest.approx(-math.log10(s.decision.p_value))
+
+
+def test_hacks_that_are_many_do_not_hide_one_another(minilm_guard: OODGuard) -> None:
+    rows = rollouts(minilm_guard, planted=1)
+    loop = rows[50]["response"]
+    prompts = [r["prompt"] for r in preference_rows(60, seed=17)]
+    rows += [{"id": f"loop {i}", "prompt": p, "response": f"{loop} {i}"} for i, p in enumerate(prompts)]
+    found = minilm_guard.suspects(rows, k=20, share=1.0, progress=False)
+    assert len(found) == 20
+    assert all(s.decision.is_ood for s in found)
 
 
 def test_only_high_rewards_with_a_reason_are_listed(minilm_guard: OODGuard) -> None:
@@ -64,18 +90,16 @@ def test_only_high_rewards_with_a_reason_are_listed(minilm_guard: OODGuard) -> N
         for s in found:
             assert (REJECTED_LIKE in s.reasons) == (s.decision.nearest_class == "rejected")
             assert (OFF_SUPPORT in s.reasons) == s.decision.is_ood
-    # All that are listed at share 1 are there: the suspicion of each, from ranks among all items.
+    # All that are listed at share 1 are there. Suspicion is by the reasons named, and by nothing else.
     odds, rewards = decisions.class_log_odds, decisions.rewards
     residual = odds - np.polyval(np.polyfit(rewards, odds, 1), rewards)
-    strange = np.max([axis.ood_scores for axis in decisions.axes.values()], axis=0)
     rank = {row["id"]: i for i, row in enumerate(rows)}
-    by_class = 0
     for s in found:
         i = rank[s.id]
-        shares = np.mean(strange >= strange[i]), np.mean(residual <= residual[i])
+        shares = [s.decision.p_value] * (OFF_SUPPORT in s.reasons)
+        shares += [np.mean(residual <= residual[i])] * (REJECTED_LIKE in s.reasons)
         assert s.suspicion == pytest.approx(-math.log10(min(shares)), abs=0.2)
-        by_class += shares[1] < shares[0]
-    assert by_class > 0
+    assert {s.reasons for s in found} > {(REJECTED_LIKE,)}
 
 
 def test_preference_rows_are_two_items_and_a_missing_reward_is_none(minilm_guard: OODGuard) -> None:
@@ -92,16 +116,23 @@ def test_a_response_that_only_its_classes_betray_is_found() -> None:
     rewards = np.arange(20.0)
     odds = 0.5 * rewards - 2
     odds[17] = -1.0
-    beyond = _beyond_reward(odds, rewards)
+    each = np.arange(20)
+    beyond = _beyond_reward(odds, rewards, each)
     assert np.argmin(beyond) == 17
-    assert _rarity(-beyond)[17] == 1 / 20
-    assert np.isnan(_beyond_reward(np.array([1.0, math.nan, 2.0]), np.ones(3))).tolist() == [False, True, False]
+    assert _rarity(-beyond, each)[17] == 1 / 20
+    missing = np.array([1.0, math.nan, 2.0])
+    assert np.isnan(_beyond_reward(missing, np.ones(3), np.arange(3))).tolist() == [False, True, False]
+    # Repeated items bend no line.
+    often, once = np.concatenate([odds, [9.0] * 50]), np.concatenate([rewards, [19.0] * 50])
+    np.testing.assert_array_equal(_beyond_reward(often, once, each)[:20], beyond)
 
 
 def test_rarity_is_the_share_of_values_as_large() -> None:
-    assert _rarity(np.array([1.0, 3.0, 3.0, math.inf])).tolist() == [1.0, 0.75, 0.75, 0.25]
-    assert _rarity(np.array([math.nan, 2.0])).tolist() == [1.0, 1.0]
-    assert _rarity(np.array([math.nan])).tolist() == [1.0]
+    values = np.array([1.0, 3.0, 3.0, math.inf])
+    assert _rarity(values, np.arange(4)).tolist() == [1.0, 0.75, 0.75, 0.25]
+    assert _rarity(values, np.array([0, 1, 3])).tolist() == pytest.approx([1.0, 2 / 3, 2 / 3, 1 / 3])
+    assert _rarity(np.array([math.nan, 2.0]), np.arange(2)).tolist() == [1.0, 1.0]
+    assert _rarity(np.array([math.nan]), np.arange(1)).tolist() == [1.0]
 
 
 @pytest.mark.parametrize("options", [{"k": 0}, {"share": 0.0}, {"share": 1.5}])
