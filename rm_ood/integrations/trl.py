@@ -39,7 +39,8 @@ class OODReward:
     - **monitor**: rewards as the reward model gives them; beside another reward function its weight may be 0.
     - **penalize**: out-of-distribution completions lose reward (`RewardPenalty`), inside this function, so that no
       normalisation of the trainer changes the penalty's scale.
-    - **abstain**: None for flagged completions: no advantage, and no part in their group's mean.
+    - **abstain**: None for flagged completions: no advantage, and no part in their group's mean, as long as every other
+      reward function (one of weight 0 too) gives None for them; else None counts as 0. So let it be the only one.
 
     A completion without a finite reward, or one that does not end in an assistant's message, is None in every mode. Text is
     read as the guard was fitted, special tokens included. Dialogues are then scored as TRL scores a model; plain text is for
@@ -64,7 +65,7 @@ class OODReward:
         neutral: give each group its mean penalty back (see `RewardPenalty.apply`), of the completions on one process.
         monitor: settings of `guard.monitor`; `workers` is the number of processes.
         tools, chat_template_kwargs: as the trainer renders prompts with.
-        name: metrics are logged as `rewards/<name>/mean`.
+        name: metrics are logged as `rewards/<name>/mean`; the `ood/...` metrics have no name, so one `OODReward` a trainer.
 
     Attributes:
         guard: as given. monitor: of this process; None before the first call and while a baseline is taken.
