@@ -7,8 +7,6 @@ many, a tenth of a millisecond alone; memory does not grow.
 
 from __future__ import annotations
 
-import hashlib
-import numbers
 import os
 import threading
 from collections import OrderedDict
@@ -24,6 +22,7 @@ from rm_ood.conformal import ALL, check_alpha, check_confidence, guaranteed_rank
 from rm_ood.errors import FormatError, InputError, MismatchError
 from rm_ood.flag_rate import BudgetBets, default_budget
 from rm_ood.monitor_file import MAX_SESSIONS, read_monitor, write_monitor
+from rm_ood.monitor_inputs import number, one_column, session_key
 from rm_ood.monitor_state import AxisEvidence, Change, MonitorState, Verdicts
 
 Floats = NDArray[np.float64]
@@ -85,13 +84,13 @@ class TrafficMonitor:
         seed: int = 0,
     ) -> None:
         alpha, lifetime, recurring = (
-            _number("alpha", alpha),
-            _number("lifetime", lifetime),
-            _number("recurring", recurring),
+            number("alpha", alpha),
+            number("lifetime", lifetime),
+            number("recurring", recurring),
         )
-        confidence = None if confidence is None else _number("confidence", confidence)
-        budget = None if budget is None else _number("budget", budget)
-        ratios = tuple(_number("ratios", ratio) for ratio in ratios)
+        confidence = None if confidence is None else number("confidence", confidence)
+        budget = None if budget is None else number("budget", budget)
+        ratios = tuple(number("ratios", ratio) for ratio in ratios)
         check_alpha(alpha)
         check_confidence(confidence)
         if not (1 < lifetime < np.inf and 1 < recurring < np.inf):
@@ -171,7 +170,7 @@ class TrafficMonitor:
         given = scores if isinstance(scores, Mapping) else {ALL: scores}
         if set(given) != set(self._bets):
             raise InputError(f"scores of axes {sorted(given)}: this monitor was calibrated on {sorted(self._bets)}")
-        table = {axis: _one_column(values, axis) for axis, values in given.items()}
+        table = {axis: one_column(values, axis) for axis, values in given.items()}
         m = next(iter(table.values())).size
         marks = None if flags is None else np.asarray(flags)
         sizes = {axis: values.size for axis, values in table.items()}
@@ -182,7 +181,7 @@ class TrafficMonitor:
             raise InputError(f"flags: expected bool, got {marks.dtype}")
         if isinstance(sessions, (str, bytes)):
             raise InputError(f"sessions: expected a list of keys, one per item, got {type(sessions).__name__}")
-        keys = None if sessions is None else [_session_key(key) for key in sessions]
+        keys = None if sessions is None else [session_key(key) for key in sessions]
         with self._lock:
             rows = np.arange(m) if keys is None else self._representatives(keys)
             return self._play(table, rows, None if marks is None else marks.reshape(-1))
@@ -417,43 +416,5 @@ class TrafficMonitor:
         return f"TrafficMonitor({list(self._bets)}, {state.counted} items, e_value={state.e_value:.3g}, alarm={state.alarm})"
 
 
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
-        raise InputError(f"{name}={value!r}: expected a number")
-    return float(value)
-
-
 def _change(saved: Any) -> Change | None:
     return None if saved is None else Change(*map(str, saved))
-
-
-def _one_column(values: ArrayLike, axis: str) -> Floats:
-    try:
-        column = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"scores of {axis!r}: expected numbers ({error})") from error
-    if column.ndim > 1:
-        raise InputError(f"scores of {axis!r}: expected one score or (m,), got shape {column.shape}")
-    return column.reshape(-1)
-
-
-def _session_key(key: Hashable | None) -> int | None:
-    """64 bits of a session's name: what is kept, and saved, is not the name."""
-    if key is None:
-        return None
-    key = _plain(key)
-    data = key if isinstance(key, bytes) else str(key).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-
-
-def _plain(key: Any) -> str | bytes | int | tuple[Any, ...]:
-    """A key without NumPy's types, which print otherwise inside a tuple."""
-    if isinstance(key, tuple):
-        return tuple(_plain(part) for part in key)
-    if isinstance(key, (int, np.integer)):
-        return int(key)
-    if isinstance(key, str):
-        return str(key)
-    if isinstance(key, bytes):
-        return bytes(key)
-    raise InputError(f"sessions: expected strings, integers, bytes or tuples of those, got {type(key).__name__}")

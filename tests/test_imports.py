@@ -23,7 +23,7 @@ LINES = (
     "detectors.base detectors.learned detectors.mahalanobis detectors.gaussian detectors.contrasted detectors.sklearn",
     "detectors.relative detectors.conditional detectors.baselines detectors.subspace detectors.rewards detectors.projected",
     "detectors.registry detectors",
-    "length conformal calibration power batch_tests traffic bets flag_rate monitor_state monitor_file monitor",
+    "length conformal calibration power batch_tests traffic bets flag_rate monitor_state monitor_file monitor_inputs monitor",
     "config hooks capture embed identity fitting copies decision state fit card_values markup card_page card",
     "calls outputs inputs scoring turns recalibration suspects guard penalty selection",
     "integrations.transport integrations.read_out integrations.vllm_plugin integrations.engines integrations.trl integrations",

@@ -463,7 +463,9 @@ def test_items_that_a_guard_cannot_score_alarm(minilm_guard: OODGuard) -> None:
 def test_answers_listed_flat_count_as_one_prompt(minilm_guard: OODGuard) -> None:
     rows = preference_rows(6, seed=3)
     prompts, answers = [r["prompt"] for r in rows], [[r["chosen"], r["rejected"]] for r in rows]
+    before = len(minilm_guard._traffic._scores)
     flat = minilm_guard.check([p for p in prompts for _ in range(2)], [a for pair in answers for a in pair])
+    assert len(minilm_guard._traffic._scores) == before + 6, "the first look takes one answer per prompt too"
     assert minilm_guard.monitor().watch(flat).counted == 6
     assert minilm_guard.monitor().watch(minilm_guard.check(prompts, answers)).counted == 6
 
