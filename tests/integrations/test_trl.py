@@ -382,7 +382,7 @@ def test_two_processes_take_one_baseline_and_stop_at_the_same_step(own_guard: OO
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     both = [subprocess.Popen([*command, str(rank)], **pipes) for rank in range(2)]  # type: ignore[call-overload]
     try:
-        told = [process.communicate(timeout=120) for process in both]
+        told = [process.communicate(timeout=300) for process in both]
     finally:
         for process in both:
             process.kill()
