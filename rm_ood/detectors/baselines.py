@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rm_ood.detectors.learned import Forms, Learned, check_dtype, check_scale, fail_closed
 from rm_ood.errors import CalibrationError, FormatError, InputError
-from rm_ood.ops.arithmetic import without_autocast
+from rm_ood.ops.arithmetic import exact_dtype, without_autocast
 from rm_ood.vectors import as_vectors, check_finite, unit_rows
 
 # Rows of x times fit vectors of one block of products: bounds it to 32 MiB in float32.
@@ -98,11 +98,13 @@ class KNearestNeighbours(Learned):
         chunk = max(1, _PRODUCTS // len(self.bank_))
         with torch.no_grad(), without_autocast(x.device.type):
             # |b|^2 / 2, which is the same for all at length 1.
-            half_sq = self.bank_.square().sum(1) / 2 if self.metric == "euclidean" else self.bank_.new_zeros(())
+            exact = exact_dtype(x.device.type, self.bank_.dtype)
+            bank = self.bank_.to(exact)
+            half_sq = bank.square().sum(1) / 2 if self.metric == "euclidean" else self.bank_.new_zeros(())
             for start in range(0, len(x), chunk):
                 rows = self._placed(x[start : start + chunk], self.center_)
                 # |row - b|^2 / 2 less |row|^2 / 2, which orders as the distance does.
-                order = half_sq - rows @ self.bank_.T
+                order = half_sq - rows.to(exact) @ bank.T
                 kth = order.topk(self.k, largest=False).indices[:, -1]
                 # The distance itself from the difference: the products would cancel between near neighbours.
                 distances[start : start + chunk] = torch.linalg.vector_norm(rows - self.bank_[kth], dim=1)

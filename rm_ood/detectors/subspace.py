@@ -10,7 +10,7 @@ from torch import Tensor
 from rm_ood.detectors.learned import Forms, Learned, check_dtype, check_scale, fail_closed
 from rm_ood.errors import CalibrationError, FormatError, InputError, MismatchError
 from rm_ood.moments import ClassMoments
-from rm_ood.ops.arithmetic import without_autocast
+from rm_ood.ops.arithmetic import exact_dtype, without_autocast
 from rm_ood.vectors import as_vectors, check_finite
 
 _CHUNK = 4096
@@ -185,8 +185,10 @@ def _project(x: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Length of the residual (n,) and logits of the head (n, c)."""
     residual, weight = state["residual"], state["head_weight"]
     with torch.no_grad(), without_autocast(x.device.type):
-        length = torch.linalg.vector_norm((x - state["origin"]).to(residual.dtype) @ residual.T, dim=1)
-        return length, x.to(weight.dtype) @ weight.T + state["head_bias"]
+        exact = exact_dtype(x.device.type, weight.dtype)
+        length = torch.linalg.vector_norm((x - state["origin"]).to(exact) @ residual.to(exact).T, dim=1)
+        logits = x.to(exact) @ weight.to(exact).T + state["head_bias"]
+        return length.to(residual.dtype), logits.to(weight.dtype)
 
 
 def _check_components(n_components: Any) -> None:

@@ -17,9 +17,11 @@ from rm_ood.detectors import (
     DETECTORS,
     ConditionalMahalanobis,
     Detector,
+    KNearestNeighbours,
     MahalanobisDetector,
     Projected,
     RelativeMahalanobis,
+    ResidualSubspace,
     detector,
 )
 from rm_ood.errors import FormatError, InputError, MismatchError, NotFittedError
@@ -177,6 +179,27 @@ def test_scores_are_of_rows(name: str, n: int, seed: int, half: bool) -> None:
     torch.testing.assert_close(_FITTED[name].score(x.double()), scores, rtol=1e-4, atol=1e-4)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(_FITTED[name].score(x), scores, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        MahalanobisDetector(),
+        ResidualSubspace(),
+        KNearestNeighbours(k=3),
+        KNearestNeighbours(k=3, metric="euclidean"),
+    ],
+    ids=["mahalanobis", "subspace", "cosine", "euclidean"],
+)
+def test_the_process_s_float32_precision_moves_no_score(made: Any) -> None:
+    x, probe = rows(1200, 96), rows(300, 96, seed=1)
+    expected = made.fit(x).score(probe)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        got = made.score(probe)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    torch.testing.assert_close(got, expected, rtol=2e-5, atol=0)
 
 
 _FITTED: dict[str, Any] = {}
