@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rm_ood.detectors.mahalanobis import MahalanobisDetector, Shrinkage
+from rm_ood.detectors.mahalanobis import MahalanobisDetector, Shrinkage, check_precision
 from rm_ood.errors import FormatError, InputError, MismatchError
 from rm_ood.moments import ClassMoments
 from rm_ood.ops import whitened_sq_distance
@@ -85,6 +85,7 @@ class ConditionalMahalanobis(MahalanobisDetector):
         Raises:
             FormatError: as `MahalanobisDetector.from_state`, or a width that `n_given` does not divide.
         """
+        check_precision(precision)
         detector = cls(n_given, shrinkage=shrinkage, floor=floor)
         return detector._load(tensors, classes, effective_shrinkage, effective_rank)
 

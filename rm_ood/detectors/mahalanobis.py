@@ -145,7 +145,7 @@ class MahalanobisDetector:
             FormatError: a malformed precision or an unknown mode; a tensor that is missing, unknown, of another shape or
                 dtype, not finite; a whitening that is not lower triangular with a positive diagonal.
         """
-        recorded = _precision(precision)
+        recorded = check_precision(precision)
         detector = cls(shrinkage=shrinkage, floor=floor)._load(tensors, classes, effective_shrinkage, effective_rank)
         detector._metric = Metric(recorded)
         return detector
@@ -321,8 +321,8 @@ def _warn_about(counts: Tensor, classes: np.ndarray[Any, Any], scatter: Tensor, 
         warnings.warn(message, CalibrationWarning, stacklevel=4)
 
 
-def _precision(value: Any) -> dict[str, Any] | None:
-    """A detector's `precision` as it was saved."""
+def check_precision(value: Any) -> dict[str, Any] | None:
+    """A detector's `precision` as it was saved; raises FormatError for what none can have been."""
     if value is None:
         return None
     if not isinstance(value, Mapping) or value.keys() != {"mode", "certificate"}:

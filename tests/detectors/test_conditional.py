@@ -153,3 +153,9 @@ def test_to_moves_what_scores_as_well():
     moved = ConditionalMahalanobis(3).fit(x).to("meta")
     assert moved.score(x).is_meta
     assert all(part.is_meta for part in moved.part_sq_distances(x))
+
+
+def test_a_malformed_precision_is_refused_though_it_is_not_used():
+    state = ConditionalMahalanobis(shrinkage=0.1).fit(np.random.default_rng(0).normal(size=(80, 4))).state_tensors()
+    with pytest.raises(FormatError, match="expected a mode and a certificate"):
+        ConditionalMahalanobis.from_state(state, precision="fp16")
