@@ -143,12 +143,15 @@ def test_a_spoilt_cache_says_what_to_do(place: Path, tmp_path: Path, capsys: Any
 
 def test_ctrl_c_keeps_the_scores_and_says_how_to_go_on(place: Path, tmp_path: Path, read: Any, capsys: Any) -> None:
     cache = tmp_path / "out" / "scores.sqlite"
-    # Many texts, and a child that gives way to this process: it must not be done before it is interrupted.
-    shifts = (*SHIFTS, "--shift", "word noise:both", "--shift", "character noise:both")
-    arguments_ = map(str, arguments(place, tmp_path / "out", *shifts, "--bootstrap", "5"))
-    command = ["nice", "-n", "19", sys.executable, "-m", "rm_ood.cli", *arguments_]
+    command = [sys.executable, "-m", "rm_ood.cli", *arguments(place, tmp_path / "out", *SHIFTS, "--bootstrap", "5")]
     child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # Tests that were started in the background of a shell pass on that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         deadline = time.monotonic() + 120
@@ -165,10 +168,10 @@ def test_ctrl_c_keeps_the_scores_and_says_how_to_go_on(place: Path, tmp_path: Pa
         f"rm-ood study: interrupted; the scores so far are kept in {cache}: the same command goes on from there"
     )
     kept = _kept(cache)
-    assert kept >= 32
+    assert 32 <= kept < 360
     # The same command, here: what was kept is not read again, and the numbers are those of a study without a break.
     for folder in ("out", "fresh"):
-        assert run(place, tmp_path / folder, *shifts, "--bootstrap", 5, "--no-progress", "--json") == 0
+        assert run(place, tmp_path / folder, *SHIFTS, "--bootstrap", 5, "--no-progress", "--json") == 0
     one, two = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     for doc in (one, two):
         del doc["seconds"], doc["command"]
