@@ -490,3 +490,10 @@ def test_length_groups_hold_the_promise_in_each_group() -> None:
         n, k = pool.scores.size, pool.k
         low, high = stats.betabinom.ppf(ONE_IN_A_THOUSAND, (group == i).sum(), k, n + 1 - k)
         assert low <= flagged[group == i].sum() <= high
+
+
+def test_scores_of_no_axis_are_refused() -> None:
+    profile = table(300).profile(("final",), alpha=0.05, confidence=0.95)
+    assert list(profile.axis_scores()) == ["response"]
+    with pytest.raises(InputError, match="axes: got none"):
+        profile.axis_scores([])

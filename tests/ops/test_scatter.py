@@ -1,8 +1,11 @@
+import importlib.metadata
+import importlib.util
+
 import pytest
 import torch
 
 from rm_ood import ops
-from rm_ood.ops import reference, scatter, scatter_launch
+from rm_ood.ops import distance_launch, reference, scatter, scatter_launch
 
 
 def problem(n, k, d, seed=0):
@@ -71,3 +74,14 @@ def test_float64_stays_with_pytorch():
     assert not scatter_launch.preferred(cpu, torch.float32, 2)
     assert not scatter_launch.preferred(gpu, torch.float64, 2)
     assert not scatter_launch.preferred(gpu, torch.float32, 17)
+
+
+def test_backend_info_says_that_triton_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", lacking)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert ops.backend_info()["triton"] == "not installed"
+    # Past the cache, which holds what is true of this process.
+    assert distance_launch.unavailable.__wrapped__(torch.device("cpu")) == "triton is not installed"
