@@ -121,6 +121,12 @@ def read_guard(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         raise FormatError(f"{target} cannot be read: {error.strerror or type(error).__name__}") from error
 
 
+def guard_digest(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
+    """SHA-256 over settings and tensors, as hexadecimal digits: the digest that a save of them by this version holds."""
+    own = {name: _savable(name, tensor) for name, tensor in sorted(tensors.items())}
+    return str(_envelope(config, own)["digest"])
+
+
 def _read_guard(target: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path = _find(target)
     envelope, tensors, identity = _read(path)
@@ -201,11 +207,12 @@ def _envelope(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
         plain = parse_json(canonical_json(config).encode(), "settings", MAX_METADATA)
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"settings of the guard are not plain JSON: {error}") from error
-    envelope = {"format_version": FORMAT_VERSION, "rm_ood_version": _version(), "config": plain}
+    envelope = {"format_version": FORMAT_VERSION, "rm_ood_version": package_version(), "config": plain}
     return {**envelope, "digest": _digest(envelope, _parts(tensors))}
 
 
-def _version() -> str:
+def package_version() -> str:
+    """The installed version of `rm_ood`."""
     try:
         return metadata.version("rm_ood")
     except metadata.PackageNotFoundError:

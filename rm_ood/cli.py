@@ -1,4 +1,4 @@
-"""The command line: `rm-ood demo | fit | calibrate | check | study | study-scores | doctor | report`.
+"""The command line: `rm-ood demo | fit | calibrate | check | study | study-scores | doctor | serve | report`.
 
 Results go to stdout (`--json`: one object), progress to stderr. Exit codes: 0 done, 1 bad input, 2 usage, 3 the guard and
 the model do not belong together.
@@ -14,6 +14,7 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rm_ood import commands
@@ -149,6 +150,17 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--seed", type=int, default=0, help="of the draw and the noise (default: %(default)s)")
     doctor.add_argument("--record", action="store_true", help="keep the findings in the guard, for its card")
 
+    serve = _command(
+        parsers, "serve", commands.serve, "reward and verdict over HTTP",
+        """
+        rm-ood serve --guard guard --model my-reward-model
+        rm-ood serve --guard guard --model my-reward-model --mode enforce --monitor-state monitor.json
+        rm-ood serve --guard guard --model my-reward-model --host 0.0.0.0 --api-key-file key
+        """,
+    )  # fmt: skip
+    _guard_arguments(serve)
+    _serve_arguments(serve)
+
     scores = _command(
         parsers, "study-scores", commands.study_scores,
         "accuracy, calibration and detection from files of reward pairs alone: the study of LeVine et al.",
@@ -238,6 +250,38 @@ def _study_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cache", metavar="FILE", help="scores by content, no texts (default: scores.sqlite in --output)")
     add("--bootstrap", type=int, default=1000, metavar="N", help="draws for the intervals (default: 1000; 0: none)")
     add("--seed", type=int, default=0, help="of the shifts, the draws and the bootstrap (default: %(default)s)")
+
+
+def _serve_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to serve on; other than loopback needs a key (default: %(default)s)",
+    )
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+    parser.add_argument(
+        "--api-key-file", metavar="FILE",
+        help="file with the key that requests must bring; or the environment variable RM_OOD_API_KEY",
+    )  # fmt: skip
+    # Absent unless given: the defaults are ServeSettings'.
+    add = partial(parser.add_argument, default=argparse.SUPPRESS)
+    add(
+        "--mode", choices=["shadow", "warn", "enforce"],
+        help="what becomes of a flagged item's reward: nothing; a header counts it too (default); it is withheld",
+    )  # fmt: skip
+    add("--withheld-reward", type=float, metavar="X", help="the number for it, where a protocol needs one")
+    add("--monitor-state", type=Path, metavar="FILE", help="where the traffic monitor outlives the server")
+    add("--unready-on-alarm", action="store_true", help="/readyz fails once the traffic monitor has alarmed")
+    add("--batch-size", type=int, metavar="N", help="items in one forward, at most the guard's own (default)")
+    add("--batch-wait", type=float, dest="batch_wait_s", metavar="S", help="for an idle batch to fill (default: 0.002)")
+    add("--max-items", type=int, metavar="N", help="answers in a request (default: 32)")
+    add("--max-chars", type=int, metavar="N", help="characters of a text (default: 20000)")
+    add("--max-body-bytes", type=int, metavar="N", help="of a request (default: 1 MiB)")
+    add("--max-queue", type=int, metavar="N", help="items that wait for the model (default: 64)")
+    add("--max-connections", type=int, metavar="N", help="open at once (default: 128)")
+    add("--request-timeout", type=float, dest="request_timeout_s", metavar="S", help="to receive one (default: 10)")
+    add("--model-timeout", type=float, dest="model_timeout_s", metavar="S", help="to score one (default: 30)")
+    add("--drain-timeout", type=float, dest="drain_timeout_s", metavar="S", help="after SIGTERM (default: 30)")
 
 
 def _settings(parser: argparse.ArgumentParser) -> None:

@@ -112,6 +112,25 @@ def study(a: argparse.Namespace) -> dict[str, Any]:
     return {"json": study.doc, "text": text}
 
 
+def serve(a: argparse.Namespace) -> dict[str, Any]:
+    try:
+        from rm_ood.serve import logs
+        from rm_ood.serve.scorer import GuardScorer
+        from rm_ood.serve.server import Server
+    except ImportError as error:
+        raise InputError(f"serving needs {error.name}: pip install 'rm_ood[serve]'") from error
+    from rm_ood.serve.settings import ServeSettings, check_host, read_api_key
+
+    given = {f.name: getattr(a, f.name) for f in fields(ServeSettings) if hasattr(a, f.name)}
+    settings = ServeSettings(**given, api_key=read_api_key(a.api_key_file))
+    check_host(a.host, settings.api_key)
+    guard = _load(a)
+    logs.configure()
+    server = Server(GuardScorer(guard, settings.batch_size), settings, a.host, a.port)
+    server.serve_forever()
+    return {"json": server.summary(), "text": ""}
+
+
 def report(a: argparse.Namespace) -> dict[str, Any]:
     from rm_ood.guard import OODGuard
 

@@ -152,7 +152,7 @@ def test_the_file_is_the_documented_format(folder: Path) -> None:
         "channel.0.whitening": entry("F32", (2, 2), 0, 16),
         "calibration.part_a": entry("BOOL", (3,), 16, 19),
     }
-    forged = forge(header, data, envelope={"config": CONFIG, "rm_ood_version": artifact._version()})
+    forged = forge(header, data, envelope={"config": CONFIG, "rm_ood_version": artifact.package_version()})
     length = int.from_bytes(forged[:8], "little")
     text = json.loads(forged[8 : 8 + length])["__metadata__"]["rm_ood"]
     with safetensors.safe_open(folder / GUARD_FILE, "pt") as file:
@@ -182,9 +182,9 @@ def test_version_of_a_source_tree(monkeypatch: pytest.MonkeyPatch) -> None:
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", missing)
-    assert artifact._version() == "0.0.0+source"
+    assert artifact.package_version() == "0.0.0+source"
     monkeypatch.setattr(metadata, "version", lambda name: "7.8.9")
-    assert artifact._version() == "7.8.9"
+    assert artifact.package_version() == "7.8.9"
 
 
 # Overwriting

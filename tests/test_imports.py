@@ -34,10 +34,14 @@ LINES = (
     "study.cache study.scorer study.judged study.numbers study.scored_rows study.study study.vector_baselines",
     "study.command study.terminal study",
     "choice doctor batch demo",
+    "serve serve.settings serve.refusal serve.worker serve.batcher serve.scorer serve.schemas serve.reading serve.policy",
+    "serve.logs serve.metrics serve.service serve.gate serve.openapi serve.app serve.protocol serve.server",
 )
 ORDER = " ".join(LINES).split()
 # The package's own names come from all of the above; the command line is their reader.
 LAST = ("", "commands", "cli")
+# What a server is made of is loaded by `rm-ood serve` alone.
+SERVING = {"fastapi", "pydantic", "starlette", "uvicorn", "h11", "prometheus_client", "opentelemetry"}
 # Tensors only: they work on vectors that came from anywhere.
 STATISTICS = " ".join(LINES[3:9]).split()
 MODEL_COLUMN = {
@@ -69,6 +73,7 @@ OPTIONAL = {
     "httpx2",
     "vllm",
     "trl",
+    *SERVING,
 }
 
 
@@ -142,6 +147,7 @@ def test_extras_are_imported_where_they_are_used() -> None:
         late = OPTIONAL if name == "demo" else OPTIONAL | {"transformers"}
         # A kernel is a function of Triton's; only its launcher imports it, when it launches.
         late = late - {"triton"} if name.endswith("_kernel") else late
+        late = late - SERVING if name.startswith("serve.") else late
         assert not top_level(path) & late, name
 
 

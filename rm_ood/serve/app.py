@@ -1,0 +1,134 @@
+"""The ASGI application: routes over a `Service`, inside a `Gate`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from rm_ood.artifact import package_version
+from rm_ood.serve import policy
+from rm_ood.serve.gate import Gate
+from rm_ood.serve.openapi import describe
+from rm_ood.serve.reading import score_queries
+from rm_ood.serve.refusal import Refusal
+from rm_ood.serve.scorer import Query, Scorer
+from rm_ood.serve.service import Service
+from rm_ood.serve.settings import ServeSettings
+
+FLAGGED = "RM-OOD-Flagged"
+
+
+def build_app(scorer: Scorer, settings: ServeSettings | None = None, *, service: Service | None = None) -> FastAPI:
+    """The application that serves a scorer.
+
+    Run it with `rm_ood.serve.server`, which adds the deadlines that need the connection itself.
+
+    Args:
+        scorer: `GuardScorer(guard)`, or another one.
+        settings: limits, mode, key.
+        service: one that was made before, of the same scorer; it is `app.state.service`.
+    """
+    shared = Service(scorer, settings or ServeSettings()) if service is None else service
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        await shared.start()
+        try:
+            yield
+        finally:
+            await shared.stop()
+
+    app = FastAPI(
+        title="rm_ood", version=package_version(), docs_url=None, redoc_url=None, lifespan=life,
+        description="Rewards, and whether the reward model was out of its ground.",
+    )  # fmt: skip
+    app.state.service = shared
+    app.add_exception_handler(HTTPException, _not_a_route)
+    app.add_exception_handler(RequestValidationError, _not_a_route)
+    _scoring_routes(app, shared)
+    _other_routes(app, shared)
+    describe(app, shared.settings)
+    endpoints = frozenset(getattr(route, "path", "") for route in app.routes)
+    app.add_middleware(Gate, service=shared, endpoints=endpoints)
+    return app
+
+
+def _scoring_routes(app: FastAPI, service: Service) -> None:
+    settings = service.settings
+
+    @app.post("/v1/score")
+    async def score(request: Request) -> Response:
+        """Rewards and verdicts: one item, several, or one prompt with several answers."""
+        queries = score_queries(await _json(request), service.rules(), settings.max_body_bytes)
+        decisions = await service.decide(queries)
+        rows = [policy.row(q.name, d, settings.mode) for q, d in zip(queries, decisions, strict=True)]
+        body = {
+            "results": rows,
+            "monitor": None,
+            "mode": settings.mode,
+            "guard": service.scorer.digest,
+            "request_id": request.state.request_id,
+        }
+        return JSONResponse(body, headers=_flags(request, service, queries, decisions))
+
+
+def _flags(request: Request, service: Service, queries: Sequence[Query], decisions: Sequence[Any]) -> dict[str, str]:
+    """Header of `warn`, and what the log says of a request."""
+    flagged = sum(d.is_ood for d in decisions)
+    request.state.notes.update(items=len(queries), flagged=flagged)
+    service.metrics.withheld.inc(sum(policy.is_withheld(d, service.settings.mode) for d in decisions))
+    return {} if service.settings.mode == "shadow" else {FLAGGED: f"{flagged}/{len(queries)}"}
+
+
+def _other_routes(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/guard")
+    async def guard() -> Response:
+        """The guard card: what it was fitted on, and what it promises."""
+        return JSONResponse({"digest": service.scorer.digest, **service.scorer.card.to_dict()})
+
+    @app.get("/", response_class=HTMLResponse)
+    async def page() -> Response:
+        """The guard card as a page."""
+        return HTMLResponse(service.scorer.card.to_html())
+
+    @app.get("/livez")
+    async def livez() -> Response:
+        """The process answers; the model is not asked."""
+        return JSONResponse({"live": True})
+
+    @app.get("/readyz")
+    async def readyz() -> Response:
+        """Whether to send requests here, and if not, why."""
+        reasons = service.unready()
+        return JSONResponse({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
+
+    app.get("/health", description="As /readyz.")(readyz)
+    app.get("/healthz", description="As /readyz.")(readyz)
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        """For Prometheus."""
+        service.refresh()
+        text, content_type = service.metrics.text(request.headers.get("accept", ""))
+        return Response(text, headers={"content-type": content_type})
+
+
+async def _json(request: Request) -> bytes:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise Refusal(415, "not_json", "the header Content-Type must be application/json")
+    return await request.body()
+
+
+async def _not_a_route(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 422
+    known = {404: ("not_found", "no such path"), 405: ("method_not_allowed", "this path has another method")}
+    kind, message = known.get(status, ("invalid_request", "the request cannot be read"))
+    headers = dict(getattr(error, "headers", None) or {})
+    return JSONResponse(Refusal(status, kind, message).body(request.state.request_id), status, headers)

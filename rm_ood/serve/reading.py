@@ -1,0 +1,171 @@
+"""Request bodies to queries: strict JSON, strict schema, the limits, and the guard's own rules for texts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from rm_ood.dialogue import Response, Text, check_prompt, check_response, messages_of
+from rm_ood.errors import FormatError, InputError
+from rm_ood.preferences import prompt_key
+from rm_ood.serve.refusal import Refusal
+from rm_ood.serve.schemas import SCORE, Batch, Conversation, Message, PromptResponse, PromptResponses, TextBlock
+from rm_ood.serve.scorer import Query
+from rm_ood.strict_json import parse_json
+
+_MOST_ERRORS = 5
+_UNKNOWN = "(unknown field)"
+
+
+@dataclass(frozen=True)
+class TextRules:
+    """What a text may be.
+
+    Attributes:
+        max_items: answers in a request. max_chars: characters of a text. allow_empty: accept empty prompts.
+        grouped: the guard has a grouping column, so that each item names its group.
+    """
+
+    max_items: int
+    max_chars: int
+    allow_empty: bool
+    grouped: bool
+
+
+def parse(data: bytes, adapter: TypeAdapter[Any], limit: int) -> Any:
+    """A body as its schema's model.
+
+    Raises:
+        Refusal: not strict JSON (400), or not of the schema (422).
+    """
+    try:
+        value = parse_json(data, "body", limit)
+    except FormatError as error:
+        cause = error.__cause__
+        where = f" (character {cause.pos})" if isinstance(cause, json.JSONDecodeError) else ""
+        raise Refusal(
+            400,
+            "not_json",
+            f"the body is not strict JSON in UTF-8{where}: no doubled keys, no NaN or Infinity, no lone surrogates",
+        ) from None
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        raise Refusal(422, "invalid_request", _told(error)) from None
+
+
+def _told(error: ValidationError) -> str:
+    """Where and what, in our own names: a key that came is the sender's text."""
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    lines = []
+    for one in found[:_MOST_ERRORS]:
+        path = list(one["loc"])
+        if one["type"] == "extra_forbidden":
+            path[-1:] = [_UNKNOWN]
+        lines.append(f"{_path(path)}: {one['msg']}")
+    more = f"; {len(found) - _MOST_ERRORS} more" if len(found) > _MOST_ERRORS else ""
+    return "; ".join(lines) + more
+
+
+_FIELDS = frozenset(
+    name for model in (PromptResponse, PromptResponses, Conversation, Batch, Message, TextBlock)
+    for name in model.model_fields
+)  # fmt: skip
+
+
+def _path(parts: Sequence[Any]) -> str:
+    """`items[3].prompt`; forms of a schema are left out, and so is what is no name of ours."""
+    out = ""
+    for part in parts:
+        if isinstance(part, int):
+            out += f"[{part}]"
+        elif part in _FIELDS or part == _UNKNOWN:
+            out += f".{part}" if out else part
+    return out or "body"
+
+
+def score_queries(data: bytes, rules: TextRules, limit: int) -> list[Query]:
+    """Queries of `POST /v1/score`.
+
+    Raises:
+        Refusal: as `parse`, or texts or counts past the limits (422).
+    """
+    request = parse(data, SCORE, limit)
+    items = request.items if isinstance(request, Batch) else [request]
+    count = sum(len(item.responses) if isinstance(item, PromptResponses) else 1 for item in items)
+    check_count(count, rules)
+    found: list[Query] = []
+    for i, item in enumerate(items):
+        where = f"items[{i}]." if isinstance(request, Batch) else ""
+        found += _of_item(item, str(i) if item.id is None else item.id, where, rules)
+    return found
+
+
+def check_count(count: int, rules: TextRules) -> None:
+    """Raises Refusal (422) where a request asks for more answers than one may."""
+    if count > rules.max_items:
+        raise Refusal(422, "too_many_items", f"{count} answers in one request: at most {rules.max_items}")
+
+
+def _of_item(item: Any, name: str, where: str, rules: TextRules) -> Iterator[Query]:
+    if rules.grouped != (item.group is not None):
+        what = "needed: this guard is calibrated by group" if rules.grouped else "unknown: this guard has no groups"
+        raise Refusal(422, "invalid_request", f"{where}group: {what}")
+    prompt: Any
+    answers: list[tuple[str, Any]]
+    if isinstance(item, Conversation):
+        if item.messages[-1].role != "assistant":
+            raise Refusal(
+                422, "invalid_request", f"{where}messages: the last message must be the assistant's: it is the response"
+            )
+        prompt, answers = item.messages[:-1], [("messages", item.messages[-1:])]
+    elif isinstance(item, PromptResponses):
+        prompt = item.prompt
+        answers = [(f"responses[{j}]", answer) for j, answer in enumerate(item.responses)]
+    else:
+        prompt, answers = item.prompt, [("response", item.response)]
+    asked = "messages" if isinstance(item, Conversation) else "prompt"
+    text = read_prompt(prompt, f"{where}{asked}", rules)
+    session = prompt_session(text) if item.session is None else ("session", item.session)
+    for j, (field, answer) in enumerate(answers):
+        label = f"{name}#{j}" if isinstance(item, PromptResponses) else name
+        response = read_response(answer, f"{where}{field}", rules)
+        yield Query(label, text, response, session, item.group, where.rstrip(".") or "item")
+
+
+def read_prompt(value: Any, where: str, rules: TextRules) -> Text:
+    """A checked prompt. Raises Refusal (422)."""
+    try:
+        return check_prompt(_plain(value), where, allow_empty=rules.allow_empty, max_chars=rules.max_chars)
+    except InputError as error:
+        raise text_refusal(error) from None
+
+
+def read_response(value: Any, where: str, rules: TextRules) -> Response:
+    """A checked response. Raises Refusal (422)."""
+    try:
+        return check_response(_plain(value), where, max_chars=rules.max_chars)
+    except InputError as error:
+        raise text_refusal(error) from None
+
+
+def text_refusal(error: InputError, queries: Sequence[Query] = ()) -> Refusal:
+    """What the guard says of a text that it does not take; its errors never quote one, but number the queries."""
+    message = (
+        re.sub(r"^items\[(\d+)\]", lambda found: queries[int(found[1])].where, str(error)) if queries else str(error)
+    )
+    return Refusal(422, "invalid_text", message)
+
+
+def prompt_session(prompt: Text) -> tuple[str, int]:
+    """The session of an item that names none: its prompt, as calibration counts prompts."""
+    return "prompt", prompt_key(prompt if messages_of(prompt) else "")
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, str) else [message.model_dump(exclude_none=True) for message in value]

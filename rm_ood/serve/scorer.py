@@ -1,0 +1,156 @@
+"""What a server scores with: a guard on its reward model, behind the few calls that the server needs."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from rm_ood.artifact import guard_digest
+from rm_ood.card import GuardCard
+from rm_ood.config import GuardConfig
+from rm_ood.decision import Decisions
+from rm_ood.dialogue import Response, Text
+from rm_ood.embed import Embedded, span_facts
+from rm_ood.errors import MismatchError
+from rm_ood.guard import OODGuard
+from rm_ood.monitor import TrafficMonitor
+from rm_ood.state import ChannelScores
+from rm_ood.text import Encoded
+
+
+@dataclass(frozen=True)
+class Query:
+    """One item of a request.
+
+    Attributes:
+        name: its id in the reply.
+        prompt, response: checked texts.
+        session: whose traffic it is; items of one session are not independent.
+        group: for a guard with a grouping column.
+        where: what an error calls it.
+    """
+
+    name: str
+    prompt: Text
+    response: Response
+    session: Hashable
+    group: str | None = None
+    where: str = "item"
+
+
+@dataclass(frozen=True)
+class Work:
+    """A query, tokenised."""
+
+    query: Query
+    encoded: Encoded
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return len(self.encoded.input_ids)
+
+
+class Scorer(Protocol):
+    """What the server asks of whoever scores. Calls come from threads, `score` from one at a time."""
+
+    @property
+    def digest(self) -> str:
+        """Which guard this is."""
+
+    @property
+    def config(self) -> GuardConfig:
+        """The guard's settings."""
+
+    @property
+    def batch_size(self) -> int:
+        """Most items that `score` takes at once."""
+
+    @property
+    def card(self) -> GuardCard:
+        """The guard's card."""
+
+    @property
+    def withheld_reward(self) -> float:
+        """What stands for the reward of an item whose reward is not given out."""
+
+    def encode(self, queries: Sequence[Query]) -> list[Work]:
+        """Tokenise. Raises InputError for an item that cannot be encoded."""
+
+    def score(self, works: Sequence[Work]) -> Decisions:
+        """Rewards and verdicts of one batch."""
+
+    def failed(self, works: Sequence[Work], reason: str) -> Decisions:
+        """Verdicts on items that could not be scored: no reward, flagged, with the reason."""
+
+    def monitor(self, path: Path | None) -> TrafficMonitor:
+        """An alarm on this guard's traffic, going on from a saved state."""
+
+    def close(self) -> None:
+        """Let go of the model."""
+
+
+class GuardScorer:
+    """A guard with its model.
+
+    Args:
+        guard: calibrated, with its model.
+        batch_size: items in one forward, at most the guard's own; None: as many.
+
+    Raises:
+        NotFittedError: the guard is not fitted or not calibrated. MismatchError: it has no model.
+    """
+
+    def __init__(self, guard: OODGuard, batch_size: int | None = None) -> None:
+        if guard.model is None:
+            raise MismatchError("this guard has no reward model: load it with one to serve it")
+        self.guard = guard
+        self.config = guard.config
+        own = guard.config.batch_size
+        self.batch_size = own if batch_size is None else min(own, batch_size)
+        self._scoring = guard.scoring()
+        state = self._scoring.state
+        # One that is not calibrated says so before it is served.
+        state.profile(state.config.joined)
+        self.digest = guard_digest(*state.to_saved())
+        self.card = guard.report()
+        self.withheld_reward = state.reward_mean - 3 * state.reward_sd
+
+    def encode(self, queries: Sequence[Query]) -> list[Work]:
+        """See `Scorer`."""
+        encoded = self._scoring.encode([(query.prompt, query.response) for query in queries])
+        return [Work(query, item) for query, item in zip(queries, encoded, strict=True)]
+
+    def score(self, works: Sequence[Work]) -> Decisions:
+        """See `Scorer`."""
+        scored, part = self._scoring.score([work.encoded for work in works])
+        return self._decide(works, scored, part)
+
+    def failed(self, works: Sequence[Work], reason: str) -> Decisions:
+        """See `Scorer`."""
+        n, state = len(works), self._scoring.state
+        names = state.channel_names
+        classes = {
+            name: np.full((n, len(d.classes_)), np.nan) for name, d in state.detectors.items() if len(d.classes_) > 1
+        }
+        scores = ChannelScores(names, np.full((n, len(names)), np.nan), classes)
+        lengths, reasons, truncated = span_facts([work.encoded for work in works])
+        return self._decide(works, scores, Embedded({}, np.full(n, np.nan), lengths, [reason] * n, reasons, truncated))
+
+    def _decide(self, works: Sequence[Work], scored: ChannelScores, part: Embedded) -> Decisions:
+        groups = None
+        if self.config.group_column is not None:
+            groups = [str(work.query.group) for work in works]
+        return self._scoring.state.decide(scored, part, groups=groups)
+
+    def monitor(self, path: Path | None) -> TrafficMonitor:
+        """See `Scorer`."""
+        return self.guard.monitor(path)
+
+    def close(self) -> None:
+        """See `Scorer`."""
+        self.guard.detach()

@@ -1,0 +1,101 @@
+"""Run the application: uvicorn with deadlines, signals, a drain that ends."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from rm_ood.serve.app import build_app
+from rm_ood.serve.logs import log
+from rm_ood.serve.protocol import DeadlineProtocol
+from rm_ood.serve.scorer import Scorer
+from rm_ood.serve.service import Service
+from rm_ood.serve.settings import ServeSettings, check_host
+
+_HEAD_BYTES = 64 * 1024
+
+
+class Server(uvicorn.Server):
+    """One server.
+
+    Args:
+        scorer: what it serves.
+        settings: limits, mode, key.
+        host, port: where; port 0 takes a free one.
+
+    Raises:
+        InputError: an address that other machines reach, and no key. OSError: the port is taken.
+    """
+
+    def __init__(self, scorer: Scorer, settings: ServeSettings, host: str = "127.0.0.1", port: int = 8000) -> None:
+        check_host(host, settings.api_key)
+        self.service = Service(scorer, settings)
+        self.service.connections = lambda: len(self.server_state.connections)
+        protocol = type(
+            "Protocol",
+            (DeadlineProtocol,),
+            {"request_timeout_s": settings.request_timeout_s, "max_connections": settings.max_connections},
+        )
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.socket = socket.create_server((host, port), family=family, backlog=1024)
+        self.host, self.port = host, self.socket.getsockname()[1]
+        super().__init__(
+            uvicorn.Config(
+                build_app(scorer, settings, service=self.service),
+                http=protocol,
+                ws="none",
+                loop="asyncio",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
+                h11_max_incomplete_event_size=_HEAD_BYTES,
+            )
+        )
+
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+    def summary(self) -> dict[str, Any]:
+        """What was served, JSON-able."""
+        return {"guard": self.service.scorer.digest, "requests": self.server_state.total_requests}
+
+    def serve_forever(self) -> None:
+        """Serve until SIGTERM or SIGINT, then answer what was accepted."""
+        log("listening", url=self.url, guard=self.service.scorer.digest[:12], mode=self.service.settings.mode)
+        self.run(sockets=[self.socket])
+        log("stopped")
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle signals while serving; unlike uvicorn's, a handled one does not end the process afterwards."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        handlers: dict[int, Callable[[int, FrameType | None], Any]] = {
+            signal.SIGTERM: self.handle_exit,
+            signal.SIGINT: self.handle_exit,
+        }
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain; a second SIGINT does not wait."""
+        self.service.draining = True
+        super().handle_exit(sig, frame)

@@ -1,0 +1,127 @@
+"""What a server is started with: limits, mode, key; checked before anything is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import math
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from rm_ood.errors import InputError
+
+MODES = ("shadow", "warn", "enforce")
+KEY_VARIABLE = "RM_OOD_API_KEY"
+_SHORTEST_KEY, _LONGEST_KEY = 16, 512
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """Settings of one server.
+
+    Attributes:
+        mode: what becomes of a flagged item's reward (see `rm_ood.serve.policy`).
+        api_key: SHA-256 of the key that every route but `/livez` asks for; None: no key.
+        max_body_bytes: of a request. max_items: answers in a request. max_chars: characters of one text.
+        max_queue: items that wait for the model; more are answered 429.
+        max_connections: open at once; more are answered 503.
+        request_timeout_s: to receive a request, and for a reader to take a reply. model_timeout_s: from its receipt to its
+            scores. drain_timeout_s: to finish what was accepted after SIGTERM.
+        batch_size: items in one forward; None: the guard's own.
+        batch_wait_s: how long an idle model waits for a batch to fill.
+        withheld_reward: what replies that need a number say for a withheld reward; None: three standard deviations below the
+            mean reward of the fit data.
+        monitor_state: file in which the traffic monitor outlives the process. monitor_save_s: how often it is written.
+        unready_on_alarm: not ready once the traffic monitor has alarmed.
+    """
+
+    mode: str = "warn"
+    api_key: bytes | None = field(default=None, repr=False)
+    max_body_bytes: int = 2**20
+    max_items: int = 32
+    max_chars: int = 20_000
+    max_queue: int = 64
+    max_connections: int = 128
+    request_timeout_s: float = 10.0
+    model_timeout_s: float = 30.0
+    drain_timeout_s: float = 30.0
+    batch_size: int | None = None
+    batch_wait_s: float = 0.002
+    withheld_reward: float | None = None
+    monitor_state: Path | None = None
+    monitor_save_s: float = 10.0
+    unready_on_alarm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise InputError(f"mode={self.mode!r}: expected one of {MODES}")
+        counts = ("max_body_bytes", "max_items", "max_chars", "max_queue", "max_connections")
+        for name in (*counts, *(["batch_size"] if self.batch_size is not None else [])):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"{name}={value!r}: expected a whole number from 1")
+        for name in (f.name for f in fields(self) if f.name.endswith("_s")):
+            value = getattr(self, name)
+            lowest_ok = value >= 0 if name == "batch_wait_s" else value > 0
+            if not (lowest_ok and math.isfinite(value)):
+                raise InputError(f"{name}={value!r}: expected seconds above 0")
+        if self.max_items > self.max_queue:
+            raise InputError(
+                f"max_items={self.max_items}, max_queue={self.max_queue}: a full request would never fit into the queue"
+            )
+        if self.withheld_reward is not None and not math.isfinite(self.withheld_reward):
+            raise InputError(f"withheld_reward={self.withheld_reward!r}: expected a finite number")
+
+
+def read_api_key(file: str | None) -> bytes | None:
+    """SHA-256 of the key in a file, or in the environment variable `RM_OOD_API_KEY`; None where there is neither.
+
+    Raises:
+        InputError: both are given, or the key is shorter than 16 characters or not printable ASCII. Never tells the key.
+        FileNotFoundError: no such file.
+    """
+    given = os.environ.get(KEY_VARIABLE)
+    if file is not None and given is not None:
+        raise InputError(f"--api-key-file and {KEY_VARIABLE} are both given: leave one out")
+    if file is not None:
+        try:
+            given = Path(file).read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            raise
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--api-key-file: cannot be read ({type(error).__name__})") from error
+    if given is None:
+        return None
+    if not _SHORTEST_KEY <= len(given) <= _LONGEST_KEY or not all("!" <= c <= "~" for c in given):
+        raise InputError(
+            f"API key of {len(given)} characters: expected {_SHORTEST_KEY} to {_LONGEST_KEY} printable ASCII characters "
+            "without spaces, such as from: openssl rand -hex 32"
+        )
+    return key_digest(given)
+
+
+def key_digest(key: str) -> bytes:
+    """What is kept of a key, and compared."""
+    return hashlib.sha256(key.encode()).digest()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_host(host: str, api_key: bytes | None) -> None:
+    """Other machines only reach a server that asks for a key.
+
+    Raises:
+        InputError: another address than loopback, and no key.
+    """
+    if api_key is None and not is_loopback(host):
+        raise InputError(
+            f"--host {host} can be reached from other machines: set a key with --api-key-file FILE or {KEY_VARIABLE}, or "
+            "serve on 127.0.0.1"
+        )

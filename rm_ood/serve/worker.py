@@ -1,0 +1,68 @@
+"""A thread that takes calls one after the other, awaited from the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Worker:
+    """One thread, which never keeps the process alive: a call that hangs must not keep a server from ending.
+
+    Args:
+        name: of the thread.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    async def run(self, call: Callable[..., T], *args: Any) -> T:
+        """The result of `call(*args)`, made in the thread; its exception is raised here.
+
+        A cancelled wait does not stop a call that has begun; one that has not is left out.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def settle(result: T | None, error: BaseException | None) -> None:
+            if future.done():
+                return
+            if error is None:
+                future.set_result(result)  # type: ignore[arg-type]
+            else:
+                future.set_exception(error)
+
+        def work() -> None:
+            if future.cancelled():
+                return
+            result, failure = None, None
+            try:
+                result = call(*args)
+            except Exception as error:
+                failure = error
+            # The loop may have ended while the call ran.
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(settle, result, failure)
+
+        self._calls.put(work)
+        return await future
+
+    def stop(self) -> None:
+        """Let the thread end after the calls that wait for it."""
+        self._calls.put(None)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread still takes calls."""
+        return self._thread.is_alive()
+
+    def _work(self) -> None:
+        while (work := self._calls.get()) is not None:
+            work()

@@ -1,0 +1,135 @@
+"""`rm-ood serve`: the process, its routes, and the same verdicts as in Python."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import Client, guard_scorer, serving
+
+from rm_ood import OODGuard
+
+PAIRS = [("question about the river", "the answer is small"), ("a garden in winter", "orange orange orange 42")]
+
+
+@pytest.fixture(scope="module")
+def client(minilm_guard: OODGuard) -> Iterator[Client]:
+    with serving(guard_scorer(minilm_guard)) as (client, _):
+        yield client
+
+
+def test_one_item_has_the_verdict_of_python(client: Client, minilm_guard: OODGuard) -> None:
+    prompt, response = PAIRS[0]
+    answer = client.post("/v1/score", {"prompt": prompt, "response": response})
+    assert answer.status == 200
+    body = answer.json
+    assert body["results"] == [{"id": "0", **minilm_guard.check(prompt, response).to_dict()}]
+    assert set(body) == {"results", "monitor", "mode", "guard", "request_id"}
+    assert body["request_id"] == answer.headers["x-request-id"]
+
+
+def test_a_batch_and_nested_answers_keep_their_order_and_ids(client: Client, minilm_guard: OODGuard) -> None:
+    (p0, r0), (p1, r1) = PAIRS
+    body = {"items": [{"id": "first", "prompt": p1, "responses": [r0, r1, ""]}, {"prompt": p0, "response": r0}]}
+    rows = client.post("/v1/score", body).json["results"]
+    assert [row["id"] for row in rows] == ["first#0", "first#1", "first#2", "1"]
+    expected = [minilm_guard.check(p, r).to_dict() for p, r in [(p1, r0), (p1, r1), (p1, ""), (p0, r0)]]
+    for row, wanted in zip(rows, expected, strict=True):
+        assert (row["is_ood"], row["reasons"]) == (wanted["is_ood"], wanted["reasons"])
+        assert row["reward"] == pytest.approx(wanted["reward"], rel=1e-4)
+        assert row["p_value"] == pytest.approx(wanted["p_value"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        (b"{", 400, "not strict JSON"),
+        (b'{"prompt": "a", "prompt": "b", "response": "c"}', 400, "doubled keys"),
+        (b'{"prompt": "\\ud800", "response": "c"}', 400, "surrogates"),
+        (b"[]", 422, "body"),
+        ({"prompt": "a"}, 422, "response: Field required"),
+        ({"prompt": "a", "response": "b", "sekret": 1}, 422, "(unknown field)"),
+        ({"prompt": " ", "response": "b"}, 422, "prompt"),
+        ({"prompt": "a", "response": 3}, 422, "response"),
+        ({"items": [{"prompt": "a", "response": "b"}, {"prompt": "a"}]}, 422, "items[1].response"),
+        ({"messages": [{"role": "user", "content": "a"}] * 2}, 422, "last message"),
+        ({"prompt": [{"role": "user", "content": "a"}], "response": "b"}, 422, "chat template"),
+        ({"items": [{"prompt": "a", "responses": ["b"] * 20}] * 2}, 422, "40 answers"),
+        ({"prompt": "a" * 20_001, "response": "b"}, 422, "20001 characters"),
+    ],
+)
+def test_a_bad_request_is_refused_by_name(client: Client, body: Any, status: int, words: str) -> None:
+    answer = client.post("/v1/score", body)
+    assert answer.status == status
+    assert words in answer.json["error"]
+    assert set(answer.json) == {"error", "type", "request_id"}
+    assert "sekret" not in answer.body.decode()
+
+
+def test_other_routes(client: Client, minilm_guard: OODGuard) -> None:
+    assert client.get("/livez").status == 200
+    assert client.get("/readyz").json == {"ready": True, "reasons": []}
+    assert client.get("/health").status == client.get("/healthz").status == 200
+    card = client.get("/v1/guard").json
+    assert card["channels"] == minilm_guard.report().to_dict()["channels"]
+    assert "<html" in client.get("/").body.decode()
+    assert client.get("/nothing").status == 404
+    assert client.get("/v1/score").status == 405
+    assert client.post("/v1/score", b"x", headers={"content-type": "text/plain"}).status == 415
+
+
+def test_the_command_serves_until_it_is_told_to_end(tmp_path: Path, minilm_guard: OODGuard) -> None:
+    minilm_guard.save_pretrained(tmp_path / "guard")
+    minilm_guard.model.save_pretrained(tmp_path / "model")
+    minilm_guard.tokenizer.save_pretrained(tmp_path / "model")
+    command = [
+        sys.executable,
+        "-m",
+        "rm_ood.cli",
+        "serve",
+        "--guard",
+        "guard",
+        "--model",
+        "model",
+        "--port",
+        "0",
+        "--json",
+    ]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    try:
+        assert process.stderr is not None
+        lines: list[dict[str, Any]] = []
+        for line in iter(process.stderr.readline, ""):
+            if line.startswith("{") and json.loads(line)["event"] == "listening":
+                lines.append(json.loads(line))
+                break
+        client = Client(int(lines[0]["url"].rpartition(":")[2]))
+        assert client.get("/readyz").status == 200
+        prompt, response = PAIRS[0]
+        row = client.post("/v1/score", {"prompt": prompt, "response": response}).json["results"][0]
+        assert row == {"id": "0", **minilm_guard.check(prompt, response).to_dict()}
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=20)
+        assert process.returncode == 0
+        assert json.loads(out)["requests"] == 2
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_host_that_others_reach_needs_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from rm_ood.cli import main
+
+    monkeypatch.delenv("RM_OOD_API_KEY", raising=False)
+    assert main(["serve", "--guard", str(tmp_path), "--model", "none", "--host", "0.0.0.0"]) == 1
+    assert "set a key" in capsys.readouterr().err
