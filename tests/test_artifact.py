@@ -212,7 +212,7 @@ def test_an_identical_guard_of_another_version_counts_as_identical(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (folder / GUARD_FILE).read_bytes()
-    monkeypatch.setattr(artifact, "_version", lambda: "99.0")
+    monkeypatch.setattr(artifact, "package_version", lambda: "99.0")
     write_guard(folder, TENSORS, CONFIG)
     assert (folder / GUARD_FILE).read_bytes() == before
 
