@@ -13,6 +13,7 @@ from rm_ood.batch_tests import BatchTest, batch_test
 from rm_ood.calibration import CalibrationTable
 from rm_ood.card import GuardCard
 from rm_ood.channels import Channel
+from rm_ood.client import GuardClient
 from rm_ood.config import GuardConfig
 from rm_ood.conformal import ConformalCalibrator
 from rm_ood.decision import AxisDecision, ChannelDecision, Decision, Decisions
@@ -33,6 +34,7 @@ from rm_ood.errors import (
     OODGuardWarning,
     SaveError,
     TokenisationWarning,
+    UnavailableError,
 )
 from rm_ood.flag_rate import FlagRate
 from rm_ood.guard import OODGuard
@@ -72,6 +74,7 @@ __all__ = [
     "FlagRate",
     "FormatError",
     "GuardCard",
+    "GuardClient",
     "GuardConfig",
     "InputError",
     "IntegrityError",
@@ -92,6 +95,7 @@ __all__ = [
     "TokenisationWarning",
     "TrafficMonitor",
     "TurnScore",
+    "UnavailableError",
     "Winners",
     "__version__",
     "batch_test",

@@ -29,7 +29,11 @@ class CaptureError(OODGuardError, RuntimeError):
 
 
 class EngineError(OODGuardError, RuntimeError):
-    """An inference engine did not answer, or not with what a verdict can be made from."""
+    """An inference engine, or a served guard, did not answer, or not with what a verdict can be made from."""
+
+
+class UnavailableError(EngineError):
+    """A server could not be reached, was too busy or too slow, or failed, after every retry; another time it may answer."""
 
 
 class FormatError(OODGuardError, ValueError):

@@ -1,6 +1,6 @@
-"""JSON over HTTP to an inference engine, with every way it can go wrong named.
+"""JSON over HTTP to an inference engine or a served guard, with every way it can go wrong named.
 
-What an engine answers to a request that it refuses may echo the request, so no error quotes a reply.
+What a server answers to a request that it refuses may echo the request, so no error quotes a reply.
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rm_ood.errors import EngineError, InputError
+from rm_ood.errors import EngineError, InputError, UnavailableError
 
 # An engine that is busy or starting says so with these.
 _BUSY = (429, 503)
@@ -22,25 +23,33 @@ _LONGEST_WAIT_S = 30.0
 
 
 class JsonClient:
-    """POSTs JSON to one server; safe to share between threads.
+    """POSTs JSON to one server; safe to share between threads, and pickled with its headers.
 
     Args:
         url: the server's address, `http://host:port`, before any path such as `/v1`.
         headers: sent with every request, such as `{"Authorization": "Bearer ..."}`.
         timeout: seconds to connect, and to wait for any next part of the reply.
-        retries: further tries after a lost connection, 429 or 503, with doubling waits; other errors are final.
+        retries: further tries after a lost connection, 429 or 503, with doubling waits, or as long as the server asks for;
+            other errors are final.
+        server: what errors call the server.
 
     Raises:
         InputError: httpx2 is not installed, or an address that is none.
     """
 
     def __init__(
-        self, url: str, *, headers: Mapping[str, str] | None = None, timeout: float = 60.0, retries: int = 3
+        self,
+        url: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        timeout: float = 60.0,
+        retries: int = 3,
+        server: str = "engine",
     ) -> None:
         try:
             import httpx2
         except ImportError as error:
-            raise InputError("talking to an inference engine needs httpx2: pip install 'rm_ood[engines]'") from error
+            raise InputError(f"talking to the {server} needs httpx2: pip install 'rm_ood[engines]'") from error
         if not timeout > 0 or isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
             raise InputError(f"timeout={timeout!r}, retries={retries!r}: expected seconds above 0 and a count from 0")
         try:
@@ -50,9 +59,14 @@ class JsonClient:
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise InputError(f"url: expected http://host:port or https://..., got the scheme {parsed.scheme!r}")
         self.retries = retries
+        self._server = server
+        self._url, self._headers, self._timeout = url, dict(headers or {}), timeout
         self._base = parsed
         # A redirect would carry the text to a server that nobody named.
-        self._client = httpx2.Client(headers=dict(headers or {}), timeout=timeout, follow_redirects=False)
+        # Without TLS no certificates are read, which takes most of a second.
+        self._client = httpx2.Client(
+            headers=self._headers, timeout=timeout, follow_redirects=False, verify=parsed.scheme == "https"
+        )
 
     def post(self, path: str, body: Mapping[str, Any], limit: int) -> dict[str, Any]:
         """The JSON object that the server answers.
@@ -62,7 +76,8 @@ class JsonClient:
             body: JSON-able.
             limit: bytes of reply that are read at most.
         Raises:
-            EngineError: no answer, another status than 200, too much of it, or no JSON object.
+            UnavailableError: no answer in time, too busy after every try, or a status from 500.
+            EngineError: another status than 200, too much of it, or no JSON object.
         """
         import httpx2
 
@@ -81,11 +96,11 @@ class JsonClient:
                         wait = _asked_wait(reply.headers.get("retry-after"), wait)
                         problem, cause = f"answered {reply.status_code}, busy", None
                         continue
-                    _check_status(where, reply.status_code)
+                    _check_status(where, reply.status_code, self._server)
                     return _parse(where, _read(where, reply, limit))
             except httpx2.TimeoutException as error:
                 if not isinstance(error, httpx2.ConnectTimeout):
-                    raise EngineError(
+                    raise UnavailableError(
                         f"{where} took longer than the timeout. Raise timeout=, or send fewer items at once (batch_size=)."
                     ) from error
                 problem, cause = "did not take the connection in time", error
@@ -96,11 +111,21 @@ class JsonClient:
                 raise EngineError(
                     f"{where} could not be asked, or its answer not be read ({type(error).__name__})"
                 ) from error
-        raise EngineError(f"{where} {problem}; {self.retries + 1} tries. Is the engine running there?") from cause
+        raise UnavailableError(
+            f"{where} {problem}; {self.retries + 1} tries. Is the {self._server} running there?"
+        ) from cause
 
     def close(self) -> None:
         """Close the connections; a second call does nothing."""
         self._client.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy in another process makes its own connections.
+        names = {"url": "_url", "headers": "_headers", "timeout": "_timeout", "retries": "retries", "server": "_server"}
+        return {name: getattr(self, attribute) for name, attribute in names.items()}
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        JsonClient.__init__(self, **saved)
 
 
 def number_rows(value: Any, n: int, name: str) -> NDArray[np.float64]:
@@ -123,21 +148,30 @@ def number_rows(value: Any, n: int, name: str) -> NDArray[np.float64]:
 
 
 def _asked_wait(retry_after: str | None, wait: float) -> float:
-    """Seconds the server asks for, where it gives a number, but never endlessly."""
-    asked = float(retry_after) if retry_after is not None and retry_after.isdecimal() else wait
+    """Seconds the server asks for, by a number or by a date to come, but never endlessly."""
+    asked = wait
+    if retry_after is not None and retry_after.isdecimal():
+        asked = float(retry_after)
+    elif retry_after is not None:
+        try:
+            asked = max(wait, parsedate_to_datetime(retry_after).timestamp() - time.time())
+        except ValueError:
+            # Neither: as if it had not asked.
+            asked = wait
     return min(asked, _LONGEST_WAIT_S)
 
 
-def _check_status(where: str, status: int) -> None:
+def _check_status(where: str, status: int, server: str) -> None:
     if status == 200:
         return
     hints = {
         3: "It redirects elsewhere, and nothing was sent there: pass the final address as url.",
-        4: "The engine refuses the request: its own log says why. 404: another engine, or url holds a path; 401, 403: "
-        "pass headers=.",
-        5: "The engine failed on it: its own log says why.",
+        4: f"The {server} refuses the request: its own log says why. 404: another server, or url holds a path; 401, 403: "
+        "the key is missing or wrong.",
+        5: f"The {server} failed on it: its own log says why.",
     }
-    raise EngineError(f"{where} answered {status}. {hints.get(status // 100, 'Expected 200.')}")
+    kind = UnavailableError if status >= 500 else EngineError
+    raise kind(f"{where} answered {status}. {hints.get(status // 100, 'Expected 200.')}")
 
 
 def _read(where: str, reply: Any, limit: int) -> bytes:

@@ -486,7 +486,7 @@ def _send(status: int, data: bytes, **headers: str) -> Callable[[Any], bool]:
         ),
         (_send(307, b"", Location="/v1/score"), "answered 307"),
         (_send(400, SECRET.encode()), "answered 400. The engine refuses"),
-        (_send(404, b"{}"), "404: another engine"),
+        (_send(404, b"{}"), "404: another server"),
         (_send(500, SECRET.encode()), "answered 500. The engine failed on it"),
         (_send(201, b"{}"), "answered 201. Expected 200."),
         (_send(200, b"{}", Content_Encoding="gzip"), r"its answer not be read \(DecodingError\)"),
