@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rm_ood.errors import CalibrationError, InputError
+from rm_ood.ops.triangle import inverse
 
 # Rules that choose the shrinkage from the data.
 SHRINKAGES = ("oas", "likelihood")
@@ -170,9 +171,7 @@ def whitening(covariance: Tensor) -> Tensor:
             f"the covariance is singular: direction {int(info)} of {len(covariance)} has no variance of its own. "
             "Set floor or shrinkage above 0, or pass more vectors."
         )
-    # LAPACK answers column by column; scoring reads W row by row.
-    inverse: Tensor = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
-    return inverse.tril().contiguous()
+    return inverse(factor)
 
 
 def effective_rank(scatter: Tensor) -> float:

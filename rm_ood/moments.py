@@ -18,6 +18,8 @@ from rm_ood.vectors import as_tensor, as_vectors, check_finite
 
 # Rows held back until the product with them is worth the (d, d) sum in memory.
 _FLUSH_ROWS = 2048
+# Rows of one update that are moved to the device, and take one sum there, at a time.
+_MOST_ROWS = 2**15
 
 
 class ClassMoments:
@@ -170,14 +172,15 @@ class ClassMoments:
         self._flush()
         # sum_c n_c m_c m_c^T as one product of (k, d) factors, m_c the mean about the pivot.
         scaled = self._sums / self._counts.clamp(min=1).to(torch.float64).sqrt()[:, None]
-        within = self._scatter - scaled.T @ scaled
-        if not bool(within.isfinite().all()):
+        within = torch.addmm(self._scatter, scaled.T, scaled, alpha=-1)
+        if not bool(torch.stack(torch.aminmax(within)).isfinite().all()):
             raise CalibrationError("the squares of the vectors overflow float64; rescale them")
         diagonal = within.diagonal()
         # What is left of a feature that only moves between the classes is rounding of the two terms.
         constant = diagonal <= 64 * torch.finfo(torch.float64).eps * self._scatter.diagonal()
-        within[constant] = 0.0
-        within[:, constant] = 0.0
+        if bool(constant.any()):
+            within[constant] = 0.0
+            within[:, constant] = 0.0
         return within
 
     def _checked(self, x: Any, y: Any) -> tuple[Tensor, Tensor]:
@@ -205,10 +208,10 @@ class ClassMoments:
             self._accumulate(x, y)
 
     def _accumulate(self, x: Tensor, y: Tensor) -> None:
-        for start in range(0, len(x), _FLUSH_ROWS):
-            rows = x[start : start + _FLUSH_ROWS].to(self.device)
-            labels = y[start : start + _FLUSH_ROWS].to(self.device)
-            self._recentre((rows - self._pivot).sum(0), len(rows))
+        for start in range(0, len(x), _MOST_ROWS):
+            rows = x[start : start + _MOST_ROWS].to(self.device)
+            labels = y[start : start + _MOST_ROWS].to(self.device)
+            self._recentre(_column_sums(rows) - len(rows) * self._pivot, len(rows))
             self._add(*class_scatter(rows, labels, self._pivot, self.n_classes), 1)
 
     def _recentre(self, coming: Tensor, n_coming: int) -> None:
@@ -231,14 +234,17 @@ class ClassMoments:
         return self._pivot + self._sums.sum(0) / self._counts.sum().clamp(min=1)
 
     def _shift(self, pivot: Tensor) -> None:
-        self._sums, self._scatter = self._about(pivot)
+        if self._counts.any():
+            self._sums, self._scatter = self._about(pivot)
         self._pivot = pivot
 
     def _about(self, pivot: Tensor) -> tuple[Tensor, Tensor]:
         """Sums and scatter about another pivot."""
         delta = self._pivot - pivot
-        cross = torch.outer(self._sums.sum(0), delta)
-        scatter = self._scatter + cross + cross.T + self._counts.sum() * torch.outer(delta, delta)
+        total = self._sums.sum(0)
+        # S + t delta^T + delta t^T + n delta delta^T in one pass over S.
+        left = torch.stack([total + self._counts.sum() * delta, delta])
+        scatter = torch.addmm(self._scatter, left.T, torch.stack([delta, total]))
         return self._sums + self._counts[:, None] * delta, scatter
 
     def _check_same_shape(self, other: ClassMoments) -> None:
@@ -260,3 +266,10 @@ class ClassMoments:
         sums, scatter = other._about(self._pivot.to(other.device))
         self._add(other._counts.to(self.device), sums.to(self.device), scatter.to(self.device), sign)
         return self
+
+
+def _column_sums(x: Tensor) -> Tensor:
+    """Of a pivot, which only has to be near the mean: in float32 where that does not overflow. (d,) float64."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    sums = x.sum(0, dtype=wide).to(torch.float64)
+    return sums if bool(sums.isfinite().all()) else x.sum(0, dtype=torch.float64)

@@ -20,7 +20,9 @@ def as_vectors(x: Any, *, n_features: int | None = None, name: str = "x") -> Ten
         InputError: not two-dimensional, no columns, sparse, meta, complex, or not numeric.
         MismatchError: the width is not `n_features`.
     """
-    tensor = x.detach() if isinstance(x, Tensor) else as_tensor(x, name=name)
+    tensor = x if isinstance(x, Tensor) else as_tensor(x, name=name)
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     if tensor.layout is not torch.strided:
         raise InputError(f"{name}: sparse vectors are not supported, got {tensor.layout}; pass {name}.to_dense()")
     if tensor.is_meta:
@@ -43,6 +45,9 @@ def check_finite(x: Tensor, *, name: str = "x") -> None:
     Raises:
         NonFiniteError: the message has the first row indices and the count.
     """
+    # NaN and infinity pass through: one fast pass over good rows.
+    if x.numel() == 0 or bool(torch.stack(torch.aminmax(x)).isfinite().all()):
+        return
     bad = (~x.isfinite().all(1)).nonzero().flatten()
     if len(bad):
         shown = ", ".join(map(str, bad[:10].tolist())) + (", ..." if len(bad) > 10 else "")

@@ -148,6 +148,9 @@ class ConditionalMahalanobis(MahalanobisDetector):
             return "an even number of features for two halves" if d % 2 else ""
         return f"more than n_given={self.n_given} features" if d <= self.n_given else ""
 
+    def _lowest(self, x: Any) -> Tensor:
+        return self._distances(x)[1]
+
     def _distances(self, x: Any) -> tuple[Tensor, Tensor, Tensor]:
         self._check_fitted()
         x = as_vectors(x, n_features=self.n_features_in_).to(self.whitening_.device)

@@ -13,7 +13,7 @@ from rm_ood.detectors.learned import part
 from rm_ood.detectors.mahalanobis import check_factor
 from rm_ood.errors import FormatError, MismatchError, NotFittedError
 from rm_ood.moments import ClassMoments
-from rm_ood.ops.metric import Gaussian, Metric
+from rm_ood.ops.metric import Gaussian
 
 # No vector of text comes so near to the mean of the noisy copies; a distance of 0 would make the score infinite.
 _NEAREST = 1e-3
@@ -53,7 +53,7 @@ class ContrastedMahalanobis(NormalisedMahalanobis):
             self.noise_ = NormalisedMahalanobis.from_moments(noise.pooled(), **settings)
         else:
             self.noise_ = NormalisedMahalanobis(**settings).fit(noise)
-        self._metric = Metric()
+        self._metric, self._precision = None, None
         if hasattr(self, "whitening_") and self.noise_.n_features_in_ != self.n_features_in_:
             raise MismatchError(f"noise: expected {self.n_features_in_} features, got {self.noise_.n_features_in_}")
         return self
@@ -91,8 +91,11 @@ class ContrastedMahalanobis(NormalisedMahalanobis):
         for gaussian, tensors in ((self, super().state_tensors()), (self.noise_, self.noise_.state_tensors())):
             for name, tensor in tensors.items():
                 setattr(gaussian, f"{name}_", tensor.to(device))
-        self._metric.prepare(self._gaussians())
+        self._renew_metric(self.precision).prepare()
         return self
+
+    def _lowest(self, x: Any) -> Tensor:
+        return self._distances(x)[1]
 
     def _distances(self, x: Any) -> tuple[Tensor, Tensor, Tensor]:
         return self._weigh(x)[:3]

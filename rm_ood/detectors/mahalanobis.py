@@ -65,7 +65,9 @@ class MahalanobisDetector:
         self.shrinkage = shrinkage
         self.floor = floor
         self.dtype = dtype
-        self._metric = Metric()
+        self._metric: Metric | None = None
+        # Of a saved detector, or of one on another device before.
+        self._precision: dict[str, Any] | None = None
 
     def fit(self, x: Any, y: Any = None) -> Self:
         """Fit on in-distribution vectors; for `"likelihood"`, halves are drawn by row, seeded.
@@ -147,7 +149,7 @@ class MahalanobisDetector:
         """
         recorded = check_precision(precision)
         detector = cls(shrinkage=shrinkage, floor=floor)._load(tensors, classes, effective_shrinkage, effective_rank)
-        detector._metric = Metric(recorded)
+        detector._precision = recorded
         return detector
 
     def score(self, x: Any) -> Tensor:
@@ -158,7 +160,7 @@ class MahalanobisDetector:
         Raises:
             NotFittedError: before fit. MismatchError: another width. InputError: not a dense real (n, d).
         """
-        return self._distances(x)[1]
+        return self._lowest(x)
 
     def sq_distances(self, x: Any) -> Tensor:
         """Squared distance to every class, (n, k), columns in the order of `classes_`; otherwise as `score`."""
@@ -172,7 +174,7 @@ class MahalanobisDetector:
     def precision(self) -> dict[str, Any] | None:
         """Of the distances that a kernel measured: `mode` (see `rm_ood.ops.pack`) and `certificate`, the largest relative
         change of a squared distance; kept by whoever saves and loads it. None where none has."""
-        return self._metric.precision
+        return self._precision if self._metric is None else self._metric.precision
 
     def clone(self) -> Self:
         """An unfitted detector with the same settings."""
@@ -192,7 +194,7 @@ class MahalanobisDetector:
             "means": state["means"] * factor,
         }
         scaled = self.clone()._load({**state, **moved}, self.classes_, self.shrinkage_, self.effective_rank_)
-        scaled._metric = Metric(self.precision)
+        scaled._precision = self.precision
         return scaled
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -210,17 +212,28 @@ class MahalanobisDetector:
         """Move the fitted state, and with it the scoring, to a device; returns itself."""
         for name, tensor in self.state_tensors().items():
             setattr(self, f"{name}_", tensor.to(device))
-        self._metric.prepare(self._gaussians())
+        self._renew_metric(self.precision).prepare()
         return self
+
+    def _lowest(self, x: Any) -> Tensor:
+        return self._ready().lowest(as_vectors(x, n_features=self.n_features_in_))
 
     def _distances(self, x: Any) -> tuple[Tensor, Tensor, Tensor]:
         return self._measured(x)[0]
 
     def _measured(self, x: Any) -> list[tuple[Tensor, Tensor, Tensor]]:
         """(distances, their minimum, its class) under each Gaussian of this detector."""
-        self._check_fitted()
-        x = as_vectors(x, n_features=self.n_features_in_)
-        return self._metric.distances(x, self._gaussians(), unit=self._UNIT)
+        return self._ready().distances(as_vectors(x, n_features=self.n_features_in_))
+
+    def _ready(self) -> Metric:
+        if self._metric is None:
+            self._check_fitted()
+            return self._renew_metric(self._precision)
+        return self._metric
+
+    def _renew_metric(self, precision: dict[str, Any] | None) -> Metric:
+        self._metric = Metric(self._gaussians(), unit=self._UNIT, recorded=precision)
+        return self._metric
 
     def _gaussians(self) -> list[Gaussian]:
         return [Gaussian(self.whitening_, self.center_, self.offsets_, self.means_)]
@@ -278,7 +291,7 @@ class MahalanobisDetector:
         _warn_about(counts, classes, scatter, n, d)
         self.classes_, self.class_counts_, self.means_ = classes, counts, means
         self.whitening_, self.center_, self.offsets_ = whitening, center, offsets
-        self._metric = Metric()
+        self._metric, self._precision = None, None
         self.shrinkage_, self.effective_rank_ = shrinkage, covariance.effective_rank(scatter)
         self.n_samples_, self.n_features_in_ = n, d
         return self

@@ -5,21 +5,22 @@ The derivation is in ops/README.md. On a GPU the whitening comes packed, and `rm
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from rm_ood.ops import distance_launch
-from rm_ood.ops.arithmetic import AS_IS, exact_dtype, without_autocast
+from rm_ood.ops.arithmetic import exact_dtype, without_autocast
 from rm_ood.ops.packing import Packed, unpack
+from rm_ood.ops.triangle import Triangle
 
-# 512 rows of x by one block of z stay in the L2 cache.
-_CHUNK = 512
-# Rows of W at a time, by the most rows of x times classes: for few, call overhead and one read of W are the time, and large
-# products win; for many, the triangle that is left out is, and differences that stay in cache.
-_BLOCKS = ((32, 512), (256, 256))
-_BLOCK = 128
-# Rows times classes of one chunk: bounds the (rows, k, block) differences to 8 MiB in float32.
-_PAIRS = 8192
+# Rows of x at a time, by the most columns: z stays in the cache of a core while it is summed.
+_CHUNKS = ((1024, 1024), (math.inf, 512))
+# Rows times classes times columns up to which the differences of all classes at once are fastest: they stay in cache.
+_DIFFERENCES = 2**17
+# Least share of |z|^2 + |t_c|^2 that a distance from their expansion may have: what cancels then costs one bit.
+_UNCANCELLED = 0.5
 
 
 def whitened_sq_distance(
@@ -49,44 +50,55 @@ def whitened_sq_distance(
 
 
 def _forward(x: Tensor, whitening: Tensor, center: Tensor, class_offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    n, k = x.shape[0], class_offsets.shape[0]
-    chunk = max(1, min(_CHUNK, _PAIRS // k))
     exact = exact_dtype(x.device.type, whitening.dtype)
-    if exact != whitening.dtype:
-        sq = _forward(x, whitening.to(exact), center, class_offsets.to(exact))[0].to(whitening.dtype)
-        return sq, sq.amin(1), sq.argmin(1)
-    with torch.no_grad() if torch.is_grad_enabled() else AS_IS, without_autocast(x.device.type):
-        if n <= chunk:
-            sq = _sq_distances(x, whitening, center, class_offsets)
-        else:
-            parts = torch.split(x, chunk)
-            sq = torch.cat([_sq_distances(rows, whitening, center, class_offsets) for rows in parts])
-        # inf - inf and 0 * inf inside the product are NaN; NaN would pass every `score > threshold`.
-        sq.nan_to_num_(nan=torch.inf, posinf=torch.inf)
+    with torch.no_grad():
+        triangle = Triangle(whitening.to(exact))
+        sq = triangle_sq_distance(x, triangle, center, class_offsets.to(exact)).to(whitening.dtype)
         return sq, sq.amin(1), sq.argmin(1)
 
 
-def _sq_distances(x: Tensor, whitening: Tensor, center: Tensor, class_offsets: Tensor) -> Tensor:
-    d = x.shape[1]
-    # Centred in the wider of the two dtypes: a float64 row far from 0 keeps its digits.
-    centred = (x - center).to(whitening.dtype)
-    pairs = len(x) * len(class_offsets)
-    block = next((block for most, block in _BLOCKS if pairs <= most), _BLOCK)
-    if d <= block:
-        return _squares(centred, whitening, class_offsets)
-    # W is lower triangular: its rows up to `last` have only zeros from column `last` on.
-    sq = _squares(centred[:, :block], whitening[:block, :block], class_offsets[:, :block])
-    for first in range(block, d, block):
-        last = min(first + block, d)
-        sq += _squares(centred[:, :last], whitening[first:last, :last], class_offsets[:, first:last])
+def triangle_sq_distance(x: Tensor, whitening: Triangle, center: Tensor, class_offsets: Tensor) -> Tensor:
+    """The distances alone, with W held ready in the dtype of `class_offsets`; no tensor may ask for a gradient."""
+    if torch.is_autocast_enabled(x.device.type):
+        with without_autocast(x.device.type):
+            return triangle_sq_distance(x, whitening, center, class_offsets)
+    n, d = x.shape
+    chunk = next(rows for most, rows in _CHUNKS if d <= most)
+    if n <= chunk:
+        sq = _squares(whitening.whiten(x, center), class_offsets)
+    else:
+        space = whitening.workspace(chunk)
+        sq = torch.cat(
+            [
+                _squares(whitening.whiten(rows, center, space if len(rows) == chunk else None), class_offsets)
+                for rows in torch.split(x, chunk)
+            ]
+        )
+    # inf - inf and 0 * inf inside the products are NaN; NaN would pass every `score > threshold`.
+    return sq.nan_to_num_(torch.inf, torch.inf)
+
+
+def _squares(z: Tensor, class_offsets: Tensor) -> Tensor:
+    if z.numel() * class_offsets.shape[0] <= _DIFFERENCES:
+        lengths = torch.linalg.vector_norm(z.unsqueeze(1) - class_offsets, dim=2)
+        squares: Tensor = lengths.mul_(lengths)
+        return squares
+    # Which rows need their differences is a question to the device: not asked where the answer has to be waited for.
+    return _expanded(z, class_offsets) if z.is_cpu else _by_class(z, class_offsets)
+
+
+def _by_class(z: Tensor, class_offsets: Tensor) -> Tensor:
+    return torch.stack([torch.linalg.vector_norm(z - t, dim=1) for t in class_offsets], 1).square_()
+
+
+def _expanded(z: Tensor, class_offsets: Tensor) -> Tensor:
+    """|z|^2 + |t|^2 - 2 z t, and by differences the rows of which that would cancel too much."""
+    apart = torch.linalg.vector_norm(z, dim=1).square_()[:, None] + class_offsets.square().sum(1)
+    sq = torch.addmm(apart, z, class_offsets.T, alpha=-2)
+    cancelled = (sq < _UNCANCELLED * apart).any(1)
+    if cancelled.any():
+        sq[cancelled] = _by_class(z[cancelled], class_offsets)
     return sq
-
-
-def _squares(centred: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
-    z = torch.nn.functional.linear(centred, rows)
-    # All classes at once: faster than class by class at every size that was measured.
-    squares: Tensor = torch.linalg.vector_norm(z.unsqueeze(1) - offsets, dim=2).square_()
-    return squares
 
 
 _operator = torch.library.custom_op("rm_ood::whitened_sq_distance", _forward, mutates_args=())

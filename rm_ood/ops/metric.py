@@ -1,4 +1,4 @@
-"""Distances of the same vectors to several Gaussians: one launch where a kernel runs, a PyTorch call each elsewhere."""
+"""Distances of the same vectors to several Gaussians: one launch where a kernel runs, a few PyTorch calls each elsewhere."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ import torch
 from torch import Tensor
 
 from rm_ood.errors import InputError
-from rm_ood.ops.distance import packed_sq_distance, whitened_sq_distance
+from rm_ood.ops.arithmetic import exact_dtype
+from rm_ood.ops.distance import packed_sq_distance, triangle_sq_distance, whitened_sq_distance
 from rm_ood.ops.distance_launch import INTERPRETED, unavailable, unsupported
 from rm_ood.ops.packing import TOLERANCE, Packed, pack
 from rm_ood.ops.streams import capturing, settle
+from rm_ood.ops.triangle import Triangle
 from rm_ood.vectors import unit_rows
+
+# Widths up to which a second copy of W, column by column, is worth its memory: up to 1 MiB of float32.
+_COPIED = 512
 
 # Why vectors went to PyTorch on a device that has a kernel, or to another mode than the recorded one, in this process.
 fallbacks: set[str] = set()
@@ -35,9 +40,11 @@ class Gaussian(NamedTuple):
 
 
 class Metric:
-    """The distances of a detector; keeps its whitenings packed once a kernel has asked for them.
+    """The distances of a detector; keeps its whitenings in the form that a kernel, or the CPU, has asked for.
 
     Args:
+        gaussians: on one device, of one width and dtype.
+        unit: scale vectors to length 1 first; a row of zeros then scores +inf.
         recorded: `precision` of the same whitenings, whose mode is taken again where it still holds; None lets the
             certificate choose.
 
@@ -45,41 +52,70 @@ class Metric:
         precision: mode and certificate of the packed form, of this process or recorded; None where there was none.
     """
 
-    def __init__(self, recorded: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, gaussians: Sequence[Gaussian], *, unit: bool = False, recorded: dict[str, Any] | None = None
+    ) -> None:
         self.precision = recorded
+        self._gaussians = gaussians
+        self._unit = unit
         self._packed: Packed | None = None
-        self._of: tuple[Tensor, ...] = ()
+        self._triangles: list[Triangle] | None = None
 
-    def distances(
-        self, x: Tensor, gaussians: Sequence[Gaussian], *, unit: bool = False
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """`whitened_sq_distance` of x (n, d) under each Gaussian, on their device.
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and other processes make their own from the whitenings.
+        return {**self.__dict__, "_packed": None, "_triangles": None}
 
-        Args:
-            unit: scale the rows of x to length 1 first; a row of zeros then scores +inf.
-        """
-        whitening = gaussians[0].whitening
-        x = x.to(whitening.device)
-        if not self._runs(x, gaussians):
-            rows = unit_rows(x) if unit else x
-            return [whitened_sq_distance(rows, g.whitening, g.center, g.offsets) for g in gaussians]
+    def distances(self, x: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """`whitened_sq_distance` of x (n, d) under each Gaussian, on their device."""
+        on_cpu = self._on_cpu(x)
+        if on_cpu is not None:
+            return [(sq, sq.amin(1), sq.argmin(1)) for sq in on_cpu]
+        x = x.to(self._gaussians[0].whitening.device)
+        if not self._runs(x):
+            rows = unit_rows(x) if self._unit else x
+            return [whitened_sq_distance(rows, g.whitening, g.center, g.offsets) for g in self._gaussians]
         factors = None
-        if unit:
+        if self._unit:
             # In float64, whose range no square leaves.
             factors = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).reciprocal().float()
-        sq, lowest, nearest = packed_sq_distance(x, self.packed(gaussians), factors=factors)
-        return [(sq[i, :, : len(g.offsets)].contiguous(), lowest[i], nearest[i]) for i, g in enumerate(gaussians)]
+        sq, lowest, nearest = packed_sq_distance(x, self.packed(), factors=factors)
+        classes = [len(g.offsets) for g in self._gaussians]
+        return [(sq[i, :, :k].contiguous(), lowest[i], nearest[i]) for i, k in enumerate(classes)]
 
-    def packed(self, gaussians: Sequence[Gaussian]) -> Packed:
-        """The packed form of these Gaussians; made on first use, which waits for the device."""
-        if self._packed is None or not self._is_of(gaussians):
-            packed = self._pack([(g.whitening, g.means) for g in gaussians])
+    def lowest(self, x: Tensor) -> Tensor:
+        """The minimum of `distances` under the first Gaussian, (n,)."""
+        on_cpu = self._on_cpu(x)
+        return self.distances(x)[0][1] if on_cpu is None else on_cpu[0].amin(1)
+
+    def packed(self) -> Packed:
+        """The packed form; made on first use, which waits for the device."""
+        if self._packed is None:
+            packed = self._pack([(g.whitening, g.means) for g in self._gaussians])
             # Other streams score with it as well.
-            settle(gaussians[0].whitening.device)
+            settle(self._gaussians[0].whitening.device)
             self._packed = packed
-            self._of = tuple(g.whitening for g in gaussians)
             self.precision = {"mode": packed.mode, "certificate": packed.certificate}
         return self._packed
+
+    def prepare(self) -> None:
+        """Pack now what a kernel will ask for, so that no call has to wait."""
+        # Vectors of a model: whatever their dtype, a kernel takes them.
+        if self._gaussians and self._runs(self._gaussians[0].center[None]):
+            self.packed()
+
+    def _on_cpu(self, x: Tensor) -> list[Tensor] | None:
+        """The distances by PyTorch on a CPU, (n, k) each; None where they are not measured so."""
+        first = self._gaussians[0].whitening
+        # A process that lets float32 products be rounded has them in float64, of a W that is not kept.
+        if not first.is_cpu or INTERPRETED or exact_dtype("cpu", first.dtype) is not first.dtype:
+            return None
+        if self._triangles is None:
+            whitenings = (g.whitening for g in self._gaussians)
+            self._triangles = [Triangle(w.T.contiguous().T if len(w) <= _COPIED else w) for w in whitenings]
+        x = x if x.is_cpu else x.cpu()
+        rows = unit_rows(x) if self._unit else x
+        pairs = zip(self._triangles, self._gaussians, strict=True)
+        return [triangle_sq_distance(rows, triangle, g.center, g.offsets) for triangle, g in pairs]
 
     def _pack(self, pairs: list[tuple[Tensor, Tensor]]) -> Packed:
         if self.precision is None:
@@ -96,25 +132,14 @@ class Metric:
         fallbacks.add(f"recorded mode {mode!r} does not hold these whitenings ({reason}): {packed.mode!r} instead")
         return packed
 
-    def prepare(self, gaussians: Sequence[Gaussian]) -> None:
-        """Pack now what a kernel will ask for, so that no call has to wait."""
-        # Vectors of a model: whatever their dtype, a kernel takes them.
-        if gaussians and self._runs(gaussians[0].center[None], gaussians):
-            self.packed(gaussians)
-
-    def _is_of(self, gaussians: Sequence[Gaussian]) -> bool:
-        return len(gaussians) == len(self._of) and all(
-            g.whitening is w for g, w in zip(gaussians, self._of, strict=True)
-        )
-
-    def _runs(self, x: Tensor, gaussians: Sequence[Gaussian]) -> bool:
-        if x.device.type == "cpu" and not INTERPRETED:
+    def _runs(self, x: Tensor) -> bool:
+        if x.is_cpu and not INTERPRETED:
             return False
         reason = unavailable(x.device)
-        if reason is None and gaussians[0].whitening.dtype == torch.float64:
+        if reason is None and self._gaussians[0].whitening.dtype == torch.float64:
             reason = "a float64 detector"
-        reason = reason or unsupported(x, max(len(g.offsets) for g in gaussians))
-        if reason is None and capturing(x.device) and not self._is_of(gaussians):
+        reason = reason or unsupported(x, max(len(g.offsets) for g in self._gaussians))
+        if reason is None and capturing(x.device) and self._packed is None:
             reason = "not packed before a graph was captured: move the detector to the device with `to` first"
         if reason is not None:
             fallbacks.add(reason)

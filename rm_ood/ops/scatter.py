@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from rm_ood.ops import scatter_launch
+from rm_ood.ops.triangle import block_rows
 
 # Rows in float64 at a time: bounds the copy, and is long enough to pay for the (d, d) sum in memory.
 _CHUNK = 2048
-_BLOCKS = 8
 
 
 def class_scatter(x: Tensor, labels: Tensor, pivot: Tensor, n_classes: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,10 +42,12 @@ def _forward(x: Tensor, labels: Tensor, pivot: Tensor, n_classes: int) -> tuple[
     counts.index_add_(0, labels, torch.ones_like(labels))
     sums = pivot.new_zeros(n_classes, d)
     scatter = pivot.new_zeros(d, d)
-    block = max(64, -(-d // _BLOCKS))
+    block = block_rows(d)
+    memory = pivot.new_empty(min(n, _CHUNK), d)
     with torch.no_grad():
         for start in range(0, n, _CHUNK):
-            centred = x[start : start + _CHUNK].to(torch.float64) - pivot
+            rows = x[start : start + _CHUNK]
+            centred = torch.sub(rows, pivot, out=memory[: len(rows)])
             sums.index_add_(0, labels[start : start + _CHUNK], centred)
             for first in range(0, d, block):
                 last = min(first + block, d)

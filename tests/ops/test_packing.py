@@ -200,10 +200,11 @@ def test_detectors_take_the_packed_operator_where_a_kernel_runs():
         assert metric.fallbacks == {"a float64 detector"}
         metric.fallbacks.clear()
     # What was packed is packed once, and anew for another fit.
-    packed = single._metric.packed(single._gaussians())
-    assert single._metric.packed(single._gaussians()) is packed
-    single.fit(2 * x, y)
-    assert single._metric.packed(single._gaussians()) is not packed
+    packed = single._metric.packed()
+    single.score(probe)
+    assert single._metric.packed() is packed
+    single.fit(2 * x, y).score(probe)
+    assert single._metric.packed() is not packed
     single.score(probe.double())
     assert ops.backend_info()["fallbacks"] == "vectors of torch.float64"
 

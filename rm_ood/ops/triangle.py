@@ -1,0 +1,111 @@
+"""Triangular matrices in blocks of rows, without the zeros to the right of them: their inverse, and products on a CPU."""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Up to so many rows of x, and columns, the whole of W at once is fastest.
+_WHOLE_ROWS, _WHOLE_COLUMNS = 16, 512
+# Rows of a triangle at a time, by the most columns: small where what is left out is the time, large where reading it is.
+_BLOCKS = ((512, 128), (math.inf, 256))
+# Rows of x up to which a thread keeps the memory, and the views of it, for its next call.
+_KEPT = 64
+
+
+def block_rows(d: int) -> int:
+    """Rows of a triangle of d columns that are taken at a time."""
+    return next(rows for most, rows in _BLOCKS if d <= most)
+
+
+def inverse(factor: Tensor) -> Tensor:
+    """The inverse of a lower triangular (d, d) with a positive diagonal, zeros above it: d^3 / 3 operations, not d^3."""
+    result = torch.zeros_like(factor, memory_format=torch.contiguous_format)
+    _invert(factor, result)
+    return result
+
+
+def _invert(factor: Tensor, result: Tensor) -> None:
+    d = len(factor)
+    if d <= _BLOCKS[-1][1]:
+        eye = torch.eye(d, dtype=factor.dtype, device=factor.device)
+        result.copy_(torch.linalg.solve_triangular(factor, eye, upper=False).tril())
+        return
+    half = d // 2
+    first, last = slice(None, half), slice(half, None)
+    _invert(factor[first, first], result[first, first])
+    _invert(factor[last, last], result[last, last])
+    # [[A, 0], [B, C]]^-1 has -C^-1 B A^-1 below the diagonal.
+    below = torch.linalg.solve_triangular(factor[first, first], factor[last, first], upper=False, left=False)
+    result[last, first] = torch.linalg.solve_triangular(factor[last, last], below, upper=False).neg_()
+
+
+class Workspace(NamedTuple):
+    """Memory of a product, (n, d) each, and the (columns of x, block of W, columns of z) that it consists of."""
+
+    centred: Tensor
+    z: Tensor
+    products: list[tuple[Tensor, Tensor, Tensor]]
+
+
+class _Kept(threading.local):
+    """What a thread keeps: memory for some number of rows, and its workspace by number of rows."""
+
+    def __init__(self) -> None:
+        self.memory: Tensor | None = None
+        self.workspaces: dict[int, Workspace] = {}
+
+
+class Triangle:
+    """Products with W: after one with W itself everything else is out of the cache, so there is little else to a call.
+
+    Args:
+        whitening: (d, d), lower triangular; of any strides, float32 or float64.
+    """
+
+    def __init__(self, whitening: Tensor) -> None:
+        self.dtype = whitening.dtype
+        self._transposed = whitening.T
+        self._blocks: list[Tensor] = []
+        self._kept = _Kept()
+
+    def whiten(self, x: Tensor, center: Tensor, space: Workspace | None = None) -> Tensor:
+        """W (x - center) for each row of x (n, d), (n, d); overwritten by the next call of this thread, or with this space.
+
+        Centred in the wider of the two dtypes: a float64 row far from 0 keeps its digits.
+        """
+        n, d = x.shape
+        if n <= _WHOLE_ROWS and d <= _WHOLE_COLUMNS:
+            centred = x - center
+            return torch.mm(centred if centred.dtype is self.dtype else centred.to(self.dtype), self._transposed)
+        if space is None:
+            space = self._kept.workspaces.get(n) or self.workspace(n)
+        torch.sub(x, center, out=space.centred)
+        for columns, block, part in space.products:
+            torch.mm(columns, block, out=part)
+        return space.z
+
+    def workspace(self, n: int) -> Workspace:
+        """For n rows; the thread keeps it if they are few."""
+        kept, d = self._kept, len(self._transposed)
+        if n > _KEPT:
+            return self._divided(self._transposed.new_empty(2, n, d))
+        if kept.memory is None or kept.memory.shape[1] < n:
+            kept.memory, kept.workspaces = self._transposed.new_empty(2, n, d), {}
+        kept.workspaces[n] = self._divided(kept.memory[:, :n])
+        return kept.workspaces[n]
+
+    def _divided(self, memory: Tensor) -> Workspace:
+        centred, z = memory
+        if not self._blocks:
+            d = len(self._transposed)
+            size = block_rows(d)
+            # Rows of W up to `last` have only zeros from column `last` on.
+            columns = torch.split(self._transposed, size, 1)
+            self._blocks = [block[: (i + 1) * size] for i, block in enumerate(columns)]
+        pairs = zip(self._blocks, torch.split(z, self._blocks[0].shape[1], 1), strict=True)
+        return Workspace(centred, z, [(centred[:, : len(block)], block, part) for block, part in pairs])

@@ -1,0 +1,117 @@
+"""Triangles in blocks, against the whole matrix in float64."""
+
+import pickle
+import threading
+
+import pytest
+import torch
+
+from rm_ood import MahalanobisDetector
+from rm_ood.moments import ClassMoments
+from rm_ood.ops import distance, reference, whitened_sq_distance
+from rm_ood.ops.triangle import Triangle, block_rows, inverse
+
+
+def lower(d, *, dtype=torch.float32):
+    rng = torch.Generator().manual_seed(d)
+    return torch.randn(d, d, generator=rng, dtype=torch.float64).div(d**0.5).tril().to(dtype)
+
+
+@pytest.mark.parametrize("d", [1, 2, 255, 256, 257, 700])
+def test_inverse(d):
+    factor = lower(d, dtype=torch.float64)
+    factor.diagonal().abs_().add_(1)
+    found = inverse(factor)
+    torch.testing.assert_close(found @ factor, torch.eye(d, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert not found.triu(1).any()
+    assert found.is_contiguous()
+
+
+def test_blocks_grow_with_the_width():
+    assert [block_rows(d) for d in (1, 512, 513, 8192)] == [128, 128, 256, 256]
+
+
+@pytest.mark.parametrize("d", [3, 384, 600])
+@pytest.mark.parametrize("n", [0, 1, 16, 17, 64, 65])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_whiten(d, n, dtype):
+    rng = torch.Generator().manual_seed(n)
+    whitening, center = lower(d), torch.randn(d, generator=rng)
+    # Every second row of a wider tensor: no row is where the last one ends.
+    x = torch.randn(2 * n, d + 5, generator=rng).to(dtype)[::2, 2 : d + 2]
+    expected = (x.double() - center.double()) @ whitening.double().T
+    triangle = Triangle(whitening)
+    for _ in range(2):
+        torch.testing.assert_close(triangle.whiten(x, center).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_wide_rows_far_from_the_centre_keep_their_digits():
+    whitening = torch.eye(600)
+    center = torch.full((600,), 3e7)
+    x = center.double() + torch.linspace(-1, 1, 600, dtype=torch.float64)
+    torch.testing.assert_close(Triangle(whitening).whiten(x[None], center)[0].double(), x - 3e7, rtol=1e-6, atol=0)
+
+
+def test_results_outlive_the_next_call_and_other_threads():
+    rng = torch.Generator().manual_seed(0)
+    detector = MahalanobisDetector(shrinkage=0.5).fit(torch.randn(6000, 600, generator=rng))
+    batches = [torch.randn(n, 600, generator=rng) for n in (1, 5, 64, 3, 5, 1)]
+    expected = [detector.sq_distances(x).clone() for x in batches]
+    kept = [detector.sq_distances(x) for x in batches]
+    wrong = []
+
+    def score():
+        for _ in range(30):
+            wrong.extend(not torch.equal(detector.sq_distances(x), sq) for x, sq in zip(batches, expected, strict=True))
+
+    threads = [threading.Thread(target=score) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wrong) == 4 * 30 * len(batches)
+    assert not any(wrong)
+    assert all(torch.equal(sq, then) for sq, then in zip(kept, expected, strict=True))
+    # Its memory is not what another process gets.
+    assert len(pickle.dumps(detector)) < 1.1 * 600 * 600 * 4
+    assert torch.equal(pickle.loads(pickle.dumps(detector)).sq_distances(batches[2]), expected[2])
+
+
+@pytest.mark.parametrize(("n", "k"), [(1100, 2), (600, 16), (2, 300)])
+def test_many_distances_at_once(n, k, monkeypatch):
+    d = 300
+    rng = torch.Generator().manual_seed(k)
+    whitening, offsets, center = lower(d), torch.randn(k, d, generator=rng) / 4, torch.randn(d, generator=rng)
+    x = torch.randn(n, d, generator=rng)
+    x[n // 2, 3] = torch.nan
+    expanded = []
+    sums = distance._expanded
+    monkeypatch.setattr(distance, "_expanded", lambda *args: expanded.append(1) or sums(*args))
+    sq, lowest, nearest = whitened_sq_distance(x, whitening, center, offsets)
+    assert expanded
+    good = torch.arange(n) != n // 2
+    expected = reference.whitened_sq_distance(*(t.double() for t in (x[good], whitening, center, offsets)))
+    torch.testing.assert_close(sq[good].double(), expected[0], rtol=2e-6, atol=0)
+    assert sq[n // 2].isposinf().all()
+    assert torch.equal(lowest, sq.amin(1))
+    assert torch.equal(nearest, sq.argmin(1))
+
+
+def test_rows_at_a_class_mean_are_not_left_to_cancellation():
+    d, k = 400, 200
+    rng = torch.Generator().manual_seed(1)
+    whitening, center = torch.eye(d), torch.zeros(d)
+    offsets = 100 * torch.randn(k, d, generator=rng)
+    x = offsets[:3] + 1e-3 * torch.randn(3, d, generator=rng)
+    sq, _, nearest = whitened_sq_distance(x, whitening, center, offsets)
+    assert nearest.tolist() == [0, 1, 2]
+    expected = (x - offsets[:3]).double().square().sum(1)
+    torch.testing.assert_close(sq[[0, 1, 2], [0, 1, 2]].double(), expected, rtol=1e-5, atol=0)
+
+
+def test_sums_beyond_float32_still_find_a_pivot():
+    x = torch.tensor([[3e38], [2.9e38], [3.1e38]])
+    moments = ClassMoments(1).update(x)
+    torch.testing.assert_close(moments.means, x.double().mean(0, keepdim=True))
+    expected = ((x.double() - x.double().mean(0)) ** 2).sum(0, keepdim=True)
+    torch.testing.assert_close(moments.within_scatter(), expected, rtol=1e-9, atol=0)
