@@ -9,8 +9,10 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -108,6 +110,43 @@ def alternate(
                 providers[name]()
             samples[name].append((clock() - start) / repeats[name])
     return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+def memory_of(suite: str, first: str, call: str) -> int:
+    """Bytes of resident memory that a call, an expression in a suite's own terms, adds at its highest; one thread, a new process.
+
+    Args:
+        first: another expression that is evaluated before, for what a first call loads and keeps.
+    """
+    code = (
+        f"import torch, harness\nfrom suites.{suite} import *\ntorch.set_num_threads(1)\nready = {first}\n"
+        f"with harness.added() as peak:\n    {call}\nprint(peak[0])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "benchmarks", capture_output=True, text=True, check=True
+    )
+    return int(done.stdout)
+
+
+@contextmanager
+def added() -> Iterator[list[int]]:
+    """Bytes between resident memory now and its peak within, as the one entry of a list that is filled at the end."""
+    # The peak counts from here; the resource module's would count from the parent of this process.
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before, peak = _kib("VmRSS"), list[int]()
+    yield peak
+    peak.append(1024 * (_kib("VmHWM") - before))
+
+
+def _kib(field: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def waited() -> float:
+    """A clock of a GPU: seconds, once what was launched is done."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def environment() -> dict[str, str]:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from harness import Row, alternate, quantile
+from harness import Row, alternate, quantile, waited
 from large_model import large_reward_model
 from train_reward_model import convert_base
 
@@ -82,7 +82,7 @@ def _run_as(base: Any, way: str) -> Any:
 def _compare(guard: OODGuard, channels: str, way: str, batch: int, tokens: int) -> Iterator[Row]:
     inputs, spans = _inputs(guard, batch, tokens)
     on_gpu = inputs["input_ids"].is_cuda
-    clock = _waited if on_gpu else time.process_time
+    clock = waited if on_gpu else time.process_time
 
     def guarded() -> Any:
         with torch.inference_mode():
@@ -176,8 +176,3 @@ def _inputs(guard: OODGuard, batch: int, tokens: int) -> tuple[dict[str, torch.T
 
 def _dtype(guard: OODGuard) -> str:
     return str(next(guard.model.parameters()).dtype).removeprefix("torch.")
-
-
-def _waited() -> float:
-    torch.cuda.synchronize()
-    return time.perf_counter()

@@ -1,8 +1,9 @@
-"""Scoring vectors: `MahalanobisDetector.score` beside pytorch-ood, scikit-learn and scipy, on the GPU where there is one.
+"""Scoring vectors: `MahalanobisDetector.score` beside pytorch-ood, oodeel, scikit-learn and scipy, on the GPU where there is one.
 
 All have the same covariance, without shrinkage, and must agree before they are timed; scikit-learn's distance is to one mean
 only. On a CPU one thread and CPU time; on a GPU wall-clock time of a call that is waited for, ours and pytorch-ood's alone.
-Median over alternating rounds; the ratio, how many times faster than pytorch-ood, is the median of the rounds' own.
+Median over alternating rounds; the ratio, how many times faster than pytorch-ood, is the median of the rounds' own. On a
+CPU also the resident memory that a score of 4,096 vectors adds at its highest, in a process of its own.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import importlib.metadata
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import scipy.spatial.distance
+import threadpoolctl
 import torch
-from harness import Row, Timing, alternate
-from peers import pytorch_ood
+from harness import Row, Timing, alternate, memory_of, waited
+from peers import oodeel_mahalanobis, pytorch_ood
 from sklearn.covariance import EmpiricalCovariance
 
 from rm_ood import MahalanobisDetector
@@ -27,51 +30,64 @@ SHAPES = (
     (1024, 2, 8192, (1, 64, 4096)),
     (4096, 2, 8192, (1, 64, 4096)),
 )
-# n d^2 above which peers without tensors would take the whole run.
-_SLOW = 2**27
+# n d^2 above which all but pytorch-ood would take the whole run.
+_SLOW = 2**32
+MEMORY_SHAPE = (4096, 1024, 2)
 
 
 def measure() -> Iterator[Row]:
     """A row a shape and provider."""
     torch.set_num_threads(1)
+    # NumPy's products of the peers too.
+    threadpoolctl.threadpool_limits(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for d, k, n_fit, batches in SHAPES:
-        rng = torch.Generator().manual_seed(0)
-        x = torch.randn(n_fit, d, generator=rng) + 1
-        y = torch.arange(n_fit) % k
-        ours = MahalanobisDetector(shrinkage=0.0, floor=0.0).fit(x, y).to(device)
-        others = _peers(x.to(device), y.to(device), ours, k)
+        calls = scorers(d, k, n_fit, device)
         for n in batches:
-            probe = torch.randn(n, d, generator=rng).add(1).to(device)
-            yield from _compare(ours, others, probe, k)
+            yield from _compare(calls, vectors(n, d).to(device), k)
+    if device.type == "cpu":
+        n, d, k = MEMORY_SHAPE
+        for name in calls:
+            peak = memory_of("scoring", f"(scorers({d}, {k}, 8192)[{name!r}], vectors({n}, {d}))", "ready[0](ready[1])")
+            yield _row(name, n, d, k, "peak_memory", peak / 2**20, None, None, "MiB", peak_memory=peak)
 
 
-def _compare(
-    ours: MahalanobisDetector, others: dict[str, Callable[[torch.Tensor], torch.Tensor]], probe: torch.Tensor, k: int
-) -> Iterator[Row]:
+def vectors(n: int, d: int, *, seed: int = 1) -> torch.Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) + 1
+
+
+def _compare(calls: dict[str, Callable[[torch.Tensor], torch.Tensor]], probe: torch.Tensor, k: int) -> Iterator[Row]:
     n, d = probe.shape
-    is_small = probe.device.type == "cpu" and n * d * d <= _SLOW
-    calls: dict[str, Callable[[], object]] = {"rm_ood": lambda: ours.score(probe)}
-    for name, score in others.items():
-        if name.startswith("pytorch-ood") or is_small:
-            _check_agreement(ours.score(probe), score(probe).to(probe.device), exact=not name.startswith("scikit"))
-            calls[name] = lambda score=score: score(probe)
-    clock = time.process_time if probe.device.type == "cpu" else _waited
-    timings = alternate(calls, rounds=31 if n * d * d <= _SLOW else 9, seconds=0.05, clock=clock)
+    on_gpu = probe.is_cuda
+    ours = calls["rm_ood"]
+    compared: dict[str, Callable[[], object]] = {"rm_ood": lambda: ours(probe)}
+    for name, score in calls.items():
+        if name.startswith("pytorch-ood") or (name != "rm_ood" and not on_gpu and n * d * d <= _SLOW):
+            _check_agreement(ours(probe), score(probe).to(probe.device), exact=not name.startswith("scikit"))
+            compared[name] = lambda score=score: score(probe)
+    # Seconds a sample, and samples, by what one call takes.
+    rounds = 31 if n * d * d <= 2**27 else 5
+    timings = alternate(compared, rounds=rounds, seconds=0.02, clock=waited if on_gpu else time.process_time)
     for provider, timing in timings.items():
-        yield Row(
-            suite="scoring",
-            op="whitened_sq_distance",
-            provider=provider,
-            shape=f"n={n} d={d} k={k}",
-            dtype="float32",
-            metric="cpu_time" if probe.device.type == "cpu" else "time",
-            value=1e6 * timing.median,
-            low=1e6 * timing.low,
-            high=1e6 * timing.high,
-            unit="us",
-            ratio=_ratio(timings, provider),
-        )
+        numbers = (1e6 * timing.median, 1e6 * timing.low, 1e6 * timing.high)
+        metric = "time" if on_gpu else "cpu_time"
+        yield _row(provider, n, d, k, metric, *numbers, "us", ratio=_ratio(timings, provider))
+
+
+def _row(
+    provider: str,
+    n: int,
+    d: int,
+    k: int,
+    metric: str,
+    value: float,
+    low: float | None,
+    high: float | None,
+    unit: str,
+    **more: Any,
+) -> Row:
+    shape = f"n={n} d={d} k={k}"
+    return Row("scoring", "whitened_sq_distance", provider, shape, "float32", metric, value, low, high, unit, **more)
 
 
 def _ratio(timings: dict[str, Timing], provider: str) -> float | None:
@@ -79,26 +95,36 @@ def _ratio(timings: dict[str, Timing], provider: str) -> float | None:
     return timings[provider].times_faster_than(timings[peer]) if provider != peer else None
 
 
-def _peers(
-    x: torch.Tensor, y: torch.Tensor, ours: MahalanobisDetector, k: int
+def scorers(
+    d: int, k: int, n_fit: int, device: torch.device | str = "cpu"
 ) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """Squared distances to the nearest class by the others, from the same fit."""
-    peer = pytorch_ood().Mahalanobis(None).fit_features(x, y)
+    """Squared distances to the nearest class by each library, named with its version, from the same fit."""
+    x, y = vectors(n_fit, d, seed=0), torch.arange(n_fit) % k
+    ours = MahalanobisDetector(shrinkage=0.0, floor=0.0).fit(x, y).to(device)
+    peer = pytorch_ood().Mahalanobis(None).fit_features(x.to(device), y.to(device))
     precision = (ours.whitening_.double().T @ ours.whitening_.double()).cpu().numpy()
     means = ours.means_.cpu().numpy()
     single = EmpiricalCovariance()
     single.location_, single.precision_ = means[0], precision
+    other = oodeel_mahalanobis()
+    other._classes = ours.classes_
+    # Its own pseudo-inverse takes minutes at the largest width.
+    other._layer_stats = [(dict(enumerate(ours.means_.cpu().float())), torch.from_numpy(precision).float())]
 
     def by_scipy(probe: torch.Tensor) -> torch.Tensor:
         apart = scipy.spatial.distance.cdist(probe.numpy(), means, "mahalanobis", VI=precision)
         return torch.from_numpy(apart).square().amin(1)
 
-    named = {"scikit-learn": lambda probe: torch.from_numpy(single.mahalanobis(probe.numpy())), "scipy": by_scipy}
-    found = {f"{name} {importlib.metadata.version(name)}": call for name, call in named.items()}
-    # The peer's covariance is a sum, not a mean, and its score is half the distance.
-    scale = 2 * (len(x) - k)
-    ood = f"pytorch-ood {importlib.metadata.version('pytorch-ood')}"
-    return {ood: lambda probe: scale * peer.predict_features(probe), **found}
+    # The peer's covariance is a sum, not a mean, and its score is half the distance; oodeel's is half of it as well.
+    scale = 2 * (n_fit - k)
+    calls: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "pytorch-ood": lambda probe: scale * peer.predict_features(probe),
+        "oodeel": lambda probe: 2 * torch.from_numpy(other._score_layer(0, probe, {})),
+        "scikit-learn": lambda probe: torch.from_numpy(single.mahalanobis(probe.numpy())),
+        "scipy": by_scipy,
+    }
+    named = {f"{name} {importlib.metadata.version(name)}": call for name, call in calls.items()}
+    return {"rm_ood": ours.score, **named}
 
 
 def _check_agreement(ours: torch.Tensor, theirs: torch.Tensor, *, exact: bool) -> None:
@@ -107,8 +133,3 @@ def _check_agreement(ours: torch.Tensor, theirs: torch.Tensor, *, exact: bool) -
     worst = float(change.abs().max() if exact else (-change).max())
     if not worst < 1e-2:
         raise RuntimeError(f"two detectors differ by up to {worst:.1%}: the timings would compare different work")
-
-
-def _waited() -> float:
-    torch.cuda.synchronize()
-    return time.perf_counter()
