@@ -263,6 +263,8 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
         "--api-key-file", metavar="FILE",
         help="file with the key that requests must bring; or the environment variable RM_OOD_API_KEY",
     )  # fmt: skip
+    # Otherwise an abbreviation of --api-key-file, and its value part of an error.
+    parser.add_argument("--api-key", action=_KeyOnTheCommandLine, nargs="?", help=argparse.SUPPRESS)
     # Absent unless given: the defaults are ServeSettings'.
     add = partial(parser.add_argument, default=argparse.SUPPRESS)
     add(
@@ -331,6 +333,13 @@ def _settings(parser: argparse.ArgumentParser) -> None:
     add("--on-bad", choices=["error", "drop"], help="unusable rows: stop (default), or leave out and count")
     add("--one-class", action="store_true", help="one Gaussian for all responses")
     add("--max-calibration", type=int, help="calibration prompts kept (default: 10000)")
+
+
+class _KeyOnTheCommandLine(argparse.Action):
+    """A refusal that does not repeat the key."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        parser.error("a key on the command line is seen by every user of this machine: use --api-key-file FILE")
 
 
 def _confidence(text: str) -> float | None:

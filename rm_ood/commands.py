@@ -113,6 +113,8 @@ def study(a: argparse.Namespace) -> dict[str, Any]:
 
 
 def serve(a: argparse.Namespace) -> dict[str, Any]:
+    from rm_ood.guard import OODGuard
+
     try:
         from rm_ood.serve import logs
         from rm_ood.serve.scorer import GuardScorer
@@ -125,8 +127,14 @@ def serve(a: argparse.Namespace) -> dict[str, Any]:
     settings = ServeSettings(**given, api_key=read_api_key(a.api_key_file))
     check_host(a.host, settings.api_key)
     guard = _load(a)
+
+    def load() -> GuardScorer:
+        again = OODGuard.from_pretrained(a.guard, guard.model, guard.tokenizer, allow_dtype_change=a.allow_dtype_change)
+        return GuardScorer(again, settings.batch_size)
+
+    scorer = GuardScorer(guard, settings.batch_size)
     logs.configure()
-    server = Server(GuardScorer(guard, settings.batch_size), settings, a.host, a.port)
+    server = Server(scorer, settings, a.host, a.port, load)
     server.serve_forever()
     return {"json": server.summary(), "text": ""}
 

@@ -67,7 +67,7 @@ class Client:
         for line in self.get("/metrics").body.decode().splitlines():
             if re.match(rf"{re.escape(base)}(\{{| )", line) and all(label in line for label in wanted):
                 found.append(float(line.rpartition(" ")[2]))
-        assert found, f"no series {name}"
+        assert found or labels, f"no series {name}"
         return sum(found)
 
     def raw(self, *parts: bytes, pause: float = 0.0, timeout: float | None = None) -> bytes:
@@ -112,3 +112,26 @@ def wait_until(holds: Any, seconds: float = 20.0) -> None:
     while not holds():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.005)
+
+
+class FaultyScorer(GuardScorer):
+    """The guard, with faults: words in a response that make the model raise or hang, and a pause before each batch."""
+
+    def __init__(self, guard: Any, *, pause: float = 0.0) -> None:
+        super().__init__(guard)
+        self.pause = pause
+        self.seen: list[list[str]] = []
+        self.go = threading.Event()
+        self.go.set()
+
+    def score(self, works: Any) -> Any:
+        texts = [str(work.query.response) for work in works]
+        self.seen.append(texts)
+        self.go.wait(30)
+        time.sleep(self.pause)
+        if any("explode" in text for text in texts):
+            raise RuntimeError(f"cannot score {texts}")
+        return super().score(works)
+
+    def close(self) -> None:
+        pass

@@ -17,7 +17,7 @@ ROOT = Path(rm_ood.__file__).parent
 LINES = (
     "errors channels canaries",
     "strict_json atomic artifact hub",
-    "rows dialogue preferences rewriting spans template text skew wrappers readers reward_model fingerprint",
+    "rows dialogue preferences rewriting spans template read_back text skew wrappers readers reward_model fingerprint",
     "vectors ops.reference ops.arithmetic ops.streams ops.triangle ops.packing ops.distance_kernel ops.distance_launch",
     "ops.distance ops.metric ops.scatter_kernel ops.scatter_launch ops.scatter ops moments covariance",
     "detectors.base detectors.learned detectors.mahalanobis detectors.gaussian detectors.contrasted detectors.sklearn",
@@ -36,7 +36,8 @@ LINES = (
     "study.command study.terminal study",
     "choice doctor batch demo",
     "serve serve.settings serve.refusal serve.worker serve.batcher serve.scorer serve.schemas serve.reading serve.policy",
-    "serve.logs serve.metrics serve.service serve.gate serve.openapi serve.app serve.protocol serve.server",
+    "serve.logs serve.metrics serve.traffic serve.tracing serve.service serve.gate serve.openapi serve.app",
+    "serve.protocol serve.server",
 )
 ORDER = " ".join(LINES).split()
 # The package's own names come from all of the above; the command line is their reader.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -15,10 +15,10 @@ from rm_ood.artifact import package_version
 from rm_ood.serve import policy
 from rm_ood.serve.gate import Gate
 from rm_ood.serve.openapi import describe
-from rm_ood.serve.reading import score_queries
+from rm_ood.serve.reading import classify_queries, reward_queries, score_queries
 from rm_ood.serve.refusal import Refusal
 from rm_ood.serve.scorer import Query, Scorer
-from rm_ood.serve.service import Service
+from rm_ood.serve.service import Outcome, Service
 from rm_ood.serve.settings import ServeSettings
 
 FLAGGED = "RM-OOD-Flagged"
@@ -66,24 +66,76 @@ def _scoring_routes(app: FastAPI, service: Service) -> None:
     async def score(request: Request) -> Response:
         """Rewards and verdicts: one item, several, or one prompt with several answers."""
         queries = score_queries(await _json(request), service.rules(), settings.max_body_bytes)
-        decisions = await service.decide(queries)
-        rows = [policy.row(q.name, d, settings.mode) for q, d in zip(queries, decisions, strict=True)]
+        served = service.served
+        outcomes = await _decide(request, service, queries)
         body = {
-            "results": rows,
-            "monitor": None,
+            "results": [policy.row(q.name, o.decision, settings.mode) for q, o in zip(queries, outcomes, strict=True)],
+            "monitor": served.traffic.row(),
             "mode": settings.mode,
-            "guard": service.scorer.digest,
+            "guard": served.scorer.digest,
             "request_id": request.state.request_id,
         }
-        return JSONResponse(body, headers=_flags(request, service, queries, decisions))
+        return JSONResponse(body, headers=_flags(settings.mode, outcomes))
+
+    @app.post("/get_reward")
+    async def get_reward(request: Request) -> Response:
+        """OpenRLHF's remote reward model: rewards, and verdicts to log."""
+        scorer = service.scorer
+        queries = reward_queries(await _json(request), service.rules(), settings.max_body_bytes, scorer.split)
+        outcomes = await _decide(request, service, queries)
+        decisions = [outcome.decision for outcome in outcomes]
+        rewards = [policy.number(d, settings.mode, _withheld(scorer, settings)) for d in decisions]
+        logs = {
+            "ood_is_ood": [float(d.is_ood) for d in decisions],
+            "ood_p_value": [d.p_value for d in decisions],
+            "ood_withheld": [float(policy.is_withheld(d, settings.mode)) for d in decisions],
+            **{f"ood_{axis}_p_value": [d.axes[axis].p_value for d in decisions] for axis in decisions[0].axes},
+        }
+        body = {"rewards": rewards, "scores": rewards, "extra_logs": logs}
+        return JSONResponse(body, headers=_flags(settings.mode, outcomes))
+
+    @app.post("/classify")
+    async def classify(request: Request) -> Response:
+        """vLLM's classification reply: per item flag, p-value, and last the reward."""
+        scorer = service.scorer
+        data = await _json(request)
+        queries, model = classify_queries(data, service.rules(), settings.max_body_bytes, scorer.split)
+        outcomes = await _decide(request, service, queries)
+        rows = []
+        for i, d in enumerate(outcome.decision for outcome in outcomes):
+            probs = [float(d.is_ood), d.p_value, policy.number(d, settings.mode, _withheld(scorer, settings))]
+            rows.append({"index": i, "label": "ood" if d.is_ood else "in", "probs": probs, "num_classes": len(probs)})
+        tokens = sum(outcome.tokens for outcome in outcomes)
+        body = {
+            "id": f"classify-{request.state.request_id}",
+            "object": "list",
+            "created": int(time.time()),
+            "model": model,
+            "data": rows,
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0},
+        }
+        return JSONResponse(body, headers=_flags(settings.mode, outcomes))
 
 
-def _flags(request: Request, service: Service, queries: Sequence[Query], decisions: Sequence[Any]) -> dict[str, str]:
-    """Header of `warn`, and what the log says of a request."""
+async def _decide(request: Request, service: Service, queries: Sequence[Query]) -> list[Outcome]:
+    """Verdicts, with what the metrics, the log and the trace say of a request."""
+    outcomes = await service.decide(queries)
+    decisions = [outcome.decision for outcome in outcomes]
     flagged = sum(d.is_ood for d in decisions)
-    request.state.notes.update(items=len(queries), flagged=flagged)
+    request.state.notes.update(items=len(queries), flagged=flagged, tokens=sum(o.tokens for o in outcomes))
     service.metrics.withheld.inc(sum(policy.is_withheld(d, service.settings.mode) for d in decisions))
-    return {} if service.settings.mode == "shadow" else {FLAGGED: f"{flagged}/{len(queries)}"}
+    request.state.span.verdicts(decisions)
+    return outcomes
+
+
+def _withheld(scorer: Scorer, settings: ServeSettings) -> float:
+    return scorer.withheld_reward if settings.withheld_reward is None else settings.withheld_reward
+
+
+def _flags(mode: str, outcomes: Sequence[Outcome]) -> dict[str, str]:
+    """The header that warns."""
+    flagged = sum(outcome.decision.is_ood for outcome in outcomes)
+    return {} if mode == "shadow" else {FLAGGED: f"{flagged}/{len(outcomes)}"}
 
 
 def _other_routes(app: FastAPI, service: Service) -> None:

@@ -83,7 +83,7 @@ class Batcher:
     @property
     def waiting(self) -> int:
         """Items that wait, those being tokenised included."""
-        return self._reserved + len(self._queue)
+        return self._reserved + sum(not job.result.done() for job in self._queue)
 
     @property
     def alive(self) -> bool:

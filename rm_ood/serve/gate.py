@@ -63,49 +63,55 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start = time.monotonic()
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        request_id = _request_id(headers.get(b"x-request-id"))
-        notes: dict[str, Any] = {}
-        scope.setdefault("state", {}).update(request_id=request_id, notes=notes)
-        reply = _Reply(send, request_id)
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        request_id = _request_id(headers.get("x-request-id"))
         endpoint = scope["path"] if scope["path"] in self._endpoints else OTHER
+        notes: dict[str, Any] = {}
+        reply = _Reply(send, request_id)
+        start = time.monotonic()
         metrics = self._service.metrics
-        metrics.in_flight.inc()
-        failure: BaseException | None = None
-        try:
-            await self._pass(scope, headers, receive, reply)
-        except _Gone:
-            reply.status = CLIENT_GONE
-        except asyncio.CancelledError:
-            reply.status = reply.status or CLIENT_GONE
-            raise
-        except Exception as error:
-            failure = error
-            refusal = refusal_of(error)
-            if not reply.status:
-                response = JSONResponse(refusal.body(request_id), refusal.status, refusal.headers())
-                await response(scope, receive, reply)
-        finally:
-            metrics.in_flight.dec()
-            took = time.monotonic() - start
-            metrics.answered(endpoint, reply.status, took)
-            if failure is not None:
-                notes["error"] = failure.kind if isinstance(failure, Refusal) else type(failure).__name__
-            if endpoint not in _QUIET or reply.status != 200:
-                level = "error" if reply.status == 500 else "warning" if notes.get("flagged") else "info"
-                log(
-                    "request", level=level, request_id=request_id, method=_method(scope), endpoint=endpoint,
-                    status=reply.status, ms=round(1000 * took, 2), **notes,
-                )  # fmt: skip
+        with (
+            metrics.in_flight.track_inprogress(),
+            self._service.tracing.request(_method(scope), endpoint, headers) as span,
+        ):
+            scope.setdefault("state", {}).update(request_id=request_id, notes=notes, span=span)
+            try:
+                await self._pass(scope, headers, receive, reply)
+            except _Gone:
+                reply.status = CLIENT_GONE
+            except asyncio.CancelledError:
+                reply.status = reply.status or CLIENT_GONE
+                raise
+            except Exception as error:
+                refusal = refusal_of(error)
+                notes["error"] = error.kind if isinstance(error, Refusal) else type(error).__name__
+                if not reply.status:
+                    response = JSONResponse(refusal.body(request_id), refusal.status, refusal.headers())
+                    await response(scope, receive, reply)
+            finally:
+                took = time.monotonic() - start
+                span.answered(reply.status)
+                metrics.answered(endpoint, reply.status, took)
+                self._log(_method(scope), endpoint, request_id, reply.status, took, notes)
+
+    def _log(
+        self, method: str, endpoint: str, request_id: str, status: int, took: float, notes: dict[str, Any]
+    ) -> None:
+        if endpoint in _QUIET and status == 200:
+            return
+        warns = self._service.settings.mode != "shadow" and notes.get("flagged")
+        log(
+            "request", level="error" if status == 500 else "warning" if warns else "info", request_id=request_id,
+            method=method, endpoint=endpoint, status=status, ms=round(1000 * took, 2), **notes,
+        )  # fmt: skip
 
     async def _pass(
-        self, scope: MutableMapping[str, Any], headers: dict[bytes, str], receive: Receive, reply: _Reply
+        self, scope: MutableMapping[str, Any], headers: dict[str, str], receive: Receive, reply: _Reply
     ) -> None:
         settings = self._service.settings
         if self._service.connections() > settings.max_connections and scope["path"] != OPEN:
             raise too_many_connections()
-        if b"content-length" in headers and b"transfer-encoding" in headers:
+        if "content-length" in headers and "transfer-encoding" in headers:
             raise Refusal(400, "ambiguous_length", "both Content-Length and Transfer-Encoding: send one", close=True)
         if scope["path"] != OPEN:
             self._authorize(headers)
@@ -115,18 +121,18 @@ class Gate:
         body = await self._body(headers, receive)
         await _while_connected(lambda again: self._app(scope, again, reply), body, receive)
 
-    def _authorize(self, headers: dict[bytes, str]) -> None:
+    def _authorize(self, headers: dict[str, str]) -> None:
         wanted = self._service.settings.api_key
         if wanted is None:
             return
-        scheme, _, key = headers.get(b"authorization", "").partition(" ")
+        scheme, _, key = headers.get("authorization", "").partition(" ")
         # Digests are of one length, and compared in constant time.
         if scheme.lower() != "bearer" or not hmac.compare_digest(key_digest(key), wanted):
             raise unauthorized()
 
-    async def _body(self, headers: dict[bytes, str], receive: Receive) -> bytes:
+    async def _body(self, headers: dict[str, str], receive: Receive) -> bytes:
         limit, timeout_s = self._service.settings.max_body_bytes, self._service.settings.request_timeout_s
-        declared = headers.get(b"content-length", "")
+        declared = headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > limit:
             raise body_too_large(limit)
         parts, size = [], 0

@@ -22,6 +22,8 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 _P_VALUES = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 _SCORES = (-2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 10.0, 20.0)
 _REWARDS = (-20.0, -10.0, -5.0, -2.0, -1.0, 0.0, 1.0, 2.0, 5.0, 10.0, 20.0)
+# What stands first among the reasons of an item without a usable score.
+_UNSCORED = frozenset({"non_finite", "read_out_mismatch", "scoring_failed"})
 _STATUSES = frozenset({200, 400, 401, 404, 405, 408, 413, 415, 422, 429, 499, 500, 503, 504})
 
 
@@ -94,6 +96,9 @@ class Metrics:
         flagged = int(decisions.is_ood.sum())
         self.items.labels("ood").inc(flagged)
         self.items.labels("in").inc(len(decisions) - flagged)
+        for reasons in decisions.reasons:
+            if reasons and reasons[0] in _UNSCORED:
+                self.unscored.labels(reasons[0]).inc()
         scores = verdict_scores(decisions, None)
         for score, p, reward in zip(scores, decisions.p_values, decisions.rewards, strict=True):
             self.score.observe(score if math.isfinite(score) else math.inf)

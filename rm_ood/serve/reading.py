@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from rm_ood.dialogue import Response, Text, check_prompt, check_response, messages_of
 from rm_ood.errors import FormatError, InputError
 from rm_ood.preferences import prompt_key
 from rm_ood.serve.refusal import Refusal
-from rm_ood.serve.schemas import SCORE, Batch, Conversation, Message, PromptResponse, PromptResponses, TextBlock
+from rm_ood.serve.schemas import (
+    CLASSIFY,
+    REWARD,
+    SCORE,
+    Batch,
+    ClassifyMessages,
+    ClassifyTexts,
+    Conversation,
+    Message,
+    PromptResponse,
+    PromptResponses,
+    RewardRequest,
+    TextBlock,
+)
 from rm_ood.serve.scorer import Query
 from rm_ood.strict_json import parse_json
 
@@ -72,10 +85,10 @@ def _told(error: ValidationError) -> str:
     return "; ".join(lines) + more
 
 
-_FIELDS = frozenset(
-    name for model in (PromptResponse, PromptResponses, Conversation, Batch, Message, TextBlock)
-    for name in model.model_fields
+_MODELS: tuple[type[BaseModel], ...] = (
+    PromptResponse, PromptResponses, Conversation, Batch, Message, TextBlock, RewardRequest, ClassifyTexts, ClassifyMessages,
 )  # fmt: skip
+_FIELDS = frozenset(name for model in _MODELS for name in model.model_fields)
 
 
 def _path(parts: Sequence[Any]) -> str:
@@ -138,6 +151,47 @@ def _of_item(item: Any, name: str, where: str, rules: TextRules) -> Iterator[Que
         yield Query(label, text, response, session, item.group, where.rstrip(".") or "item")
 
 
+Split = Callable[[str, str | None, str], tuple[Text, str]]
+
+
+def reward_queries(data: bytes, rules: TextRules, limit: int, split: Split) -> list[Query]:
+    """Queries of `POST /get_reward`. Raises Refusal as `score_queries`, and where a text cannot be split."""
+    request = parse(data, REWARD, limit)
+    if len(request.query) != len(request.prompts):
+        raise Refusal(
+            422,
+            "invalid_request",
+            f"{len(request.query)} query and {len(request.prompts)} prompts: one prompt per query",
+        )
+    check_count(len(request.query), rules)
+    pairs = zip(request.query, request.prompts, strict=True)
+    return [_of_text(text, prompt, i, f"query[{i}]", rules, split) for i, (text, prompt) in enumerate(pairs)]
+
+
+def classify_queries(data: bytes, rules: TextRules, limit: int, split: Split) -> tuple[list[Query], str]:
+    """Queries of `POST /classify`, and the model's name as it came. Raises Refusal as `reward_queries`."""
+    request = parse(data, CLASSIFY, limit)
+    name = request.model or ""
+    if isinstance(request, ClassifyMessages):
+        return list(_of_item(Conversation(messages=request.messages), "0", "", rules)), name
+    texts = [request.input] if isinstance(request.input, str) else request.input
+    check_count(len(texts), rules)
+    return [_of_text(text, None, i, f"input[{i}]", rules, split) for i, text in enumerate(texts)], name
+
+
+def _of_text(text: str, prompt: str | None, i: int, where: str, rules: TextRules, split: Split) -> Query:
+    if rules.grouped:
+        raise Refusal(422, "invalid_request", "this guard is calibrated by group, which only /v1/score can name")
+    try:
+        # The limit comes before the template's work.
+        check_response(text, where, max_chars=2 * rules.max_chars)
+        before, response = split(text, prompt, where)
+    except InputError as error:
+        raise text_refusal(error) from None
+    asked = read_prompt(before, where, rules)
+    return Query(str(i), asked, read_response(response, where, rules), prompt_session(asked), where=where)
+
+
 def read_prompt(value: Any, where: str, rules: TextRules) -> Text:
     """A checked prompt. Raises Refusal (422)."""
     try:
@@ -168,4 +222,6 @@ def prompt_session(prompt: Text) -> tuple[str, int]:
 
 
 def _plain(value: Any) -> Any:
-    return value if isinstance(value, str) else [message.model_dump(exclude_none=True) for message in value]
+    if isinstance(value, str):
+        return value
+    return [m.model_dump(exclude_none=True) if isinstance(m, Message) else m for m in value]

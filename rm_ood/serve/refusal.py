@@ -57,7 +57,7 @@ def body_too_large(limit: int) -> Refusal:
 
 
 def slow_request(timeout_s: float) -> Refusal:
-    return Refusal(408, "request_timeout", f"the request did not arrive within {timeout_s:g} s", close=True)
+    return Refusal(408, "request_timeout", f"the request did not arrive within {timeout_s:g} s")
 
 
 def slow_model(timeout_s: float) -> Refusal:

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, WithJsonSchema
 
 Name = Annotated[str, Field(min_length=1, max_length=128)]
 # At least one character that is not white space.
 Words = Annotated[str, Field(pattern=r"\S")]
+
+
+def _off(value: bool) -> bool:
+    if value:
+        raise ValueError("only false is served")
+    return value
+
+
+Off = Annotated[bool, AfterValidator(_off), WithJsonSchema({"type": "boolean", "const": False})]
 
 
 class Strict(BaseModel):
@@ -101,6 +110,44 @@ ScoreRequest = Annotated[
 ]
 
 
+class RewardRequest(Strict):
+    """OpenRLHF's request: whole texts, and the prompts that they begin with."""
+
+    query: Annotated[list[str], Field(min_length=1)]
+    prompts: Annotated[list[str], Field(min_length=1)]
+    labels: list[Any] | None = None
+
+
+class _Classify(Strict):
+    model: Name | None = None
+    # Rewards are raw, never squeezed by a sigmoid.
+    use_activation: Off | None = None
+    add_special_tokens: bool | None = None
+
+
+class ClassifyTexts(_Classify):
+    """vLLM's request on whole texts."""
+
+    input: str | Annotated[list[str], Field(min_length=1)]
+
+
+class ClassifyMessages(_Classify):
+    """vLLM's request on messages whose last one, of the assistant, is the response."""
+
+    messages: Annotated[list[Message], Field(min_length=2)]
+    add_generation_prompt: Off | None = None
+    continue_final_message: Off | None = None
+
+
+def _asked(value: Any) -> str:
+    return "~messages" if isinstance(value, dict) and "messages" in value else "~input"
+
+
+ClassifyRequest = Annotated[
+    Annotated[ClassifyTexts, Tag("~input")] | Annotated[ClassifyMessages, Tag("~messages")], Discriminator(_asked)
+]
+
+
 class ChannelRow(BaseModel):
     """One channel of an axis."""
 
@@ -156,6 +203,63 @@ class ScoreReply(BaseModel):
     request_id: str
 
 
+class RewardReply(BaseModel):
+    """OpenRLHF's reply; `scores` are the rewards."""
+
+    rewards: list[float]
+    scores: list[float]
+    extra_logs: dict[str, list[float]]
+
+
+class ClassifyRow(BaseModel):
+    """One item: `probs` are whether it is flagged (0 or 1), its p-value, and last its reward."""
+
+    index: int
+    label: Literal["in", "ood"]
+    probs: Annotated[list[float], Field(min_length=3, max_length=3)]
+    num_classes: Literal[3]
+
+
+class Usage(BaseModel):
+    """Tokens."""
+
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: Literal[0]
+
+
+class ClassifyReply(BaseModel):
+    """vLLM's reply."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[ClassifyRow]
+    usage: Usage
+
+
+class CardReply(BaseModel):
+    """The guard card, and the digest of the guard."""
+
+    model_config = ConfigDict(extra="allow")
+
+    digest: str
+
+
+class LiveReply(BaseModel):
+    """The process answers."""
+
+    live: Literal[True]
+
+
+class ReadyReply(BaseModel):
+    """Whether to send requests here, and if not, why."""
+
+    ready: bool
+    reasons: list[str]
+
+
 class ErrorReply(BaseModel):
     """A request that was refused."""
 
@@ -165,3 +269,5 @@ class ErrorReply(BaseModel):
 
 
 SCORE: TypeAdapter[Any] = TypeAdapter(ScoreRequest)
+REWARD: TypeAdapter[RewardRequest] = TypeAdapter(RewardRequest)
+CLASSIFY: TypeAdapter[Any] = TypeAdapter(ClassifyRequest)

@@ -18,6 +18,7 @@ from rm_ood.embed import Embedded, span_facts
 from rm_ood.errors import MismatchError
 from rm_ood.guard import OODGuard
 from rm_ood.monitor import TrafficMonitor
+from rm_ood.read_back import ReadBack
 from rm_ood.state import ChannelScores
 from rm_ood.text import Encoded
 
@@ -78,6 +79,9 @@ class Scorer(Protocol):
     def withheld_reward(self) -> float:
         """What stands for the reward of an item whose reward is not given out."""
 
+    def split(self, text: str, prompt: str | None, where: str) -> tuple[Text, str]:
+        """Prompt and response of a rendered text. Raises InputError where they cannot be told apart."""
+
     def encode(self, queries: Sequence[Query]) -> list[Work]:
         """Tokenise. Raises InputError for an item that cannot be encoded."""
 
@@ -116,9 +120,14 @@ class GuardScorer:
         state = self._scoring.state
         # One that is not calibrated says so before it is served.
         state.profile(state.config.joined)
+        self._read_back = ReadBack(guard.tokenizer, state.config.text_format)
         self.digest = guard_digest(*state.to_saved())
         self.card = guard.report()
         self.withheld_reward = state.reward_mean - 3 * state.reward_sd
+
+    def split(self, text: str, prompt: str | None, where: str) -> tuple[Text, str]:
+        """See `Scorer`."""
+        return self._read_back.split(text, prompt, where)
 
     def encode(self, queries: Sequence[Query]) -> list[Work]:
         """See `Scorer`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import signal
 import socket
@@ -14,12 +15,10 @@ import uvicorn
 
 from rm_ood.serve.app import build_app
 from rm_ood.serve.logs import log
-from rm_ood.serve.protocol import DeadlineProtocol
+from rm_ood.serve.protocol import HEAD_BYTES, DeadlineProtocol
 from rm_ood.serve.scorer import Scorer
 from rm_ood.serve.service import Service
 from rm_ood.serve.settings import ServeSettings, check_host
-
-_HEAD_BYTES = 64 * 1024
 
 
 class Server(uvicorn.Server):
@@ -29,14 +28,24 @@ class Server(uvicorn.Server):
         scorer: what it serves.
         settings: limits, mode, key.
         host, port: where; port 0 takes a free one.
+        load: makes the scorer anew on SIGHUP; None: SIGHUP changes nothing.
 
     Raises:
         InputError: an address that other machines reach, and no key. OSError: the port is taken.
     """
 
-    def __init__(self, scorer: Scorer, settings: ServeSettings, host: str = "127.0.0.1", port: int = 8000) -> None:
+    def __init__(
+        self,
+        scorer: Scorer,
+        settings: ServeSettings,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        load: Callable[[], Scorer] | None = None,
+    ) -> None:
         check_host(host, settings.api_key)
         self.service = Service(scorer, settings)
+        self.service.load = load
+        self._reloads: set[asyncio.Task[bool]] = set()
         self.service.connections = lambda: len(self.server_state.connections)
         protocol = type(
             "Protocol",
@@ -58,7 +67,7 @@ class Server(uvicorn.Server):
                 server_header=False,
                 proxy_headers=False,
                 timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
-                h11_max_incomplete_event_size=_HEAD_BYTES,
+                h11_max_incomplete_event_size=HEAD_BYTES,
             )
         )
 
@@ -88,12 +97,21 @@ class Server(uvicorn.Server):
             signal.SIGTERM: self.handle_exit,
             signal.SIGINT: self.handle_exit,
         }
+        if hasattr(signal, "SIGHUP"):
+            loop = asyncio.get_running_loop()
+            handlers[signal.SIGHUP] = lambda *_: loop.call_soon_threadsafe(self.reload)
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def reload(self) -> None:
+        """Load the guard anew and put it in the place of this one; in the event loop."""
+        task = asyncio.get_running_loop().create_task(self.service.reload(), name="rm-ood-reload")
+        self._reloads.add(task)
+        task.add_done_callback(self._reloads.discard)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain; a second SIGINT does not wait."""

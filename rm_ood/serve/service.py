@@ -7,8 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from rm_ood.artifact import package_version
+from rm_ood.canaries import CANARIES
 from rm_ood.decision import Decision, Decisions
-from rm_ood.errors import InputError
+from rm_ood.errors import InputError, MismatchError
 from rm_ood.serve.batcher import Batcher, Job
 from rm_ood.serve.logs import log
 from rm_ood.serve.metrics import Metrics
@@ -16,17 +20,29 @@ from rm_ood.serve.reading import TextRules, text_refusal
 from rm_ood.serve.refusal import Refusal, internal, slow_model
 from rm_ood.serve.scorer import Query, Scorer, Work
 from rm_ood.serve.settings import ServeSettings
+from rm_ood.serve.tracing import Tracing
+from rm_ood.serve.traffic import Traffic
 from rm_ood.serve.worker import Worker
 
 SCORING_FAILED = "scoring_failed"
+_SWAP_POLL_S = 0.02
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A verdict, and whether it stands for an item whose scoring failed."""
+    """A verdict, whether it stands for an item whose scoring failed, and the item's length in tokens."""
 
     decision: Decision
     failed: bool
+    tokens: int
+
+
+@dataclass(frozen=True, eq=False)
+class Served:
+    """A scorer and the alarm on its traffic: what one swap replaces."""
+
+    scorer: Scorer
+    traffic: Traffic
 
 
 class Service:
@@ -39,9 +55,11 @@ class Service:
 
     def __init__(self, scorer: Scorer, settings: ServeSettings) -> None:
         self.settings = settings
-        self.scorer = scorer
         self.metrics = Metrics()
+        self.tracing = Tracing()
+        self.served = Served(scorer, Traffic(scorer, settings, self.metrics, resume=True))
         self.draining = False
+        self.load: Callable[[], Scorer] | None = None
         self.connections: Callable[[], int] = lambda: 0
         self.batcher = Batcher(
             self._score,
@@ -51,6 +69,15 @@ class Service:
             observe=self.metrics.ran,
         )
         self._tokenizer = Worker("rm-ood-tokenizer")
+        self._loader = Worker("rm-ood-loader")
+        self._swapping = asyncio.Lock()
+        self._keeper: asyncio.Task[None] | None = None
+        self.metrics.serves(scorer, package_version())
+
+    @property
+    def scorer(self) -> Scorer:
+        """That of now."""
+        return self.served.scorer
 
     def rules(self) -> TextRules:
         """Of the texts that the scorer of now takes."""
@@ -65,30 +92,42 @@ class Service:
     async def start(self) -> None:
         """Begin to take work."""
         self.batcher.start()
+        self._keeper = asyncio.get_running_loop().create_task(self._keep(), name="rm-ood-monitor")
 
     async def stop(self) -> None:
         """Take no more work."""
         await self.batcher.stop()
-        self._tokenizer.stop()
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+        await self.served.traffic.save()
+        for worker in (self._tokenizer, self._loader):
+            worker.stop()
+        self.served.traffic.stop()
+
+    async def _keep(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.monitor_save_s)
+            await self.served.traffic.save()
 
     # -- scoring
 
-    async def decide(self, queries: Sequence[Query]) -> list[Decision]:
+    async def decide(self, queries: Sequence[Query]) -> list[Outcome]:
         """Verdicts on the queries of one request, in their order.
 
         Raises:
             Refusal: the queue is full (429), a text cannot be encoded (422), the model is too slow (504), or it failed on
                 every item (500).
         """
-        scorer, n = self.scorer, len(queries)
+        served, n = self.served, len(queries)
         self.batcher.reserve(n)
         jobs: list[Job] = []
         try:
             async with asyncio.timeout(self.settings.model_timeout_s):
                 try:
-                    works = await self._tokenizer.run(scorer.encode, queries)
+                    works = await self._tokenizer.run(served.scorer.encode, queries)
                     loop = asyncio.get_running_loop()
-                    jobs = [Job(work, work.length, scorer, loop.create_future()) for work in works]
+                    jobs = [Job(work, work.length, served, loop.create_future()) for work in works]
                 except InputError as error:
                     raise text_refusal(error, queries) from None
                 finally:
@@ -103,20 +142,57 @@ class Service:
                 job.result.cancel()
         if all(outcome.failed for outcome in outcomes):
             raise internal()
-        return [outcome.decision for outcome in outcomes]
-
-    def _score(self, scorer: Scorer, works: Sequence[Work]) -> list[Outcome]:
-        """One batch, in the model's thread; an item that the model fails on is flagged, and spoils no other."""
-        outcomes: list[Outcome] = []
-        for part, decisions, failed in _isolated(scorer, works):
-            self._count(part, decisions, failed)
-            outcomes += [Outcome(decision, failed) for decision in decisions]
         return outcomes
 
-    def _count(self, works: Sequence[Work], decisions: Decisions, failed: bool) -> None:
-        self.metrics.scored(decisions)
-        if failed:
-            self.metrics.unscored.labels(SCORING_FAILED).inc(len(works))
+    def _score(self, served: Served, works: Sequence[Work]) -> list[Outcome]:
+        """One batch, in the model's thread; an item that the model fails on is flagged, and spoils no other."""
+        outcomes: list[Outcome] = []
+        for part, decisions, failed in _isolated(served.scorer, works):
+            self.metrics.scored(decisions)
+            served.traffic.watch(part, decisions)
+            outcomes += [Outcome(d, failed, work.length) for d, work in zip(decisions, part, strict=True)]
+        return outcomes
+
+    # -- the guard's replacement
+
+    async def reload(self) -> bool:
+        """Put a newly loaded guard in the place of this one; a guard that fails its checks changes nothing.
+
+        Requests that were accepted before are scored by the guard that tokenised them. The traffic monitor goes on where
+        both guards have the same calibration, and begins anew where they have not.
+
+        Returns:
+            Whether it was replaced.
+        """
+        if self.load is None:
+            return False
+        async with self._swapping:
+            try:
+                scorer = await self._loader.run(_checked, self.load)
+                traffic = self._traffic_of(scorer)
+            except Exception as error:
+                self.metrics.reloads.labels("rolled_back").inc()
+                log("guard_rolled_back", level="error", error=type(error).__name__, guard=self.scorer.digest[:12])
+                return False
+            before, self.served = self.served, Served(scorer, traffic)
+            self.batcher.batch_size = scorer.batch_size
+            self.metrics.serves(scorer, package_version())
+            self.metrics.reloads.labels("replaced").inc()
+            log("guard_replaced", guard=scorer.digest[:12], monitor_goes_on=traffic is before.traffic)
+            while self.batcher.holds(before):
+                await asyncio.sleep(_SWAP_POLL_S)
+            if traffic is not before.traffic:
+                before.traffic.stop()
+            before.scorer.close()
+            return True
+
+    def _traffic_of(self, scorer: Scorer) -> Traffic:
+        traffic = self.served.traffic
+        return (
+            traffic
+            if traffic.watches_as(scorer.monitor(None))
+            else Traffic(scorer, self.settings, self.metrics, resume=False)
+        )
 
     # -- readiness
 
@@ -128,6 +204,7 @@ class Service:
             "draining": self.draining,
             "model thread ended": not self.batcher.alive,
             "model does not answer": stuck,
+            "traffic alarm": self.settings.unready_on_alarm and self.served.traffic.state.alarm,
         }
         return [reason for reason, holds in found.items() if holds]
 
@@ -136,6 +213,7 @@ class Service:
         self.metrics.ready.set(not self.unready())
         self.metrics.queue_depth.set(self.batcher.waiting)
         self.metrics.connections.set(self.connections())
+        self.served.traffic.show()
 
 
 def _isolated(scorer: Scorer, works: Sequence[Work]) -> list[tuple[Sequence[Work], Decisions, bool]]:
@@ -148,6 +226,26 @@ def _isolated(scorer: Scorer, works: Sequence[Work]) -> list[tuple[Sequence[Work
             return [(works, scorer.failed(works, SCORING_FAILED), True)]
     half = len(works) // 2
     return [*_isolated(scorer, works[:half]), *_isolated(scorer, works[half:])]
+
+
+def _checked(load: Callable[[], Scorer]) -> Scorer:
+    """A scorer that scores: the canary texts get rewards and verdicts.
+
+    Raises:
+        MismatchError: they do not.
+    """
+    scorer = load()
+    try:
+        queries = [Query(str(i), prompt, response, None) for i, (prompt, response) in enumerate(CANARIES)]
+        works = scorer.encode(queries)
+        for start in range(0, len(works), scorer.batch_size):
+            decisions = scorer.score(works[start : start + scorer.batch_size])
+            if not np.isfinite(decisions.rewards).all() or not np.isfinite(decisions.p_values).all():
+                raise MismatchError("the guard gives canary texts no verdict on this reward model")
+    except BaseException:
+        scorer.close()
+        raise
+    return scorer
 
 
 def refusal_of(error: BaseException) -> Refusal:

@@ -1,0 +1,100 @@
+"""The traffic monitor of a server: fed in the model's thread, told in replies and metrics, saved now and then."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rm_ood.decision import Decisions
+from rm_ood.errors import OODGuardError
+from rm_ood.monitor import TrafficMonitor
+from rm_ood.monitor_state import MonitorState
+from rm_ood.serve.logs import log
+from rm_ood.serve.metrics import Metrics
+from rm_ood.serve.scorer import Scorer, Work
+from rm_ood.serve.settings import ServeSettings
+from rm_ood.serve.worker import Worker
+
+
+class Traffic:
+    """An alarm on one guard's traffic.
+
+    Args:
+        scorer: whose verdicts are watched.
+        settings: where the state is kept.
+        metrics: told of it.
+        resume: go on from the saved state; else begin anew.
+
+    Raises:
+        MismatchError: the saved state is of another calibration. FormatError, IntegrityError: it is none.
+    """
+
+    def __init__(self, scorer: Scorer, settings: ServeSettings, metrics: Metrics, *, resume: bool) -> None:
+        self._path = settings.monitor_state
+        self._metrics = metrics
+        self.monitor: TrafficMonitor = scorer.monitor(self._path if resume else None)
+        self.state: MonitorState = self.monitor.state
+        self._saved = self.state.requests
+        self._worker = Worker("rm-ood-monitor")
+        self.show()
+
+    def watch(self, works: Sequence[Work], decisions: Decisions) -> None:
+        """Count a batch's verdicts; what goes wrong here spoils no reply."""
+        try:
+            state = self.monitor.watch(decisions, [work.query.session for work in works])
+        except OODGuardError as error:
+            self._metrics.monitor_failures.labels("watch").inc()
+            log("monitor_failed", level="error", error=type(error).__name__)
+            return
+        before, self.state = self.state, state
+        if (state.alarm and not before.alarm) or state.recurring_alarms > before.recurring_alarms:
+            log("traffic_alarm", level="warning", message=state.message)
+
+    def show(self) -> None:
+        """Set the gauges."""
+        state, m = self.state, self._metrics
+        m.alarm.set(state.alarm)
+        m.evidence.set(state.e_value)
+        m.threshold.set(state.threshold)
+        m.recurring.set(state.recurring_alarms)
+        m.flag_rate.set(math.nan if state.flag_rate is None else state.flag_rate.rate)
+
+    def row(self) -> dict[str, Any]:
+        """What a reply says of it."""
+        state = self.state
+        return {
+            "alarm": state.alarm,
+            "e_value": state.e_value,
+            "threshold": state.threshold,
+            "recurring_alarms": state.recurring_alarms,
+            "requests": state.requests,
+            "counted": state.counted,
+            "flag_rate": None if state.flag_rate is None or not state.flag_rate.n else state.flag_rate.rate,
+            "message": state.message,
+        }
+
+    async def save(self) -> None:
+        """Write the state, if there is a file for it and something new."""
+        now = self.state.requests
+        if self._path is None or now == self._saved:
+            return
+        try:
+            await self._worker.run(self.monitor.save, self._path)
+        except OODGuardError as error:
+            self._metrics.monitor_failures.labels("save").inc()
+            log("monitor_not_saved", level="error", error=type(error).__name__)
+            return
+        self._saved = now
+
+    def watches_as(self, other: TrafficMonitor) -> bool:
+        """Whether a monitor of another scorer would be this one: the same calibration scores and the same promise."""
+        mine, theirs = self.monitor.calibration, other.calibration
+        same = mine.keys() == theirs.keys() and all(np.array_equal(mine[axis], theirs[axis]) for axis in mine)
+        return same and self.state.threshold == other.state.threshold
+
+    def stop(self) -> None:
+        """Let the thread end."""
+        self._worker.stop()
