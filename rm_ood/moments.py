@@ -228,24 +228,24 @@ class ClassMoments:
     def _add(self, counts: Tensor, sums: Tensor, scatter: Tensor, sign: int) -> None:
         self._counts += sign * counts
         self._sums += sign * sums
-        self._scatter += sign * scatter
+        self._scatter.add_(scatter, alpha=sign)
 
     def _mean(self) -> Tensor:
         return self._pivot + self._sums.sum(0) / self._counts.sum().clamp(min=1)
 
     def _shift(self, pivot: Tensor) -> None:
         if self._counts.any():
-            self._sums, self._scatter = self._about(pivot)
+            self._sums, left, right = self._about(pivot)
+            self._scatter.addmm_(left, right)
         self._pivot = pivot
 
-    def _about(self, pivot: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums and scatter about another pivot."""
+    def _about(self, pivot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums about another pivot, and what it adds to the scatter, as the factors (d, 2) and (2, d) of a product."""
         delta = self._pivot - pivot
-        total = self._sums.sum(0)
-        # S + t delta^T + delta t^T + n delta delta^T in one pass over S.
-        left = torch.stack([total + self._counts.sum() * delta, delta])
-        scatter = torch.addmm(self._scatter, left.T, torch.stack([delta, total]))
-        return self._sums + self._counts[:, None] * delta, scatter
+        n, total = self._counts.sum(), self._sums.sum(0)
+        # t delta^T + delta t^T + n delta delta^T, t the sum and n the number of all rows.
+        left, right = torch.stack([total + n * delta, delta], 1), torch.stack([delta, total])
+        return self._sums + self._counts[:, None] * delta, left, right
 
     def _check_same_shape(self, other: ClassMoments) -> None:
         if (other.n_features, other.n_classes) != (self.n_features, self.n_classes):
@@ -263,8 +263,9 @@ class ClassMoments:
         if sign > 0:
             sums, n = other._sums.sum(0).to(self.device), int(other._counts.sum())
             self._recentre(sums + n * (other._pivot.to(self.device) - self._pivot), n)
-        sums, scatter = other._about(self._pivot.to(other.device))
-        self._add(other._counts.to(self.device), sums.to(self.device), scatter.to(self.device), sign)
+        sums, left, right = other._about(self._pivot.to(other.device))
+        self._add(other._counts.to(self.device), sums.to(self.device), other._scatter.to(self.device), sign)
+        self._scatter.addmm_(left.to(self.device), right.to(self.device), alpha=sign)
         return self
 
 
