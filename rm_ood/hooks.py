@@ -122,10 +122,11 @@ def _pool(hidden: Tensor, positions: Tensor, spans: Spans, channel: Channel) -> 
         masks = [spans.prompt_mask, spans.response_mask]
     else:
         masks = [spans.prompt_mask if channel.axis == "prompt" else spans.response_mask]
-    return torch.cat([_span_mean(hidden, mask, read_out, channel) for mask in masks], 1)
+    return torch.cat([span_mean(hidden, mask, read_out, channel) for mask in masks], 1)
 
 
-def _span_mean(hidden: Tensor, span: Tensor | None, read_out: Tensor, channel: Channel) -> Tensor:
+def span_mean(hidden: Tensor, span: Tensor | None, read_out: Tensor, channel: Channel) -> Tensor:
+    """Mean of (B, T, H) over the tokens of a span (B, T), (B, H) float32; of an empty one the read-out vector (B, H)."""
     if span is None:
         raise InputError(
             f"channel {channel} needs the spans: pass prompt_end, (B,), the last column before the response"

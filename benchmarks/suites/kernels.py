@@ -1,9 +1,10 @@
 """The distance and scatter kernels on a GPU: correctness, then time against the device's ceilings, PyTorch and pytorch-ood.
 
 Every shape is checked against float64 first, and 200 launches must give the same bits. Times are replays of a CUDA graph
-over four copies of W, so that no cache holds it; `bandwidth` and `rate` are shares, in percent, of what a copy and a half-
-precision product reach in the same run. The ratios, how many times faster ours is, are to the best PyTorch formulation
-(product and squares in half and single precision, eager and compiled) and to pytorch-ood's `predict_features`, in their rows.
+over copies of W, twice what the second-level cache holds and at least four; `bandwidth` and `rate` are shares, in percent,
+of what a copy and a half-precision product reach in the same run. The ratios, how many times faster ours is, are to the best
+PyTorch formulation (product and squares in half and single precision, eager and compiled) and to pytorch-ood's
+`predict_features`, in their rows. The span means of an 8B-shaped model's hidden states are PyTorch's, with their bandwidth.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from harness import Row, Timing
 from peers import pytorch_ood
 
 from rm_ood import ops
+from rm_ood.channels import Channel
+from rm_ood.hooks import span_mean
 from rm_ood.ops import distance_launch, reference, scatter_launch
 from rm_ood.ops.packing import MODES, Packed, pack, unpack
 
@@ -38,7 +41,7 @@ SHAPES = (
     (1, 8192, "fp16x2"),
     (65536, 8192, "fp16x2"),
 )
-CLASSES, COPIES = 2, 4
+CLASSES, COPIES, MOST_COPIES = 2, 4, 64
 _FIT_ROWS, _FIT_WIDTH = 65536, 4096
 
 
@@ -54,6 +57,7 @@ def measure() -> Iterator[Row]:
     for n, d, mode in SHAPES:
         yield from _distances(n, d, mode, copy, rate)
     yield from _scatters()
+    yield from _span_means(copy)
 
 
 def _distances(n: int, d: int, mode: str, copy: float, rate: float) -> Iterator[Row]:
@@ -64,7 +68,7 @@ def _distances(n: int, d: int, mode: str, copy: float, rate: float) -> Iterator[
     x = (means[torch.arange(n, device="cuda") % CLASSES] + torch.randn(n, d, generator=rng, device="cuda")).bfloat16()
     packed = pack([(whitening, means)], mode=mode)
     _check(x, packed)
-    copies = [packed] + [_copy(packed) for _ in range(COPIES - 1)]
+    copies = [packed] + [_copy(packed) for _ in range(_copies(packed.tiles.nbytes) - 1)]
     ours = graph_timing([lambda p=p: ops.packed_sq_distance(x, p) for p in copies])
     distance_launch.tune(x, packed)
     tuned = graph_timing([lambda p=p: ops.packed_sq_distance(x, p) for p in copies])
@@ -87,6 +91,12 @@ def _distances(n: int, d: int, mode: str, copy: float, rate: float) -> Iterator[
         timing = events_timing(lambda: other.predict_features(wide))
         name, ratio = f"pytorch-ood {importlib.metadata.version('pytorch-ood')}", timing.median / ours.median
         yield _row("distance", name, shape, "float32", "time", 1e6 * timing.median, timing, "us", ratio)
+
+
+def _copies(size: int) -> int:
+    """Of a W of so many bytes, such that a round of them leaves none in the cache."""
+    cache = torch.cuda.get_device_properties().L2_cache_size
+    return min(MOST_COPIES, max(COPIES, -(-2 * cache // size)))
 
 
 @functools.cache
@@ -114,8 +124,10 @@ def _by_pytorch(x: torch.Tensor, whitening: torch.Tensor, means: torch.Tensor) -
             lowest = sq.min(1)
             return sq, lowest.values, lowest.indices
 
-        factors = [factor, *(factor.clone() for _ in range(COPIES - 1))]
-        for way, call in {"eager": distances, "compiled": torch.compile(distances)}.items():
+        factors = [factor, *(factor.clone() for _ in range(_copies(factor.nbytes) - 1))]
+        # Compiled for this very shape: nothing is left of another, nor made to serve several.
+        torch._dynamo.reset()
+        for way, call in {"eager": distances, "compiled": torch.compile(distances, dynamic=False)}.items():
             calls: Sequence[Callable[[], object]] = [lambda c=call, f=f, r=rows: c(r, f) for f in factors]
             found[f"torch {str(dtype).removeprefix('torch.')} {way}"] = graph_timing(calls)
     return found
@@ -166,6 +178,19 @@ def _scatters() -> Iterator[Row]:
     exact = events_timing(lambda: ops.class_scatter(x, labels, pivot, CLASSES), rounds=3)
     for name, dtype, timing in (("torch", "float32", plain), ("class_scatter", "float64", exact)):
         yield _row("scatter", name, f"n={n} d={d} k={CLASSES}", dtype, "time", 1e3 * timing.median, timing, "ms")
+
+
+def _span_means(copy: float) -> Iterator[Row]:
+    b, t, h = 8, 512, 4096
+    hidden = torch.randn(b, t, h, device="cuda", dtype=torch.bfloat16)
+    read_out, half = hidden[:, -1].float(), torch.arange(t, device="cuda") < t // 2
+    masks, channel = [half.repeat(b, 1), ~half.repeat(b, 1)], Channel("response", 0.67, "mean")
+    timing = graph_timing([lambda: [span_mean(hidden, mask, read_out, channel) for mask in masks]])
+    shape = f"batch={b} tokens={t} d={h}"
+    yield _row("span_means", "torch", shape, "bfloat16", "time", 1e6 * timing.median, timing, "us")
+    # Each vector has to be read once: both spans together are the whole.
+    share = 100 * hidden.nbytes / timing.median / copy
+    yield _row("span_means", "torch", shape, "bfloat16", "bandwidth", share, None, "%")
 
 
 def _row(

@@ -7,6 +7,9 @@ calls (hooks, and all before and after the model's forward), in percent of the m
 under LoRA (adapters on every Linear of the body, not merged) and compiled (inductor; bare is the same compiled model called
 by itself). Inside compiled code the hooks cannot be told from the rest, so there `own_time` is what runs around the forward.
 
+Before that, on a CPU, the parts alone in percent of a bare forward (`share`): the distance of one vector per item, ours and
+pytorch-ood's, with the ratio of the two, and the span means of prompt and response, of MiniLM and SmolLM2.
+
 On a GPU the model has the shape of an 8B Llama with random bfloat16 weights, and the time is wall-clock of a call that is
 waited for.
 """
@@ -23,15 +26,20 @@ from typing import Any
 import torch
 from harness import Row, alternate, quantile, waited
 from large_model import large_reward_model
-from train_reward_model import convert_base
+from suites.scoring import scorers, vectors
+from train_reward_model import BASES, convert_base
 
 from rm_ood import CalibrationWarning, OODGuard
+from rm_ood.channels import Channel
+from rm_ood.hooks import span_mean
 
 TESTS = ("tests/test_capture.py",)
 BATCH, TOKENS, ROUNDS = 8, 32, 31
 CHANNELS = ("final", "default")
 WAYS = ("eager", "lora", "compile")
 LARGE = ((1, 512), (8, 512))
+# Model, batch, tokens.
+SHARES = (("minilm", 1, 16), ("minilm", 1, 32), ("minilm", 1, 128), ("smollm2", 1, 32), ("smollm2", 1, 128))
 
 
 def measure() -> Iterator[Row]:
@@ -40,6 +48,8 @@ def measure() -> Iterator[Row]:
     if torch.cuda.is_available():
         yield from _measure_large()
         return
+    for name, batch, tokens in SHARES:
+        yield from _shares(name, batch, tokens)
     base, tokenizer = convert_base(seed=0)
     for way in WAYS:
         model = _run_as(base, way)
@@ -55,6 +65,41 @@ def _measure_large() -> Iterator[Row]:
         with _fitted(model, tokenizer, channels) as guard:
             for batch, tokens in LARGE:
                 yield from _compare(guard, channels, "eager", batch, tokens)
+
+
+def _shares(name: str, batch: int, tokens: int) -> Iterator[Row]:
+    model, _ = BASES[name](seed=0)
+    model.eval()
+    d = model.config.hidden_size
+    scores = {key: call for key, call in scorers(d, 2, 10 * d).items() if key.startswith(("rm_ood", "pytorch-ood"))}
+    ids = torch.randint(1000, 20000, (batch, tokens), generator=torch.Generator().manual_seed(0))
+    hidden, probe, half = torch.randn(batch, tokens, d), vectors(batch, d), torch.arange(tokens) < tokens // 2
+    masks, channel = [half.repeat(batch, 1), ~half.repeat(batch, 1)], Channel("response", 0.67, "mean")
+
+    def forward() -> object:
+        with torch.inference_mode():
+            return model(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+    calls: dict[str, Callable[[], object]] = {key: lambda call=call: call(probe) for key, call in scores.items()}
+    calls["span means"] = lambda: [span_mean(hidden, mask, probe, channel) for mask in masks]
+    timings = alternate({"forward": forward, **calls}, rounds=15, seconds=0.02)
+    peer = next(key for key in scores if key != "rm_ood")
+    for provider in calls:
+        pairs = zip(timings[provider].samples, timings["forward"].samples, strict=True)
+        shares = [100 * part / whole for part, whole in pairs]
+        yield Row(
+            suite="overhead",
+            op="span_means" if provider == "span means" else "score",
+            provider="torch" if provider == "span means" else provider,
+            shape=f"model={name} batch={batch} tokens={tokens}",
+            dtype="float32",
+            metric="share",
+            value=statistics.median(shares),
+            low=quantile(shares, 0.1),
+            high=quantile(shares, 0.9),
+            unit="%",
+            ratio=timings["rm_ood"].times_faster_than(timings[peer]) if provider == "rm_ood" else None,
+        )
 
 
 def _fitted(model: Any, tokenizer: Any, channels: str) -> OODGuard:
