@@ -19,6 +19,7 @@ MODES = ("shadow", "warn", "enforce")
 # Room in a reply: for its frame, and per item.
 _FRAME_BYTES = 2**16
 _ITEM_BYTES = 2**15
+_LONGEST_NAME = 128
 # What may be a text is the server's to say.
 _ANY_TEXT = GuardConfig(allow_empty=True, max_chars=2**31)
 
@@ -52,14 +53,15 @@ class GuardClient:
         api_key: sent as `Authorization: Bearer ...`.
         timeout: seconds to connect, and to wait for any next part of a reply.
         retries: further tries after a lost connection, 429 or 503; waits double, or are what the server asks for.
-        batch_size: answers in a request; a call with more takes several, one after the other.
+        batch_size: answers in a request, at most the server's `max_items`; a call with more takes several, one after the
+            other.
 
     Raises:
         InputError: httpx2 is not installed, no address, or a setting out of range.
     """
 
     def __init__(
-        self, url: str, *, api_key: str | None = None, timeout: float = 60.0, retries: int = 3, batch_size: int = 64
+        self, url: str, *, api_key: str | None = None, timeout: float = 60.0, retries: int = 3, batch_size: int = 32
     ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"batch_size={batch_size!r}: expected a positive integer")
@@ -71,12 +73,16 @@ class GuardClient:
         self._client = JsonClient(url, headers=headers, timeout=timeout, retries=retries, server="guard server")
 
     @overload
-    def check(self, prompt: Text, response: str) -> Decision: ...
+    def check(self, prompt: Text, response: str, *, groups: Sequence[str] | None = None) -> Decision: ...
     @overload
-    def check(self, prompt: Sequence[Any], response: Sequence[Any]) -> Decisions: ...
-    def check(self, prompt: Any, response: Any) -> Decision | Decisions:
+    def check(
+        self, prompt: Sequence[Any] | Dialogue, response: Sequence[Any], *, groups: Sequence[str] | None = None
+    ) -> Decisions: ...
+    def check(self, prompt: Any, response: Any, *, groups: Sequence[str] | None = None) -> Decision | Decisions:
         """Reward and verdict of one item, or of many; the call forms are those of `OODGuard.check`.
 
+        Args:
+            groups: the group of each item, for a guard with a grouping column.
         Raises:
             UnavailableError: no answer after every try.
             EngineError: refused, or another answer than was asked for; nothing is scored then.
@@ -84,7 +90,7 @@ class GuardClient:
             InputError: names the field, what came, and the remedy.
         """
         call = read_call(prompt, response, _ANY_TEXT)
-        decisions = self._score(call, None, float("nan")).decisions
+        decisions = self._score(call, None, groups, float("nan")).decisions
         return decisions[0] if call.is_single else decisions
 
     def score(
@@ -93,27 +99,31 @@ class GuardClient:
         response: Any,
         *,
         sessions: Sequence[Hashable | None] | None = None,
+        groups: Sequence[str] | None = None,
         alpha: float = float("nan"),
     ) -> ScoreReply:
         """The same, with the server's alarm, mode and guard.
 
         Args:
-            prompt, response: as in `check`.
-            sessions: one key per item for the server's alarm, which counts the first item of a session; None: as the server
-                does without.
+            prompt, response, groups: as in `check`.
+            sessions: one key per item for the server's alarm, which counts the first item of a session; None: its prompt. Keys
+                are sent as they are, 128 characters at most.
             alpha: level that the flags have to be at, where it is known.
         Raises:
-            As `check`; InputError for a call without items, or sessions of another number.
+            As `check`; InputError for a call without items, sessions or groups of another number.
         """
-        return self._score(read_call(prompt, response, _ANY_TEXT), sessions, alpha)
+        return self._score(read_call(prompt, response, _ANY_TEXT), sessions, groups, alpha)
 
-    def _score(self, call: Call, sessions: Sequence[Hashable | None] | None, alpha: float) -> ScoreReply:
+    def _score(
+        self, call: Call, sessions: Sequence[Hashable | None] | None, groups: Sequence[str] | None, alpha: float
+    ) -> ScoreReply:
         n = len(call.items)
         if not n:
             raise InputError("got no items: a server's verdicts on nothing have no axes")
-        if sessions is not None and (isinstance(sessions, (str, bytes)) or len(sessions) != n):
-            raise InputError(f"sessions: expected one key per item, {n} of them")
-        keys = [None if key is None else str(key) for key in ([None] * n if sessions is None else sessions)]
+        keys = [
+            {**session, **group}
+            for session, group in zip(_names("session", sessions, n), _names("group", groups, n), strict=True)
+        ]
         rows: list[Any] = []
         ids: list[str] = []
         answers: list[dict[str, Any]] = []
@@ -158,22 +168,33 @@ class GuardClient:
         self.close()
 
 
-def _requests(call: Call, keys: list[str | None], size: int) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:
+def _names(field: str, values: Sequence[Hashable | None] | None, n: int) -> list[dict[str, str]]:
+    """A field of each item on the wire; without it where there is no value."""
+    if values is None:
+        return [{}] * n
+    if isinstance(values, (str, bytes)) or len(values) != n:
+        raise InputError(f"{field}s: expected one per item, {n} of them")
+    names = [None if value is None else str(value) for value in values]
+    if any(name is not None and not 1 <= len(name) <= _LONGEST_NAME for name in names):
+        raise InputError(f"{field}s: expected 1 to {_LONGEST_NAME} characters each; send a hash of a longer one")
+    return [{} if name is None else {field: name} for name in names]
+
+
+def _requests(call: Call, keys: list[dict[str, str]], size: int) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:
     """(items of the wire, ids of the rows to come) of requests of at most `size` answers.
 
     A run of answers to one prompt is one item, so that a prompt is sent once for them.
     """
     items: list[dict[str, Any]] = []
     ids: list[str] = []
-    before: tuple[int, str | None] | None = None
+    before: tuple[int, dict[str, str]] | None = None
     for i, (prompt, response) in enumerate(call.items):
         if len(ids) == size:
             yield items, ids
             items, ids, before = [], [], None
         run = (int(call.prompt_index[i]), keys[i])
         if run != before:
-            session = {} if keys[i] is None else {"session": keys[i]}
-            items.append({"id": str(i), "prompt": _sent(prompt, i), "responses": [], **session})
+            items.append({"id": str(i), "prompt": _sent(prompt, i), "responses": [], **keys[i]})
             before = run
         answers = items[-1]["responses"]
         ids.append(f"{items[-1]['id']}#{len(answers)}")

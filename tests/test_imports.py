@@ -27,7 +27,7 @@ LINES = (
     "config hooks capture embed identity fitting copies decision state fit card_values markup card_page card",
     "calls outputs inputs scoring turns recalibration suspects guard penalty selection",
     "integrations.transport replies client integrations.read_out integrations.vllm_plugin integrations.engines",
-    "integrations.trl integrations",
+    "integrations.judges integrations.processes integrations.trl_callbacks integrations.trl integrations",
     "study.rewards study.reliability study.metrics study.detection study.bootstrap study.score_files study.paper",
     "study.pairs study.scripts study.noise study.registry study.builtin study.rewarding",
     "study.aligned study.translate study.shifts",

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +283,17 @@ def test_sessions_decide_whether_a_prompt_that_comes_back_counts(guard: OODGuard
             reward(asked * 2, said * 2)
         assert reward.monitor is not None
         assert (reward.monitor.state.requests, reward.monitor.state.counted) == (60, counted)
+
+
+def test_calls_of_threads_are_told_apart(guard: OODGuard) -> None:
+    # As AsyncGRPOTrainer calls it.
+    reward = OODReward(guard, session="call")
+    asked, said = rollouts(3, 41, "")
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda _: reward(asked, said), range(12)))
+    assert all(None not in one for one in got)
+    assert reward.monitor is not None
+    assert (reward.calls, reward.monitor.state.counted) == (12, 36)
 
 
 def test_what_cannot_be_scored_is_none_and_counted(guard: OODGuard) -> None:

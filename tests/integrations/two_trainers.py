@@ -8,6 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -18,9 +19,16 @@ def work(rank: int, store: str, saved: str) -> None:
     from test_trl import HACKED, rollouts
     from transformers import TrainerControl, TrainerState
 
-    from rm_ood import CalibrationWarning
+    from rm_ood import CalibrationWarning, InputError
+    from rm_ood.integrations.processes import gather
     from rm_ood.integrations.trl import alarm_callback
 
+    # Of different lengths, and not ASCII.
+    assert gather({"of": rank, "text": "ї" * (1 + 9 * rank)}) == [
+        {"of": r, "text": "ї" * (1 + 9 * r)} for r in range(2)
+    ]
+    with pytest.raises(InputError, match="process 1 has a value"):
+        gather(object() if rank else 1)
     warnings.simplefilter("ignore", CalibrationWarning)
     with Path(saved).open("rb") as file:
         reward = pickle.load(file)
