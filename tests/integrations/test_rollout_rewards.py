@@ -1,0 +1,494 @@
+"""Reward functions for OpenRLHF and verl, called as those two call them, with a guard here and with a served one.
+
+Neither package is installed: OpenRLHF needs CUDA builds of DeepSpeed, flash-attention and vLLM, verl pins another
+transformers. How they call, and what they make of the result, is recorded from their wheels (openrlhf 0.11.2, verl 0.9.1);
+each record names its file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import importlib.util
+import inspect
+import logging
+import math
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import POISON, preference_rows
+from guard_server import GuardServer
+from test_trl import assistant, chat, fitted, rollouts, user
+
+from rm_ood import (
+    CalibrationWarning,
+    EngineError,
+    InputError,
+    MismatchError,
+    OODGuard,
+    RewardPenalty,
+    UnavailableError,
+)
+from rm_ood.integrations import openrlhf, rollout_reward, transport, verl
+from rm_ood.integrations.rendered import TemplateReader, response_after
+from rm_ood.integrations.rollout_reward import EXTRA, PREFIX, GuardedReward, RewardSettings
+from rm_ood.integrations.together import Together
+
+ODD = "yes {} " * 30
+
+
+@pytest.fixture(scope="module")
+def guard(shared_decoder: Any, decoder_tokenizer: Any) -> OODGuard:
+    model = copy.deepcopy(shared_decoder)
+    with torch.no_grad():
+        poison = decoder_tokenizer(f" {POISON}", add_special_tokens=False)["input_ids"][-1]
+        model.get_input_embeddings().weight[poison] = torch.nan
+    return fitted(model, decoder_tokenizer, channels="final", alpha=0.2)
+
+
+@pytest.fixture(scope="module")
+def folders(guard: OODGuard, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """The saved guard, and its model with the tokenizer."""
+    folder = tmp_path_factory.mktemp("rollouts")
+    guard.save_pretrained(folder / "guard")
+    guard.model.save_pretrained(folder / "model")
+    guard.tokenizer.save_pretrained(folder / "model")
+    return str(folder / "guard"), str(folder / "model")
+
+
+@pytest.fixture
+def server(guard: OODGuard) -> Iterator[GuardServer]:
+    with GuardServer(guard, watch=True, api_key="hunter2") as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What one test loads, no other sees; and no waits."""
+    monkeypatch.setattr(rollout_reward, "_loaded", {})
+    monkeypatch.setattr(transport.time, "sleep", lambda seconds: None)
+    yield
+    for reward in rollout_reward._loaded.values():
+        reward.close()
+
+
+@pytest.fixture(params=["here", "served"])
+def settings(request: Any, folders: tuple[str, str], server: GuardServer) -> dict[str, str]:
+    """A guard in this process, or the same one served, with a copy."""
+    if request.param == "here":
+        return {"guard": folders[0], "model": folders[1], "device": "cpu"}
+    return {"url": server.url, "api_key": "hunter2", "guard": folders[0], "retries": "1"}
+
+
+def exported(monkeypatch: pytest.MonkeyPatch, settings: dict[str, str]) -> None:
+    for name, value in settings.items():
+        monkeypatch.setenv(PREFIX + name.upper(), value)
+
+
+def some() -> tuple[list[Any], list[Any]]:
+    asked, said = rollouts(8, 3, "")
+    said[2], said[5] = assistant(ODD), assistant(f"{ODD} so")
+    return asked, said
+
+
+def rendered(tokenizer: Any, asked: list[Any], said: list[Any]) -> tuple[list[str], list[str]]:
+    """(queries, prompts) as OpenRLHF has them (`openrlhf/datasets/prompts_dataset.py`, `utils/agent.py`)."""
+    prompts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in asked]
+    ids = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
+    ends = [tokenizer(a[-1]["content"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for a in said]
+    return [tokenizer.decode(p + e, skip_special_tokens=False) for p, e in zip(ids, ends, strict=True)], prompts
+
+
+# -- OpenRLHF
+
+
+def executor() -> Any:
+    """As `SingleTurnAgentExecutor.__init__` loads the file (`openrlhf/utils/agent.py` 0.11.2)."""
+    spec = importlib.util.spec_from_file_location("reward_func", openrlhf.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.reward_func
+
+
+async def fetch(reward_func: Any, queries: list[str], prompts: list[str], labels: list[Any]) -> list[Any]:
+    """As `execute` and `_fetch_rewards_via_func` do for every rollout at once: one query a call, in threads."""
+    calls = [
+        asyncio.to_thread(reward_func, [q], [p], [label]) for q, p, label in zip(queries, prompts, labels, strict=True)
+    ]
+    return await asyncio.gather(*calls)
+
+
+def experience(told: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What `_process_response_into_experience` makes of it (`openrlhf/trainer/ppo_utils/samples_generator.py`)."""
+    info = {"reward": torch.tensor([told["rewards"]]), "score": torch.tensor([told["scores"]])}
+    for key, value in told["extra_logs"].items():
+        info[key] = torch.tensor([value.flatten()[0].item()])
+    return info
+
+
+def test_openrlhf_takes_the_file(
+    settings: dict[str, str], guard: OODGuard, folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported(monkeypatch, {**settings, "tokenizer": folders[1], "mode": "penalize"})
+    # Every vLLM engine's actor executes the file for itself.
+    reward_func, again = executor(), executor()
+    assert reward_func is not again
+    asked, said = some()
+    queries, prompts = rendered(guard.tokenizer, asked, said)
+    told = asyncio.run(fetch(reward_func, queries, prompts, [None] * 8))
+    again([queries[0]], [prompts[0]], [""])
+    assert len(rollout_reward._loaded) == 1
+    expected = guard.check(asked, said)
+    axis = expected.axis("response")
+    cost = RewardPenalty.of(guard)(axis.ood_scores)
+    assert 0 < (cost > 0).sum() < 8
+    for i, one in enumerate(told):
+        assert one.keys() == {"rewards", "scores", "extra_logs"}
+        assert tuple(one["extra_logs"]) == EXTRA
+        info = experience(one)
+        assert info["reward"].numel() == info["score"].numel() == 1
+        assert info["reward"].item() == pytest.approx(expected.rewards[i] - cost[i], abs=1e-3)
+        assert info["ood_reward"].item() == pytest.approx(expected.rewards[i], abs=1e-3)
+        assert info["ood_is_ood"].item() == axis.is_ood[i]
+        assert info["ood_p_value"].item() == pytest.approx(axis.p_values[i], abs=1e-6)
+        assert info["ood_penalty"].item() == pytest.approx(cost[i], abs=1e-3)
+        assert (info["ood_unscored"].item(), info["ood_alarm"].item()) == (0, 0)
+        assert math.isfinite(info["ood_log10_evidence"].item())
+    whole = reward_func(queries, prompts, [None] * 8)
+    assert whole["rewards"].shape == (8,)
+    assert whole["extra_logs"]["ood_score"].dtype == torch.float32
+
+
+def test_rendered_text_goes_as_it_is_to_a_guard_that_was_fitted_on_it(
+    guard: OODGuard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def texts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        found = []
+        for row in chat(rows):
+            words = {c: rendered(guard.tokenizer, [row["prompt"]], [row[c]]) for c in ("chosen", "rejected")}
+            prompt = words["chosen"][1][0]
+            found.append({"prompt": prompt, **{c: q[0].removeprefix(prompt) for c, (q, _) in words.items()}})
+        return found
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = fitted(
+            guard.model, guard.tokenizer, texts, channels="final", alpha=0.2, text_format="plain", special_tokens=False
+        )
+    plain.save_pretrained(tmp_path / "guard")
+    asked, said = some()
+    queries, prompts = rendered(guard.tokenizer, asked, said)
+    # The tokens are those that OpenRLHF's own server reads (`openrlhf/cli/serve_rm.py`).
+    ids = guard.tokenizer(queries[0], add_special_tokens=False)["input_ids"]
+    assert plain.encode(prompts[:1], [queries[0].removeprefix(prompts[0])])["input_ids"][0].tolist() == ids
+    with GuardServer(plain) as server:
+        exported(monkeypatch, {"url": server.url, "guard": str(tmp_path / "guard")})
+        told = executor()(queries, prompts, [None] * 8)
+        assert server.requests[0]["items"][0]["prompt"] == prompts[0]
+    expected = plain.check(prompts, [q.removeprefix(p) for q, p in zip(queries, prompts, strict=True)])
+    np.testing.assert_allclose(told["rewards"], expected.rewards, rtol=0, atol=1e-3)
+    np.testing.assert_array_equal(told["extra_logs"]["ood_is_ood"], expected.axis("response").is_ood)
+
+
+def test_openrlhf_is_told_why_there_is_no_reward(
+    guard: OODGuard, folders: tuple[str, str], server: GuardServer, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    queries, prompts = rendered(guard.tokenizer, *some())
+    reward_func = executor()
+    with pytest.raises(InputError, match="no guard to ask: set RM_OOD_REWARD_URL"):
+        reward_func(queries, prompts, [])
+    exported(monkeypatch, {"url": server.url, "api_key": "hunter2", "guard": folders[0], "retries": "0"})
+    with pytest.raises(InputError, match="this guard reads 'chat', and the rollouts come rendered"):
+        reward_func(queries, prompts, [])
+    monkeypatch.setenv(f"{PREFIX}TOKENIZER", folders[1])
+    with pytest.raises(InputError, match=r"queries\[1\]: does not begin with its prompt"):
+        reward_func([queries[0], "cut" + queries[1]], prompts[:2], [])
+    with pytest.raises(InputError, match=r"prompts\[0\]: not what the chat template"):
+        reward_func(["hello there"], ["hello"], [])
+    with pytest.raises(InputError, match="2 queries and 1 prompts"):
+        reward_func(queries[:2], prompts[:1], [])
+    server.refusals = [(503, {})]
+    with pytest.raises(UnavailableError):
+        reward_func(queries, prompts, [])
+    told = [record for record in caplog.records if record.name == "rm_ood.openrlhf"]
+    assert len(told) == 6
+    assert all(record.levelno == logging.ERROR for record in told)
+    assert not any(text in caplog.text for text in (ODD, prompts[0], "hunter2"))
+
+
+# -- verl
+
+
+# `inspect.signature` of what `NaiveRewardManager.run_single` calls (`verl/experimental/reward_loop/reward_manager/naive.py`
+# 0.9.1): all by keyword, and two more where a reward model of verl's own is enabled.
+VERL_CALL = {"data_source": "hh", "solution_str": "the Elbe", "ground_truth": "", "extra_info": {}}
+VERL_MORE = {"reward_router_address": "10.0.0.1:8000", "reward_model_tokenizer": None}
+
+
+def with_kwargs(raw: Any, extra: dict[str, Any]) -> Any:
+    """As `get_custom_reward_fn` wraps what it loads (`verl/trainer/ppo/reward.py`)."""
+
+    def call(raw_fn: Any, extra_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return raw_fn(*args, **{**kwargs, **extra_kwargs})
+
+    async def acall(raw_fn: Any, extra_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return await raw_fn(*args, **{**kwargs, **extra_kwargs})
+
+    return partial(acall if inspect.iscoroutinefunction(raw) else call, raw, extra)
+
+
+async def run_batch(compute_score: Any, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As `RewardLoopWorker.compute_score_batch` and `run_single` do: a task a sample, threads where it is no coroutine."""
+
+    async def single(sample: dict[str, Any]) -> dict[str, Any]:
+        if inspect.iscoroutinefunction(compute_score):
+            result = await compute_score(**sample)
+        else:
+            loop = asyncio.get_running_loop()
+            result = await loop.run_in_executor(None, lambda: compute_score(**sample))
+        return {"reward_score": result["score"], "reward_extra_info": dict(result)}
+
+    return await asyncio.gather(*[asyncio.create_task(single(sample)) for sample in samples])
+
+
+@pytest.mark.parametrize("name", ["compute_score", "compute_score_async"])
+def test_verl_takes_the_function(name: str, settings: dict[str, str], guard: OODGuard) -> None:
+    # `pkg://rm_ood.integrations.verl` is `importlib.import_module` and `getattr` (`verl/utils/import_utils.py`).
+    compute_score = with_kwargs(getattr(verl, name), {**settings, "mode": "penalize"})
+    assert inspect.iscoroutinefunction(compute_score) is (name == "compute_score_async")
+    inspect.signature(compute_score).bind(**VERL_CALL, **VERL_MORE)
+    asked, said = some()
+    samples = [
+        {**VERL_CALL, **VERL_MORE, "solution_str": a[0]["content"], "extra_info": {"prompt": np.array(p), "index": i}}
+        for i, (p, a) in enumerate(zip(asked, said, strict=True))
+    ]
+    told = asyncio.run(run_batch(compute_score, samples))
+    expected = guard.check(asked, said)
+    cost = RewardPenalty.of(guard)(expected.axis("response").ood_scores)
+    scores = torch.tensor([one["reward_score"] for one in told])
+    np.testing.assert_allclose(scores, expected.rewards - cost, rtol=0, atol=1e-3)
+    for one in told:
+        # Keys are those of the first sample, and values become an array each (`reward_loop.py`).
+        assert tuple(one["reward_extra_info"]) == ("score", *EXTRA)
+    columns = {key: np.array([one["reward_extra_info"][key] for one in told]) for key in told[0]["reward_extra_info"]}
+    assert all(column.dtype == np.float64 for column in columns.values())
+    np.testing.assert_array_equal(columns["ood_is_ood"], expected.axis("response").is_ood)
+
+
+def test_verl_wants_the_prompt_in_extra_info(server: GuardServer) -> None:
+    call = partial(verl.compute_score, "hh", "the Elbe", "", url=server.url, api_key="hunter2")
+    assert call({"prompt": "name a river"})["score"] == call({"q": user("name a river")}, prompt_key="q")["score"]
+    for extra_info in (None, {}, {"question": "name a river"}, {"prompt": 7}):
+        with pytest.raises(InputError, match=r"extra_info\['prompt'\]: expected the prompt.*there is \[") as caught:
+            call(extra_info)
+        assert "river" not in str(caught.value)
+    with pytest.raises(InputError, match=r"settings \['modes'\] are not known"):
+        call({"prompt": "a"}, modes="penalize")
+
+
+# -- both
+
+
+def test_what_has_no_reward_gets_the_floor_in_both_modes(settings: dict[str, str], guard: OODGuard) -> None:
+    floor = guard.state.reward_mean - 3 * guard.state.reward_sd
+    for mode in ("monitor", "penalize"):
+        row = verl.compute_score("", f"a {POISON}", "", {"prompt": "name a river"}, mode=mode, **settings)
+        assert row["score"] == pytest.approx(floor)
+        assert (row["ood_unscored"], row["ood_is_ood"]) == (1, 1)
+        assert math.isnan(row["ood_reward"])
+        assert math.isnan(row["ood_score"])
+        assert row.keys() == {"score", *EXTRA}
+
+
+def test_a_server_alone_is_enough_to_monitor_but_gives_no_floor(server: GuardServer, guard: OODGuard) -> None:
+    call = partial(verl.compute_score, "", url=server.url, api_key="hunter2")
+    row = call("the Elbe", "", {"prompt": "name a river"})
+    assert row["score"] == row["ood_reward"] == pytest.approx(guard.check("name a river", "the Elbe").reward, abs=1e-4)
+    assert (row["ood_penalty"], row["ood_alarm"]) == (0, 0)
+    with pytest.raises(InputError, match="there is no floor to take"):
+        call(f"a {POISON}", "", {"prompt": "name a river"})
+    server.monitor = None
+    row = call("the Elbe", "", {"prompt": "name a river"})
+    # The same names, and no alarm that was never looked for.
+    assert row.keys() == {"score", *EXTRA}
+    assert math.isnan(row["ood_alarm"])
+    assert math.isnan(row["ood_log10_evidence"])
+
+
+def test_failures_of_a_server_are_errors(server: GuardServer, folders: tuple[str, str], guard: OODGuard) -> None:
+    call = partial(
+        verl.compute_score, "", "the Elbe", "", {"prompt": "name a river"}, url=server.url, guard=folders[0], retries=0
+    )
+    with pytest.raises(EngineError, match="401"):
+        call()
+    server.refusals = [(500, {})]
+    with pytest.raises(UnavailableError):
+        call(api_key="hunter2")
+    anew = guard.on(guard.model, guard.tokenizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CalibrationWarning)
+        server.guard = anew.calibrate(chat(preference_rows(160, seed=9)), progress=False)
+    server.monitor = None
+    reward = GuardedReward(RewardSettings(url=server.url, guard=folders[0], api_key="hunter2"))
+    items = [("a river", word) for word in ("Elbe", "Oder", "Rhine")]
+    with pytest.raises(MismatchError, match="not of the calibration of the copy here"):
+        reward(items)
+    reward.close()
+
+
+def test_the_alarm_is_that_of_the_process(folders: tuple[str, str]) -> None:
+    reward = GuardedReward(RewardSettings(guard=folders[0], model=folders[1], device="cpu", workers=2))
+    asked, _ = rollouts(200, 5, "")
+    rows = reward([(p, ODD) for p in asked])
+    assert {row["ood_alarm"] for row in rows} == {1.0}
+    assert rows[0]["ood_log10_evidence"] > math.log10(200)
+    # One answer of each prompt counts.
+    assert reward._monitor is not None
+    reward([(asked[0], "the Elbe")])
+    assert (reward._monitor.state.requests, reward._monitor.state.counted) == (201, 200)
+    reward.close()
+
+
+def test_settings_come_from_the_environment_and_are_checked() -> None:
+    env = {
+        f"{PREFIX}URL": "http://g:1",
+        f"{PREFIX}TIMEOUT": "5",
+        f"{PREFIX}RETRIES": "2",
+        f"{PREFIX}MODEL": "",
+        "X": "y",
+    }
+    read = RewardSettings.read(env, api_key="hunter2", trust_remote_code="true")
+    assert (read.url, read.timeout, read.retries, read.trust_remote_code, read.model) == (
+        "http://g:1",
+        5.0,
+        2,
+        True,
+        None,
+    )
+    assert "hunter2" not in repr(read)
+    for given, words in (
+        ({"timeout": "soon"}, "expected a number"),
+        ({"trust_remote_code": "perhaps"}, "expected true or false"),
+        ({"mode": "abstain"}, "expected one of"),
+        ({"mode": "penalize"}, "needs the thresholds"),
+        ({"guard": "g", "model": "m"}, "are both set"),
+        ({"key": "k"}, "are not known"),
+    ):
+        with pytest.raises(InputError, match=words):
+            RewardSettings.read(env, **given)
+    with pytest.raises(InputError, match="are not known"):
+        RewardSettings.read({**env, f"{PREFIX}GARD": "g"})
+
+
+# -- rendered text
+
+
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe good.<|im_end|>\n{% endif %}{% for m in messages %}"
+    "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}<s>{% for m in messages %}"
+    "{% if m['role'] == 'user' %}[INST] {{ m['content'] | trim }} [/INST]{% else %} {{ m['content'] | trim }}</s>"
+    "{% endif %}{% endfor %}"
+)
+LAST_ONLY = "{{ messages[-1]['content'] }}"
+
+
+@pytest.mark.parametrize("template", [None, CHATML, LLAMA2], ids=["SmolLM2", "ChatML", "Llama 2"])
+def test_a_template_is_undone(template: str | None, decoder_tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(decoder_tokenizer)
+    tokenizer.chat_template = template or tokenizer.chat_template
+    reader = TemplateReader(tokenizer)
+    turns = [*user("name\na river"), *assistant("the Elbe"), *user("another")]
+    system = [{"role": "system", "content": "be short"}]
+    cases = [turns[:1], turns, [*turns, *assistant("Oder"), *user("")]]
+    cases += [] if template == LLAMA2 else [[*system, *turns[:1]], [*system, *turns]]
+    for messages in cases:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert reader.messages(text, "prompt") == messages
+        whole = tokenizer.apply_chat_template([*messages, *assistant("Spree")], tokenize=False)
+        assert reader.answer(response_after(whole, text, "query")).strip() == "Spree"
+        assert reader.answer(response_after(whole, text, "query").rstrip()).strip() == "Spree"
+    assert reader.answer("cut in the mid") == "cut in the mid"
+    prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    for wrong in ("", "name a river", prompt[1:], prompt + " "):
+        with pytest.raises(InputError, match="prompt: not what the chat template"):
+            reader.messages(wrong, "prompt")
+
+
+def test_templates_that_cannot_be_undone_are_refused(decoder_tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(decoder_tokenizer)
+    tokenizer.chat_template = LAST_ONLY
+    with pytest.raises(InputError, match="does not write user and assistant messages in their order"):
+        TemplateReader(tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(InputError, match="no chat template to undo"):
+        TemplateReader(tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('never') }}"
+    with pytest.raises(InputError, match="the chat template refuses"):
+        TemplateReader(tokenizer)
+
+
+# -- together
+
+
+def test_waiting_calls_go_together_and_one_bad_item_fails_alone() -> None:
+    sizes: list[int] = []
+    begun, may_go = threading.Event(), threading.Event()
+
+    def work(items: list[int]) -> list[int]:
+        sizes.append(len(items))
+        begun.set()
+        assert may_go.wait(10)
+        if -1 in items:
+            raise InputError("minus one")
+        if -2 in items:
+            raise UnavailableError("away")
+        return [10 * item for item in items]
+
+    def all_waiting(together: Together[int, int], n: int) -> None:
+        end = time.monotonic() + 10
+        while len(together._waiting) < n and time.monotonic() < end:
+            time.monotonic()
+
+    with ThreadPoolExecutor(12) as pool:
+        together = Together(work, limit=4)
+        first = pool.submit(together, [0])
+        assert begun.wait(10)
+        others = [pool.submit(together, [i, i + 100]) for i in range(1, 4)]
+        bad = pool.submit(together, [-1])
+        all_waiting(together, 4)
+        may_go.set()
+        assert first.result(10) == [0]
+        assert [other.result(10) for other in others] == [[10 * i, 10 * i + 1000] for i in range(1, 4)]
+        with pytest.raises(InputError, match="minus one"):
+            bad.result(10)
+    # The first alone; two calls of two; the third with the bad one, and then each for itself.
+    assert sizes == [1, 4, 3, 2, 1]
+    sizes.clear()
+    may_go.clear()
+    begun.clear()
+    with ThreadPoolExecutor(4) as pool:
+        first = pool.submit(together, [0])
+        assert begun.wait(10)
+        others = [pool.submit(together, [item]) for item in (1, -2)]
+        all_waiting(together, 2)
+        may_go.set()
+        for other in others:
+            with pytest.raises(UnavailableError):
+                other.result(10)
+        assert first.result(10) == [0]
+    assert sizes == [1, 2]
