@@ -264,7 +264,7 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
         help="file with the key that requests must bring; or the environment variable RM_OOD_API_KEY",
     )  # fmt: skip
     # Otherwise an abbreviation of --api-key-file, and its value part of an error.
-    parser.add_argument("--api-key", action=_KeyOnTheCommandLine, nargs="?", help=argparse.SUPPRESS)
+    parser.add_argument("--api-key", action=_KeyOnTheCommandLine, nargs="?", dest="key", help=argparse.SUPPRESS)
     # Absent unless given: the defaults are ServeSettings'.
     add = partial(parser.add_argument, default=argparse.SUPPRESS)
     add(
@@ -273,6 +273,7 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--withheld-reward", type=float, metavar="X", help="the number for it, where a protocol needs one")
     add("--monitor-state", type=Path, metavar="FILE", help="where the traffic monitor outlives the server")
+    add("--monitor-save", type=float, dest="monitor_save_s", metavar="S", help="how often it is written (default: 10)")
     add("--unready-on-alarm", action="store_true", help="/readyz fails once the traffic monitor has alarmed")
     add("--batch-size", type=int, metavar="N", help="items in one forward, at most the guard's own (default)")
     add("--batch-wait", type=float, dest="batch_wait_s", metavar="S", help="for an idle batch to fill (default: 0.002)")

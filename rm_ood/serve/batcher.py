@@ -78,6 +78,7 @@ class Batcher:
         self._worker = Worker("rm-ood-model")
         self._task: asyncio.Task[None] | None = None
         self._item_s = 0.01
+        self._running: Any = None
         self.busy_since: float | None = None
 
     @property
@@ -125,9 +126,9 @@ class Batcher:
         self._queue.extend(jobs)
         self._arrived.set()
 
-    def holds(self, key: Any) -> bool:
-        """Whether jobs with this key wait."""
-        return any(job.key is key for job in self._queue)
+    def runs(self, key: Any) -> bool:
+        """Whether a batch with this key is in the model."""
+        return self._running is key
 
     def _drop_cancelled(self) -> None:
         self._queue[:] = [job for job in self._queue if not job.result.done()]
@@ -171,6 +172,7 @@ class Batcher:
 
     async def _call(self, batch: list[Job]) -> None:
         start = self.busy_since = time.monotonic()
+        self._running = batch[0].key
         try:
             outcomes = await self._worker.run(self._score, batch[0].key, [job.work for job in batch])
             pairs = list(zip(batch, outcomes, strict=True))
@@ -180,7 +182,7 @@ class Batcher:
                     job.result.set_exception(error)
             return
         finally:
-            self.busy_since = None
+            self.busy_since = self._running = None
         took = time.monotonic() - start
         self._item_s += _SMOOTHING * (took / len(batch) - self._item_s)
         longest = max(job.length for job in batch)

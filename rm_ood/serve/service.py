@@ -37,12 +37,13 @@ class Outcome:
     tokens: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Served:
-    """A scorer and the alarm on its traffic: what one swap replaces."""
+    """A scorer and the alarm on its traffic: what one swap replaces; `requests` still use them."""
 
     scorer: Scorer
     traffic: Traffic
+    requests: int = 0
 
 
 class Service:
@@ -121,6 +122,7 @@ class Service:
         """
         served, n = self.served, len(queries)
         self.batcher.reserve(n)
+        served.requests += 1
         jobs: list[Job] = []
         try:
             async with asyncio.timeout(self.settings.model_timeout_s):
@@ -138,6 +140,7 @@ class Service:
         except TimeoutError:
             raise slow_model(self.settings.model_timeout_s) from None
         finally:
+            served.requests -= 1
             for job in jobs:
                 job.result.cancel()
         if all(outcome.failed for outcome in outcomes):
@@ -179,7 +182,8 @@ class Service:
             self.metrics.serves(scorer, package_version())
             self.metrics.reloads.labels("replaced").inc()
             log("guard_replaced", guard=scorer.digest[:12], monitor_goes_on=traffic is before.traffic)
-            while self.batcher.holds(before):
+            # A batch may run on after those who asked for it have gone.
+            while before.requests or self.batcher.runs(before):
                 await asyncio.sleep(_SWAP_POLL_S)
             if traffic is not before.traffic:
                 before.traffic.stop()

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,53 +77,3 @@ def test_other_routes(client: Client, minilm_guard: OODGuard) -> None:
     assert client.get("/nothing").status == 404
     assert client.get("/v1/score").status == 405
     assert client.post("/v1/score", b"x", headers={"content-type": "text/plain"}).status == 415
-
-
-def test_the_command_serves_until_it_is_told_to_end(tmp_path: Path, minilm_guard: OODGuard) -> None:
-    minilm_guard.save_pretrained(tmp_path / "guard")
-    minilm_guard.model.save_pretrained(tmp_path / "model")
-    minilm_guard.tokenizer.save_pretrained(tmp_path / "model")
-    command = [
-        sys.executable,
-        "-m",
-        "rm_ood.cli",
-        "serve",
-        "--guard",
-        "guard",
-        "--model",
-        "model",
-        "--port",
-        "0",
-        "--json",
-    ]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
-    try:
-        assert process.stderr is not None
-        lines: list[dict[str, Any]] = []
-        for line in iter(process.stderr.readline, ""):
-            if line.startswith("{") and json.loads(line)["event"] == "listening":
-                lines.append(json.loads(line))
-                break
-        client = Client(int(lines[0]["url"].rpartition(":")[2]))
-        assert client.get("/readyz").status == 200
-        prompt, response = PAIRS[0]
-        row = client.post("/v1/score", {"prompt": prompt, "response": response}).json["results"][0]
-        assert row == {"id": "0", **minilm_guard.check(prompt, response).to_dict()}
-        process.send_signal(signal.SIGTERM)
-        out, _ = process.communicate(timeout=20)
-        assert process.returncode == 0
-        assert json.loads(out)["requests"] == 2
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def test_a_host_that_others_reach_needs_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    from rm_ood.cli import main
-
-    monkeypatch.delenv("RM_OOD_API_KEY", raising=False)
-    assert main(["serve", "--guard", str(tmp_path), "--model", "none", "--host", "0.0.0.0"]) == 1
-    assert "set a key" in capsys.readouterr().err
