@@ -76,20 +76,7 @@ def write_guard(
             a symbolic link. Whatever was there before still loads.
         InputError: names, dtypes or settings that cannot be saved.
     """
-    own = {name: _savable(name, tensor) for name, tensor in sorted(tensors.items())}
-    envelope = _envelope(config, own)
-    text = canonical_json(envelope)
-    blob = safetensors.torch.save(own, {_KEY: text})
-    sizes = {
-        "tensors": (len(own), MAX_TENSORS),
-        "bytes of settings": (len(text), MAX_METADATA),
-        "bytes of readable settings": (len(_readable(envelope)), MAX_JSON),
-        "bytes of header": (int.from_bytes(blob[:8], "little"), MAX_HEADER),
-        "bytes": (len(blob), MAX_FILE),
-    }
-    for what, (size, limit) in sizes.items():
-        if size > limit:
-            raise InputError(f"guard too large to save: {size} {what}, at most {limit}")
+    blob, envelope = _sealed(tensors, config)
     target = Path(folder)
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -174,6 +161,47 @@ def check_schema(
             problems.append(f"{name} holds NaN or infinity")
     if problems:
         raise FormatError(f"saved guard: {'; '.join(problems)}")
+
+
+def seal(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> bytes:
+    """The bytes of an authority file, for a file of another kind or the wire: no pickle, and a digest over all of it.
+
+    Raises:
+        InputError: names, dtypes or settings that cannot be saved.
+    """
+    return _sealed(tensors, config)[0]
+
+
+def unseal(data: bytes, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `seal` was given: (tensors on CPU, settings).
+
+    Args:
+        what: where the bytes come from, for errors.
+    Raises:
+        IntegrityError: they were cut or changed. FormatError: something else, or a newer format.
+    """
+    start, size = data[:64], len(data)
+    length = _header_length(what, start, size)
+    envelope, tensors = _parse(what, start[:8], data[8 : 8 + length], data[8 + length :])
+    return tensors, envelope["config"]
+
+
+def _sealed(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[bytes, dict[str, Any]]:
+    own = {name: _savable(name, tensor) for name, tensor in sorted(tensors.items())}
+    envelope = _envelope(config, own)
+    text = canonical_json(envelope)
+    blob = safetensors.torch.save(own, {_KEY: text})
+    sizes = {
+        "tensors": (len(own), MAX_TENSORS),
+        "bytes of settings": (len(text), MAX_METADATA),
+        "bytes of readable settings": (len(_readable(envelope)), MAX_JSON),
+        "bytes of header": (int.from_bytes(blob[:8], "little"), MAX_HEADER),
+        "bytes": (len(blob), MAX_FILE),
+    }
+    for what, (size, limit) in sizes.items():
+        if size > limit:
+            raise InputError(f"guard too large to save: {size} {what}, at most {limit}")
+    return blob, envelope
 
 
 def _digest(envelope: Mapping[str, Any], parts: Mapping[str, tuple[str, list[int], memoryview]]) -> str:
@@ -295,26 +323,34 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], _Identity]:
         if status.st_size > MAX_FILE:
             raise FormatError(f"{path}: {status.st_size} bytes, at most {MAX_FILE} are read")
         start = file.read(64)
-        length = int.from_bytes(start[:8], "little")
-        # A flipped bit in the length of a guard must not pass for a foreign file: its header still starts with {.
-        if length > MAX_HEADER and start[8:9] != b"{":
-            _refuse_foreign(path, start)
-        if len(start) < 8 or length > min(MAX_HEADER, status.st_size - 8):
-            raise IntegrityError(f"{path}: header of {length} bytes in a file of {status.st_size}; {_CHANGED}")
+        length = _header_length(path, start, status.st_size)
         file.seek(8)
-        header = file.read(length)
-        entries, text = _parse_header(path, header, status.st_size - 8 - length)
-        data = file.read(status.st_size)
+        header, data = file.read(length), file.read(status.st_size)
+    return *_parse(path, start[:8], header, data), _identity(status)
+
+
+def _header_length(path: Path | str, start: bytes, size: int) -> int:
+    length = int.from_bytes(start[:8], "little")
+    # A flipped bit in the length of a guard must not pass for a foreign file: its header still starts with {.
+    if length > MAX_HEADER and start[8:9] != b"{":
+        _refuse_foreign(path, start)
+    if len(start) < 8 or length > min(MAX_HEADER, size - 8):
+        raise IntegrityError(f"{path}: header of {length} bytes in a file of {size}; {_CHANGED}")
+    return length
+
+
+def _parse(path: Path | str, start: bytes, header: bytes, data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    entries, text = _parse_header(path, header, len(data))
     slices = {name: (dtype, shape, memoryview(data)[i:j]) for name, (dtype, shape, i, j) in entries.items()}
     envelope = _verify(path, text, slices)
     try:
-        tensors = safetensors.torch.load(start[:8] + header + data)
+        tensors = safetensors.torch.load(start + header + data)
     except (safetensors.SafetensorError, KeyError, RuntimeError, ValueError) as error:
         raise IntegrityError(f"{path}: safetensors refuses it ({type(error).__name__}: {error}); {_CHANGED}") from error
-    return envelope, tensors, _identity(status)
+    return envelope, tensors
 
 
-def _refuse_foreign(path: Path, start: bytes) -> None:
+def _refuse_foreign(path: Path | str, start: bytes) -> None:
     text = start.lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
         raise FormatError(f"{path} is a Git LFS pointer, not the file itself: run git lfs pull")
@@ -328,7 +364,9 @@ def _refuse_foreign(path: Path, start: bytes) -> None:
         raise FormatError(f"{path} is a pickle: it is not opened, since a pickle can run code; a guard is safetensors")
 
 
-def _parse_header(path: Path, header: bytes, data_size: int) -> tuple[dict[str, tuple[str, list[int], int, int]], str]:
+def _parse_header(
+    path: Path | str, header: bytes, data_size: int
+) -> tuple[dict[str, tuple[str, list[int], int, int]], str]:
     try:
         found = parse_json(header, f"header of {path}", MAX_HEADER)
     except FormatError as error:
@@ -349,7 +387,7 @@ def _parse_header(path: Path, header: bytes, data_size: int) -> tuple[dict[str, 
     return entries, noted[_KEY]
 
 
-def _parse_entry(path: Path, name: str, entry: Any) -> tuple[str, list[int], int, int]:
+def _parse_entry(path: Path | str, name: str, entry: Any) -> tuple[str, list[int], int, int]:
     shown = repr(name[:128])
     if not _NAME.fullmatch(name):
         raise IntegrityError(f"{path}: tensor name {shown} is not one that rm_ood writes; {_CHANGED}")
@@ -370,7 +408,7 @@ def _all_sizes(values: Any) -> bool:
     return isinstance(values, list) and all(type(v) is int and 0 <= v <= MAX_SIZE for v in values)
 
 
-def _verify(path: Path, text: str, slices: Mapping[str, tuple[str, list[int], memoryview]]) -> dict[str, Any]:
+def _verify(path: Path | str, text: str, slices: Mapping[str, tuple[str, list[int], memoryview]]) -> dict[str, Any]:
     try:
         envelope = parse_json(text.encode(), f"settings in {path}", MAX_METADATA)
     except FormatError as error:

@@ -27,6 +27,7 @@ from rm_ood.rows import NumberedRows, numbered_rows
 from rm_ood.scoring import Scoring
 from rm_ood.study.detection import auroc
 from rm_ood.study.planted import EMPTY_RESPONSE, changed, changes
+from rm_ood.workers import ALONE, Workers
 
 # Fractions of the depth whose span means are candidates, and how many of them are joined at most.
 DEPTHS, MOST_DEPTHS = (0.17, 0.33, 0.5, 0.67, 0.83, 1.0), 3
@@ -62,6 +63,12 @@ class Choice:
         """JSON-able values."""
         return {**asdict(self), "channels": list(self.channels), "candidates": dict(self.candidates)}
 
+    @classmethod
+    def from_saved(cls, _: Any, saved: Mapping[str, Any]) -> Choice:
+        """The choice that `to_dict` wrote; JSON forgets the order of the candidates."""
+        order = sorted(saved["candidates"].items(), key=lambda item: -item[1])
+        return cls(tuple(saved["channels"]), saved["seen"], dict(order), saved["n_prompts"])
+
     def __str__(self) -> str:
         best = list(self.candidates.items())
         beside = ", ".join(f"{name} {value:.3f}" for name, value in best[1:4])
@@ -82,7 +89,9 @@ def pool(model: Any, axes: Sequence[str], layers: str | None = None) -> tuple[st
     return _channels(axes, list(by_block.values()))
 
 
-def fit_choosing(guard: OODGuard, dataset: Any, *, calibration: Any = 0.3, progress: bool = True) -> Choice:
+def fit_choosing(
+    guard: OODGuard, dataset: Any, *, calibration: Any = 0.3, progress: bool = True, workers: Workers = ALONE
+) -> Choice:
     """Fit and calibrate a guard, and keep the channels that see planted shifts best.
 
     Args:
@@ -90,6 +99,7 @@ def fit_choosing(guard: OODGuard, dataset: Any, *, calibration: Any = 0.3, progr
         dataset: as for `OODGuard.fit`; a tenth of the prompts, at most 100, is kept aside for the choice.
         calibration: as for `OODGuard.fit`.
         progress: show progress bars on stderr.
+        workers: as for `OODGuard.fit`; each chooses, and the choice of the first counts.
 
     Raises:
         CalibrationError: fewer than 30 prompts to choose on (pass more data, or name the channels), and as `fit`.
@@ -106,9 +116,10 @@ def fit_choosing(guard: OODGuard, dataset: Any, *, calibration: Any = 0.3, progr
     is_share = isinstance(calibration, numbers.Real)
     # Read after the fit, when it is known which prompts were kept.
     calibrates = calibration if is_share else NumberedRows(_without(guard, calibration, kept))
-    guard.fit(NumberedRows(itertools.chain(first, others)), calibration=calibrates, progress=progress)
+    guard.fit(NumberedRows(itertools.chain(first, others)), calibration=calibrates, progress=progress, workers=workers)
     items = [item for item in kept.values() if _encodes(guard.scoring(), item)]
-    choice = choose_channels(guard, items, progress=progress)
+    own = choose_channels(guard, items, progress=progress)
+    choice = workers.from_first(lambda: own, lambda chosen: ({}, chosen.to_dict()), Choice.from_saved)
     guard.keep(choice.channels)
     guard.annotate(choice=choice.to_dict())
     return choice

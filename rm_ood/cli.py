@@ -28,6 +28,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     arguments.argv = list(sys.argv[1:] if argv is None else argv)
+    return carry_out(f"rm-ood {arguments.command}", arguments)
+
+
+def carry_out(name: str, arguments: argparse.Namespace) -> int:
+    """Run what a command's arguments say, print its result, or what went wrong in one line; returns the exit code.
+
+    Args:
+        name: the command, as errors begin.
+    """
     try:
         with warnings.catch_warnings():
             # A warning is for the person at the terminal: one line, without the source line it was raised at.
@@ -35,18 +44,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.showwarning = _show_warning  # type: ignore[assignment]
             result = arguments.run(arguments)
     except MismatchError as error:
-        print(f"rm-ood {arguments.command}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return MISMATCH
     except BrokenPipeError:
         # The reader of stdout (head, less) has seen enough; the interpreter must not fail on its last flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except (OODGuardError, OSError) as error:
-        print(f"rm-ood {arguments.command}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt as stopped:
-        print(f"rm-ood {arguments.command}: interrupted; {str(stopped) or 'nothing was written'}", file=sys.stderr)
+        print(f"{name}: interrupted; {str(stopped) or 'nothing was written'}", file=sys.stderr)
         return 130
+    if result is None:
+        # One of several processes, another of which has the result.
+        return DONE
     if arguments.json:
         print(json.dumps(result["json"], allow_nan=False))
     elif result["text"]:
@@ -68,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rm-ood {__version__}")
     parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    demo = _command(
+    demo = add_command(
         parsers, "demo", commands.demo, "train a small reward model, guard it, and measure it under shift; needs no hub",
         """
         rm-ood demo
@@ -80,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--seed", type=int, default=0, help="same seed, same numbers (default: %(default)s)")
 
-    fit = _command(
+    fit = add_command(
         parsers, "fit", commands.fit, "fit and calibrate a guard on in-distribution preference data",
         """
         rm-ood fit --model my-reward-model --data pairs.jsonl.gz --output guard
@@ -88,17 +100,9 @@ def _parser() -> argparse.ArgumentParser:
         rm-ood fit --model my-reward-model --data pairs.jsonl.gz --output guard --channels auto
         """,
     )  # fmt: skip
-    _model_arguments(fit)
-    _data_arguments(fit, "preference rows: prompt/chosen/rejected or prompt/completion/label")
-    fit.add_argument("--output", required=True, metavar="GUARD", help="folder to save the guard in")
-    fit.add_argument("--overwrite", action="store_true", help="replace another guard in that folder")
-    fit.add_argument("--calibration-data", metavar="DATA", help="calibrate on these rows, not on a share of --data")
-    fit.add_argument(
-        "--calibration-share", type=float, default=0.3, help="share of the prompts held out (default: %(default)s)"
-    )
-    _settings(fit)
+    fit_arguments(fit)
 
-    calibrate = _command(
+    calibrate = add_command(
         parsers, "calibrate", commands.calibrate, "replace a guard's calibration by other trusted data",
         """
         rm-ood calibrate --guard guard --model my-reward-model --data trusted-traffic.jsonl
@@ -109,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--output", metavar="GUARD", help="save here instead of in place")
     calibrate.add_argument("--overwrite", action="store_true", help="replace another guard in --output")
 
-    check = _command(
+    check = add_command(
         parsers, "check", commands.check, "reward and verdict of every row of a file",
         """
         rm-ood check --guard guard --model my-reward-model --data answers.jsonl --output verdicts.jsonl
@@ -120,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     _data_arguments(check, "rows with prompt and response, or preference rows (two verdicts each)")
     check.add_argument("--output", required=True, metavar="OUT", help="JSON Lines file (.gz compresses), - for stdout")
 
-    study = _command(
+    study = add_command(
         parsers, "study", commands.study, "how far the reward model can be trusted under shift, and whether the flag tells",
         """
         rm-ood study --guard guard --model my-reward-model --data held-out-pairs.jsonl.gz --output study
@@ -135,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _study_arguments(study)
 
-    doctor = _command(
+    doctor = add_command(
         parsers, "doctor", commands.doctor, "does this guard still work here: fingerprint, canaries, planted shifts",
         """
         rm-ood doctor --guard guard --model my-reward-model
@@ -150,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--seed", type=int, default=0, help="of the draw and the noise (default: %(default)s)")
     doctor.add_argument("--record", action="store_true", help="keep the findings in the guard, for its card")
 
-    serve = _command(
+    serve = add_command(
         parsers, "serve", commands.serve, "reward and verdict over HTTP",
         """
         rm-ood serve --guard guard --model my-reward-model
@@ -161,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     _guard_arguments(serve)
     _serve_arguments(serve)
 
-    scores = _command(
+    scores = add_command(
         parsers, "study-scores", commands.study_scores,
         "accuracy, calibration and detection from files of reward pairs alone: the study of LeVine et al.",
         """
@@ -177,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
         "--id", metavar="FILE", help="the in-distribution file of all (default: told by the paper's folder layout)"
     )
 
-    report = _command(
+    report = add_command(
         parsers, "report", commands.report, "the guard card: what it was fitted on, and what it promises",
         """
         rm-ood report --guard guard
@@ -189,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(parsers: Any, name: str, run: Any, summary: str, examples: str) -> argparse.ArgumentParser:
+def add_command(parsers: Any, name: str, run: Any, summary: str, examples: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = parsers.add_parser(
         name,
         help=summary,
@@ -201,6 +205,19 @@ def _command(parsers: Any, name: str, run: Any, summary: str, examples: str) -> 
     parser.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bars on stderr")
     parser.set_defaults(run=run)
     return parser
+
+
+def fit_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `rm-ood fit`."""
+    _model_arguments(parser)
+    _data_arguments(parser, "preference rows: prompt/chosen/rejected or prompt/completion/label")
+    parser.add_argument("--output", required=True, metavar="GUARD", help="folder to save the guard in")
+    parser.add_argument("--overwrite", action="store_true", help="replace another guard in that folder")
+    parser.add_argument("--calibration-data", metavar="DATA", help="calibrate on these rows, not on a share of --data")
+    parser.add_argument(
+        "--calibration-share", type=float, default=0.3, help="share of the prompts held out (default: %(default)s)"
+    )
+    _settings(parser)
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,9 +9,13 @@ import argparse
 import shlex
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rm_ood.errors import InputError, SaveError
+from rm_ood.workers import ALONE, Workers
+
+if TYPE_CHECKING:
+    from rm_ood.guard import OODGuard
 
 
 def demo(a: argparse.Namespace) -> dict[str, Any]:
@@ -24,33 +28,46 @@ def demo(a: argparse.Namespace) -> dict[str, Any]:
     return {"json": report, "text": written}
 
 
-def fit(a: argparse.Namespace) -> dict[str, Any]:
-    from rm_ood.choice import fit_choosing, pool
-    from rm_ood.config import GuardConfig
-    from rm_ood.guard import OODGuard
-    from rm_ood.reward_model import load_reward_model
+def fit(a: argparse.Namespace, workers: Workers = ALONE) -> dict[str, Any] | None:
+    """The result is the first process's, where there are several."""
+    from rm_ood.choice import fit_choosing
 
-    settings = {f.name: getattr(a, f.name) for f in fields(GuardConfig) if hasattr(a, f.name)}
-    automatic = settings.get("channels") == "auto"
-    if automatic:
-        del settings["channels"]
-    GuardConfig.from_dict(settings)  # a wrong option is told before a model is loaded
-    _check_target(Path(a.output), a.overwrite)
-    model, tokenizer = load_reward_model(a.model, **_model_options(a))
-    if automatic:
-        settings["channels"] = pool(model, settings.get("axes", GuardConfig.axes), settings.get("layers"))
-    guard = OODGuard(model, tokenizer, **settings)
-    calibration = a.calibration_share if a.calibration_data is None else _dataset(a.calibration_data, a.split)
-    dataset, choice = _dataset(a.data, a.split), None
-    if automatic:
-        choice = fit_choosing(guard, dataset, calibration=calibration, progress=a.progress)
+    guard, dataset, calibration = to_fit(a)
+    choice = None
+    if _chooses(a):
+        choice = fit_choosing(guard, dataset, calibration=calibration, progress=a.progress, workers=workers)
     else:
-        guard.fit(dataset, calibration=calibration, progress=a.progress)
+        guard.fit(dataset, calibration=calibration, progress=a.progress, workers=workers)
+    if not workers.is_first:
+        return None
     guard.save_pretrained(a.output, overwrite=a.overwrite)
     card = guard.report()
     found = {"guard": str(a.output), **card.to_dict(), **({} if choice is None else {"choice": choice.to_dict()})}
     lines = [str(card), *([] if choice is None else [str(choice)]), f"Saved to {a.output}"]
     return {"json": found, "text": "\n".join(lines)}
+
+
+def to_fit(a: argparse.Namespace) -> tuple[OODGuard, Any, Any]:
+    """The guard that the arguments of `fit` ask for, its data, and its calibration: a share or other data."""
+    from rm_ood.choice import pool
+    from rm_ood.config import GuardConfig
+    from rm_ood.guard import OODGuard
+    from rm_ood.reward_model import load_reward_model
+
+    settings = {f.name: getattr(a, f.name) for f in fields(GuardConfig) if hasattr(a, f.name)}
+    if _chooses(a):
+        del settings["channels"]
+    GuardConfig.from_dict(settings)  # a wrong option is told before a model is loaded
+    _check_target(Path(a.output), a.overwrite)
+    model, tokenizer = load_reward_model(a.model, **_model_options(a))
+    if _chooses(a):
+        settings["channels"] = pool(model, settings.get("axes", GuardConfig.axes), settings.get("layers"))
+    calibration = a.calibration_share if a.calibration_data is None else _dataset(a.calibration_data, a.split)
+    return OODGuard(model, tokenizer, **settings), _dataset(a.data, a.split), calibration
+
+
+def _chooses(a: argparse.Namespace) -> bool:
+    return getattr(a, "channels", None) == "auto"
 
 
 def calibrate(a: argparse.Namespace) -> dict[str, Any]:

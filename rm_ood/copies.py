@@ -18,7 +18,7 @@ NOISY_PROMPTS, _NOISE = 4_000, 0.4
 
 
 @dataclass
-class _Copied:
+class Copied:
     """A fit prompt with the one response that is copied with it."""
 
     key: int
@@ -31,24 +31,27 @@ class NoisyCopies:
 
     Of a prompt's responses a chosen one is copied, where it has one; of several, that of the smallest hash. The words are
     those of what is copied: nothing of calibration prompts may be in what scores them.
+
+    Attributes:
+        drawn: the prompts and what is copied of them.
     """
 
     def __init__(self, size: int, seed: int) -> None:
         self.seed = seed
-        self._drawn = Reservoir[_Copied](size, seed)
+        self.drawn = Reservoir[Copied](size, seed)
 
     def offer(self, key: int, item: Item) -> None:
         """Keep a fit item, of the prompt with this key, if the draw wants it."""
-        if not self._drawn.wants(key, 0):
+        if not self.drawn.wants(key, 0):
             return
         # Dialogues of one key may differ in all but their first turn.
         text = "\0".join([*prompt_texts(item.prompt), response_text(item.response)])
         rank = stable_hash(text, self.seed) + (0 if item.label in (CHOSEN, None) else 2**64)
-        self._drawn.offer(_Copied(key, rank, item))
+        self.drawn.offer(Copied(key, rank, item))
 
     def encoded(self, text: TextEncoder) -> Iterator[Encoded]:
         """The copies, with noise on the words of prompt and response; none where the texts hold no words of letters."""
-        items = [copied.item for copied in self._drawn.items()]
+        items = [copied.item for copied in self.drawn.items()]
         words = vocabulary(t for item in items for t in (*prompt_texts(item.prompt), *response_texts(item.response)))
 
         def change(core: str) -> str:

@@ -87,12 +87,19 @@ class Embedder:
         """Where the model takes its inputs."""
         return input_device(self.model)
 
-    def batches(self, items: Sequence[Encoded], text: TextEncoder) -> Iterator[tuple[NDArray[np.int64], Embedded]]:
-        """(indices into `items`, their vectors), shortest items first, so that padding is little."""
-        check_padding(self.model, min(self.config.batch_size, len(items)))
+    def batches(
+        self, items: Sequence[Encoded], text: TextEncoder, *, turn: int = 0, turns: int = 1
+    ) -> Iterator[tuple[NDArray[np.int64], Embedded]]:
+        """(indices into `items`, their vectors), shortest items first, so that padding is little.
+
+        Args:
+            turn, turns: several processes take turns: batch b is for the one whose `turn` is b modulo `turns`.
+        """
+        size = self.config.batch_size
+        check_padding(self.model, min(size, len(items)))
         order = np.argsort([len(item.input_ids) for item in items], kind="stable")
-        for start in range(0, len(order), self.config.batch_size):
-            index = order[start : start + self.config.batch_size]
+        for start in range(turn * size, len(order), turns * size):
+            index = order[start : start + size]
             yield index, self._embed([items[i] for i in index], text)
 
     def _embed(self, items: list[Encoded], text: TextEncoder) -> Embedded:

@@ -28,6 +28,10 @@ class CaptureError(OODGuardError, RuntimeError):
     """The hooks did not see the vector that the reward was read from."""
 
 
+class WorkerError(OODGuardError, RuntimeError):
+    """Another process of a distributed fit failed, or was not heard of any more."""
+
+
 class EngineError(OODGuardError, RuntimeError):
     """An inference engine, or a served guard, did not answer, or not with what a verdict can be made from."""
 

@@ -7,7 +7,7 @@ bytes per distinct fit prompt (a later calibration set must not hold any of them
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -51,6 +51,10 @@ class KeySet:
 
     def __len__(self) -> int:
         return len(self._sorted) + len(self._recent)
+
+    def merge(self, other: KeySet) -> None:
+        """Put the keys of another set in."""
+        self._sorted, self._recent = np.union1d(self.sorted(), other.sorted()), set()
 
     def sorted(self) -> NDArray[np.uint64]:
         """All keys, ascending."""
@@ -116,6 +120,23 @@ class Reservoir(Generic[D]):
             _, dropped = heapq.heappop(self._heap)
             del self._kept[dropped]
 
+    def merge(self, other: Reservoir[D]) -> None:
+        """Keep what is still wanted of another draw with the same size and seed."""
+        for item in other.items():
+            self.offer(item)
+
+    def outlive(self, others: Collection[int]) -> None:
+        """Give up the prompts that would go in a merge with draws of these other prompts."""
+        size = self.size
+        first = set(heapq.nsmallest(size, {*self._kept, *others}, key=self._rank))
+        self._kept = {key: item for key, item in self._kept.items() if key in first}
+        self._heap = [(-self._rank(key), key) for key in self._kept]
+        heapq.heapify(self._heap)
+
+    def keys(self) -> list[int]:
+        """The prompts that were kept, ascending."""
+        return sorted(self._kept)
+
     def _rank(self, key: int) -> int:
         # Another seed than the split's, that is a 64-bit seed too.
         return stable_hash(f"{key:016x}", self.seed ^ 1)
@@ -125,7 +146,7 @@ class Reservoir(Generic[D]):
 
     def items(self) -> list[D]:
         """What was kept, in the order of the keys."""
-        return [self._kept[key] for key in sorted(self._kept)]
+        return [self._kept[key] for key in self.keys()]
 
 
 class DuplicateSketch:
@@ -141,6 +162,29 @@ class DuplicateSketch:
         if item_hash >= self._limit:
             return
         self._counts[item_hash] = self._counts.get(item_hash, 0) + 1
+        self._shrink()
+
+    def merge(self, other: DuplicateSketch) -> None:
+        """Count another sketch's items."""
+        self._limit = min(self._limit, other._limit)
+        for item_hash, count in other._counts.items():
+            self._counts[item_hash] = self._counts.get(item_hash, 0) + count
+        self._counts = {h: c for h, c in self._counts.items() if h < self._limit}
+        self._shrink()
+
+    def to_arrays(self) -> tuple[int, NDArray[np.uint64], NDArray[np.int64]]:
+        """The end of the range, and hashes with their counts."""
+        hashes, counts = list(self._counts), list(self._counts.values())
+        return self._limit, np.array(hashes, dtype=np.uint64), np.array(counts, dtype=np.int64)
+
+    @classmethod
+    def from_arrays(cls, limit: int, hashes: NDArray[np.uint64], counts: NDArray[np.int64]) -> DuplicateSketch:
+        """The sketch that `to_arrays` wrote."""
+        sketch = cls()
+        sketch._limit, sketch._counts = limit, dict(zip(hashes.tolist(), counts.tolist(), strict=True))
+        return sketch
+
+    def _shrink(self) -> None:
         while len(self._counts) > self.size:
             self._limit //= 2
             self._counts = {h: c for h, c in self._counts.items() if h < self._limit}
@@ -201,6 +245,16 @@ class FitMoments:
                 mine, classes = (x, labels) if rows is None else (x[rows.to(x.device)], labels[rows])
                 kept[name].update(mine, classes.to(x.device) if kept[name].n_classes > 1 else None)
         self.reward.update(torch.from_numpy(rewards)[:, None])
+
+    def merge(self, other: FitMoments) -> None:
+        """Add the moments of other prompts."""
+        for mine, theirs in ((self.channels, other.channels), (self.other_half, other.other_half)):
+            for name, moments in theirs.items():
+                if name in mine:
+                    mine[name].merge(moments)
+                else:
+                    mine[name] = moments
+        self.reward.merge(other.reward)
 
     def class_counts(self) -> list[int]:
         """Responses of each class."""

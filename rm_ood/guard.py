@@ -29,7 +29,7 @@ from rm_ood.embed import Embedder, embedded, needed_channels
 from rm_ood.errors import CalibrationWarning, InputError, MismatchError, NotFittedError
 from rm_ood.fit import Fitter
 from rm_ood.flag_rate import default_budget
-from rm_ood.identity import TIERS, Identity
+from rm_ood.identity import TIERS
 from rm_ood.inputs import Notes, read_inputs
 from rm_ood.monitor import TrafficMonitor
 from rm_ood.outputs import Observation, with_verdicts
@@ -42,6 +42,7 @@ from rm_ood.state import FittedState
 from rm_ood.suspects import Suspect, find_suspects
 from rm_ood.traffic import TrafficCheck
 from rm_ood.turns import TurnScore, score_turns
+from rm_ood.workers import ALONE, Workers
 from rm_ood.wrappers import adapters
 
 
@@ -117,7 +118,7 @@ class OODGuard:
 
     # -- fit and calibrate
 
-    def fit(self, dataset: Any, *, calibration: Any = 0.3, progress: bool = True) -> Self:
+    def fit(self, dataset: Any, *, calibration: Any = 0.3, progress: bool = True, workers: Workers = ALONE) -> Self:
         """Fit the detectors on in-distribution preference data and calibrate them on prompts held out from it.
 
         One pass; memory does not grow with the data. The split is by a seeded hash of the prompt, so calibration prompts
@@ -129,29 +130,28 @@ class OODGuard:
             calibration: share of the prompts to hold out, in [0, 1); or another dataset; 0 leaves calibration to
                 `calibrate`.
             progress: show a progress bar on stderr.
+            workers: who does it: this process, or several (see `rm_ood.distributed`), each of which ends with the guard.
         Returns:
             The guard itself. A failed or interrupted fit leaves it as it was.
         Raises:
             InputError, NonFiniteError: a row that cannot be used (under `on_bad="error"`).
             CalibrationError: a class is missing, or too few calibration prompts for `alpha`; names the number missing.
+            MismatchError, WorkerError: of several processes, one that differs, fails or dies.
         """
         is_share = isinstance(calibration, numbers.Real)
         share = float(calibration) if is_share else 0.0
         if calibration is None or isinstance(calibration, bool) or not 0 <= share < 1:
             raise InputError(f"calibration={calibration!r}: expected a share of the prompts in [0, 1), or a dataset")
-        fitter = Fitter(self._model_column(), self.config, share)
+        column = self._model_column()
+        fitter = Fitter(column, self.config, share, workers)
         fitter.run(dataset, labelled=True, progress=progress)
-        state = fitter.state(Identity.of(self._model_column(), fitter.config))
-        if share > 0:
-            table, record = fitter.table(state)
-            state = replace(state.with_table(table, record), heldout=table.scores)
-            state.profile(self.config.joined)
-        elif not is_share:
-            state = calibrated(self._model_column(), state, calibration, progress=progress)
-        self._swap(state.to(self._model_column().device))
+        state = workers.from_first(fitter.fitted, FittedState.to_saved, FittedState.from_saved)
+        if not is_share:
+            state = calibrated(column, state, calibration, progress=progress, workers=workers)
+        self._swap(state.to(column.device))
         return self
 
-    def calibrate(self, dataset: Any, *, progress: bool = True) -> Self:
+    def calibrate(self, dataset: Any, *, progress: bool = True, workers: Workers = ALONE) -> Self:
         """Replace the calibration by other trusted data: serving traffic, or the initial policy's own rollouts.
 
         One response per prompt is drawn by a seeded hash. Warns where the new scores do not look like those of the
@@ -159,14 +159,15 @@ class OODGuard:
 
         Args:
             dataset: preference rows, or plain `prompt`/`response` rows without labels.
-            progress: show a progress bar on stderr.
+            progress, workers: as for `fit`.
         Returns:
             The guard itself; after an error it keeps its old calibration.
         Raises:
             NotFittedError: before `fit`.
             CalibrationError: too few prompts, prompts that were fitted on, or NaN scores.
         """
-        self._swap(calibrated(self._model_column(), self._fitted(), dataset, progress=progress))
+        column = self._model_column()
+        self._swap(calibrated(column, self._fitted(), dataset, progress=progress, workers=workers))
         return self
 
     def recalibrate(self, dataset: Any, *, progress: bool = True) -> Recalibration:
@@ -465,6 +466,15 @@ class OODGuard:
             NotFittedError: before `fit`.
         """
         return self._fitted()
+
+    @property
+    def column(self) -> Embedder:
+        """The reward model with its hooks, which turns texts into vectors.
+
+        Raises:
+            MismatchError: a guard for vectors only.
+        """
+        return self._model_column()
 
     def save_pretrained(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the guard to a folder of its own (never the reward model's): one authority file, atomically.

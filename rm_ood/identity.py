@@ -77,7 +77,7 @@ def _unasked(why: str) -> None:
     warnings.warn(
         f"the guard is bound to its model without canaries (fingerprint tier 2): {why}",
         CalibrationWarning,
-        stacklevel=5,
+        stacklevel=7,
     )
 
 

@@ -22,6 +22,7 @@ from rm_ood.errors import CalibrationWarning
 from rm_ood.fit import Fitter, check_overlap, warn_if_shifted
 from rm_ood.identity import Canaries, Identity
 from rm_ood.state import FittedState
+from rm_ood.workers import ALONE, Workers
 
 PASS, RECALIBRATED, REFIT = "pass", "recalibrated", "refit needed"
 # Largest share of the canaries' vectors that one scale may leave unexplained; half precision leaves .01, fine-tuning a
@@ -123,24 +124,31 @@ def scaled(state: FittedState, scale: Mapping[str, float], found: Canaries | Non
     return replace(state, detectors=detectors, reward_mean=mean, reward_sd=spread, heldout=None, _profiles={})
 
 
-def calibrated(column: Embedder, state: FittedState, dataset: Any, *, progress: bool) -> FittedState:
+def calibrated(
+    column: Embedder, state: FittedState, dataset: Any, *, progress: bool, workers: Workers = ALONE
+) -> FittedState:
     """The fit with another calibration, bound to the model at hand (see `OODGuard.calibrate`)."""
     state = state.restricted(needed_channels(state.config))
     bound = _bound(column, state)
     scale, unexplained, drift = geometry(state, bound.identity.canaries)
-    if turned := _turned(scale, unexplained, drift):
+    if workers.is_first and (turned := _turned(scale, unexplained, drift)):
         warnings.warn(
             f"the model's vectors of {turned} are not those that the guard was fitted on: the false-alarm rate will hold, but "
             "what is caught is anybody's guess. Fit a new guard on this model.",
             CalibrationWarning,
             stacklevel=3,
         )
-    table, record = _sampled(column, bound, dataset, progress).table(bound)
-    new = bound.with_table(table, record)
-    new.profile(new.config.joined)
-    if new.heldout is not None:
-        warn_if_shifted(new.heldout, table.scores, table.channels, new.config.joined)
-    return new
+    sample = _sampled(column, bound, dataset, progress, workers)
+
+    def made() -> FittedState:
+        table, record = _table(sample, bound)
+        new = bound.with_table(table, record)
+        new.profile(new.config.joined)
+        if new.heldout is not None:
+            warn_if_shifted(new.heldout, table.scores, table.channels, new.config.joined)
+        return new
+
+    return workers.from_first(made, FittedState.to_saved, FittedState.from_saved)
 
 
 def recalibrated(
@@ -150,8 +158,9 @@ def recalibrated(
     state = state.restricted(needed_channels(state.config))
     state.profile(state.config.joined)
     sample = _sampled(column, state, dataset, progress)
+    sampled = _table(sample, state)[0]
     found = Canaries.of(column, state.config.text_format)
-    report = judge(state, sample.table(state)[0], found)
+    report = judge(state, sampled, found)
     if report.status != RECALIBRATED:
         return report, None
     moved = scaled(state, report.scale, found)
@@ -166,12 +175,17 @@ def _bound(column: Embedder, state: FittedState) -> FittedState:
     return replace(state, identity=Identity.of(column, state.config), overrides=(), _profiles={})
 
 
-def _sampled(column: Embedder, state: FittedState, dataset: Any, progress: bool) -> Fitter:
-    """Trusted data through the model; none of their prompts was fitted on."""
-    fitter = Fitter(column, state.config, 1.0)
+def _sampled(column: Embedder, state: FittedState, dataset: Any, progress: bool, workers: Workers = ALONE) -> Fitter:
+    """Trusted data through the model."""
+    fitter = Fitter(column, state.config, 1.0, workers)
     fitter.run(dataset, labelled=False, progress=progress)
-    check_overlap((kept.key for kept in fitter.reservoir.items()), state.fit_keys)
     return fitter
+
+
+def _table(sample: Fitter, state: FittedState) -> tuple[CalibrationTable, dict[str, Any]]:
+    """Calibration matrix of trusted data, none of whose prompts was fitted on."""
+    check_overlap(sample.found.reservoir.keys(), state.fit_keys)
+    return sample.table(state)
 
 
 def judge(state: FittedState, table: CalibrationTable, found: Canaries | None) -> Recalibration:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import zlib
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from rm_ood.errors import InputError
+
+# Pieces of a file that `data_digest` reads, evenly spread, the first and the last among them.
+_SAMPLES, _SAMPLE_BYTES = 64, 65_536
 
 
 def iter_rows(dataset: Any) -> Iterator[Mapping[str, Any]]:
@@ -56,6 +60,38 @@ class NumberedRows:
 def numbered_rows(dataset: Any) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """The rows of a dataset with their numbers in the user's own source. Accepts and raises as `iter_rows`."""
     yield from dataset.pairs if isinstance(dataset, NumberedRows) else enumerate(iter_rows(dataset))
+
+
+def is_one_pass(dataset: Any) -> bool:
+    """Whether the rows can be read only once, as those of a generator."""
+    rows = dataset.pairs if isinstance(dataset, NumberedRows) else dataset
+    return isinstance(rows, Iterator)
+
+
+def data_digest(dataset: Any) -> str:
+    """SHA-256 that tells most data sets apart without reading them: size and samples of a file, number, first and last of
+    rows that can be asked; empty for an iterable."""
+    if isinstance(dataset, (str, os.PathLike)):
+        return _file_digest(Path(dataset)) if Path(dataset).is_file() else ""
+    if isinstance(dataset, NumberedRows) or not hasattr(dataset, "__getitem__") or not len(dataset):
+        return ""
+    ends = [len(dataset), dataset[0], dataset[len(dataset) - 1]]
+    return hashlib.sha256(row_bytes(ends)).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    size = path.stat().st_size
+    sha = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for i in range(_SAMPLES):
+            file.seek(i * max(size - _SAMPLE_BYTES, 0) // (_SAMPLES - 1))
+            sha.update(file.read(_SAMPLE_BYTES))
+    return sha.hexdigest()
+
+
+def row_bytes(row: Any) -> bytes:
+    """A row, or any plain value, as bytes that are the same in every process."""
+    return json.dumps(row, default=repr).encode()
 
 
 def dataset_length(dataset: Any) -> int | None:

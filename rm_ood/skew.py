@@ -39,9 +39,26 @@ class Ends:
         self._with_eos += ids[-1] == self._eos
         self._last[ids[-1]] += 1
 
+    def merge(self, other: Ends) -> None:
+        """Count what another count has seen."""
+        self._n += other._n
+        self._with_bos += other._with_bos
+        self._with_eos += other._with_eos
+        self._last += other._last
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able counts."""
+        return {"n": self._n, "bos": self._with_bos, "eos": self._with_eos, "last": sorted(self._last.items())}
+
+    def load(self, counts: Mapping[str, Any]) -> None:
+        """Go on from counts that `to_dict` wrote."""
+        self._n, self._with_bos, self._with_eos = counts["n"], counts["bos"], counts["eos"]
+        self._last = Counter({int(token): int(count) for token, count in counts["last"]})
+
     def record(self) -> dict[str, float]:
         """Shares of the items that begin with BOS and end with EOS; the commonest last token and its share."""
-        last, count = self._last.most_common(1)[0]
+        # Of several as common the smallest, whatever the order of the data.
+        last, count = min(self._last.items(), key=lambda item: (-item[1], item[0]))
         return {
             "bos": self._with_bos / self._n,
             "eos": self._with_eos / self._n,

@@ -73,14 +73,18 @@ def test_halves_are_kept_only_when_the_likelihood_is_asked_for(model: Any, shrin
     guard = made(model, shrinkage=shrinkage)
     fitter = Fitter(guard._model_column(), guard.config, 0.5)
     fitter.run(preference_rows(60), labelled=True, progress=False)
-    assert set(fitter.moments.other_half) == (set(fitter.moments.channels) if shrinkage == "likelihood" else set())
+    assert set(fitter.found.moments.other_half) == (
+        set(fitter.found.moments.channels) if shrinkage == "likelihood" else set()
+    )
     if shrinkage == "likelihood":
         # All responses to a prompt, one chosen and one rejected, are in one half.
-        keys = fitter.fit_keys.sorted().tolist()
+        keys = fitter.found.fit_keys.sorted().tolist()
         n = sum(in_other_half(key, 0) for key in keys)
         assert 0 < n < len(keys)
-        assert fitter.moments.other_half["final"].counts.tolist() == [n, n]
-    assert sum(fitter.moments.class_counts()) == fitter.counts["fit_items"] == 2 * len(fitter.fit_keys)
+        assert fitter.found.moments.other_half["final"].counts.tolist() == [n, n]
+    assert (
+        sum(fitter.found.moments.class_counts()) == fitter.found.counts["fit_items"] == 2 * len(fitter.found.fit_keys)
+    )
 
 
 def test_one_class(model: Any) -> None:

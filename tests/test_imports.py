@@ -24,7 +24,8 @@ LINES = (
     "detectors.relative detectors.conditional detectors.baselines detectors.subspace detectors.rewards detectors.projected",
     "detectors.registry detectors",
     "length conformal calibration power batch_tests traffic bets flag_rate monitor_state monitor_file monitor_inputs monitor",
-    "config hooks capture embed identity fitting copies decision state fit card_values markup card_page card",
+    "config hooks capture embed identity fitting copies collected workers gang one_pass decision state fit",
+    "card_values markup card_page card",
     "calls outputs inputs scoring turns recalibration suspects guard penalty selection",
     "integrations.transport replies client integrations.read_out integrations.vllm_plugin integrations.engines",
     "integrations.judges integrations.processes integrations.trl_callbacks integrations.trl",
@@ -43,7 +44,7 @@ LINES = (
 )
 ORDER = " ".join(LINES).split()
 # The package's own names come from all of the above; the command line is their reader.
-LAST = ("", "commands", "cli")
+LAST = ("", "commands", "cli", "distributed")
 # What a server is made of is loaded by `rm-ood serve` alone.
 SERVING = {"fastapi", "pydantic", "starlette", "uvicorn", "h11", "prometheus_client", "opentelemetry"}
 # Tensors only: they work on vectors that came from anywhere.

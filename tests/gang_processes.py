@@ -1,0 +1,120 @@
+"""Run by tests/test_gang.py, once per process: what two gloo processes do together, one scenario after the other.
+
+`python gang_processes.py RANK FOLDER`; what a scenario ends with is in FOLDER/NAME-RANK.json, its guard in FOLDER/NAME.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parent
+SETTINGS = {"alpha": 0.05, "max_length": 128, "batch_size": 8}
+
+
+def main(rank: int, folder: Path) -> None:
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group(
+        "gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=2, timeout=timedelta(seconds=120)
+    )
+    from conftest import preference_rows
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from rm_ood import CalibrationWarning, OODGuard
+    from rm_ood.choice import fit_choosing, pool
+    from rm_ood.errors import OODGuardError
+    from rm_ood.gang import Gang
+    from rm_ood.preferences import prompt_key
+
+    warnings.simplefilter("ignore", CalibrationWarning)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "model", dtype=torch.float64)
+    rows = preference_rows(160)
+
+    def guard(**changes: Any) -> OODGuard:
+        return OODGuard(copy.deepcopy(model), tokenizer, **{**SETTINGS, **changes})
+
+    def run(name: str, scenario: Callable[[Gang], Any], **options: Any) -> None:
+        started = time.monotonic()
+        try:
+            with Gang(store=dist.PrefixStore(name, store), **options) as gang:
+                result = scenario(gang)
+        except OODGuardError as error:
+            result = f"{type(error).__name__}: {error}"
+        if isinstance(result, OODGuard):
+            if rank == 0:
+                result.save_pretrained(folder / name)
+            # The other process has the same guard, to the bit of what it says.
+            result = result.check(["a question"], ["an answer"]).to_dict()
+        said = {"result": result, "seconds": time.monotonic() - started}
+        (folder / f"{name}-{rank}.json").write_text(json.dumps(said))
+        dist.barrier()
+
+    run("whole", lambda gang: guard().fit(rows, calibration=0.75, progress=False, workers=gang))
+    mine = [row for row in rows if prompt_key(row["prompt"]) % 2 == 0]
+    run("empty", lambda gang: guard(alpha=0.2).fit(mine, calibration=0.9, progress=False, workers=gang))
+    other = preference_rows(110, seed=7)
+    run("other-data", lambda gang: guard().fit(rows, calibration=other, progress=False, workers=gang))
+    auto = guard(channels=pool(model, ("prompt", "response"))[:3], batch_size=64)
+
+    def chosen(gang: Gang) -> OODGuard:
+        fit_choosing(auto, preference_rows(420, seed=3), calibration=0.4, progress=False, workers=gang)
+        return auto
+
+    run("chosen", chosen)
+    run("settings", lambda gang: guard(seed=rank).fit(rows, progress=False, workers=gang))
+    run("data", lambda gang: guard().fit(rows[rank:], progress=False, workers=gang))
+    changed = guard()
+    with torch.no_grad():
+        changed.model.score.weight[0, rank] += rank
+    run("model", lambda gang: changed.fit(rows, progress=False, workers=gang))
+    swapped = [rows[0], *(rows[1:3][::-1] if rank else rows[1:3]), *rows[3:]]
+    run("order", lambda gang: guard().fit(swapped, progress=False, workers=gang))
+    run("few", lambda gang: guard(alpha=0.001).fit(rows, progress=False, workers=gang))
+
+    def failing() -> Iterator[Any]:
+        yield from rows[:100]
+        if rank == 1:
+            raise OSError("the disk is gone")
+        # The others are in the middle of it.
+        for row in rows[100:]:
+            time.sleep(0.2)
+            yield row
+
+    try:
+        run("failing", lambda gang: guard(batch_size=1).fit(failing(), progress=False, workers=gang))
+    except OSError:
+        (folder / "failing-1.json").write_text(json.dumps({"result": "OSError", "seconds": 0}))
+        dist.barrier()
+
+    def killed() -> Iterator[Any]:
+        yield from rows[:100]
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield from rows[100:]
+
+    def lost(gang: Gang) -> Any:
+        return guard().fit(killed(), progress=False, workers=gang)
+
+    dist.barrier = lambda: None
+    run("killed", lost, timeout=3)
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT), str(ROOT.parent), str(ROOT.parent / "benchmarks")]
+    main(int(sys.argv[1]), Path(sys.argv[2]))
+    # The group cannot be ended in good order without the process that was killed.
+    os._exit(0)
