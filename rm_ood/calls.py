@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +97,33 @@ def read_vectors(
         truncated=np.zeros(n, dtype=bool),
     )
     return vectors, values, part
+
+
+def prompt_numbers(prompts: Any, n: int) -> NDArray[np.int64] | None:
+    """Which prompt each of n items belongs to: equal keys are one prompt, numbered in the order they come.
+
+    Args:
+        prompts: n keys, such as numbers or the prompts themselves (strings, messages); None where they are not known.
+    Raises:
+        InputError: another number of keys, or none that can be compared.
+    """
+    if prompts is None:
+        return None
+    if not _is_sequence(prompts) or len(prompts) != n:
+        found = f"{len(prompts)} of them" if _is_sequence(prompts) else type(prompts).__name__
+        raise InputError(f"prompts: expected one key per item, {n} of them, got {found}")
+    numbers: dict[Any, int] = {}
+    return np.array([numbers.setdefault(_prompt_name(key, i), len(numbers)) for i, key in enumerate(prompts)], np.int64)
+
+
+def _prompt_name(key: Any, i: int) -> Hashable:
+    if isinstance(key, (int, np.integer)) or (
+        isinstance(key, Tensor) and key.ndim == 0 and not key.is_floating_point()
+    ):
+        return int(key)
+    if isinstance(key, (str, Dialogue)) or _is_messages(key):
+        return _asked(key)
+    raise InputError(f"prompts[{i}]: expected a whole number, a string or messages, got {type(key).__name__}")
 
 
 def _asked(prompt: Text) -> str:

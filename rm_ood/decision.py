@@ -166,7 +166,7 @@ class Decisions:
         reasons: n tuples of reason codes.
         truncated: (n,) bool.
         prompt_index: (n,) int: which prompt of the call an item belongs to: items with equal prompts have one number. Each item
-            has its own where prompts are not known (vectors, tensors).
+            has its own where prompts are not known (vectors and tensors without `prompts=`).
         alpha: the level of `is_ood`.
     """
 

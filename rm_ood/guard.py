@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rm_ood import artifact, hub
-from rm_ood.calls import Call, read_call, read_vectors
+from rm_ood.calls import Call, prompt_numbers, read_call, read_vectors
 from rm_ood.capture import Capture, Captured
 from rm_ood.card import GuardCard
 from rm_ood.channels import Channel
@@ -307,6 +307,7 @@ class OODGuard:
         *,
         lengths: Any = None,
         groups: Sequence[str] | None = None,
+        prompts: Any = None,
     ) -> Decisions:
         """Verdicts on vectors that came from elsewhere (an inference engine, a file); no model needed.
 
@@ -317,13 +318,16 @@ class OODGuard:
             lengths: (n, 2) tokens in the prompt's and the response's span, or None: then the standardisation leaves length
                 out, for these vectors and for the calibration alike.
             groups: the group of each item, for a guard with a grouping column.
+            prompts: (n,) keys that tell which items answer one prompt (numbers, or the prompts), for `prompt_index`: without
+                them a monitor and a penalty take each item for a prompt of its own.
         Raises:
             MismatchError: a channel the guard lacks, or vectors of another width.
             InputError: arrays whose lengths differ, or dtypes that cannot be vectors.
         """
         state = self._fitted()
         vectors, values, part = read_vectors(embeddings, rewards, lengths)
-        return state.decide(state.score(vectors, values), part, groups=groups)
+        index = prompt_numbers(prompts, len(part.rewards))
+        return state.decide(state.score(vectors, values), part, groups=groups, prompt_index=index)
 
     def __call__(
         self,
@@ -332,6 +336,7 @@ class OODGuard:
         prompt_mask: Tensor | None = None,
         response_mask: Tensor | None = None,
         groups: Sequence[str] | None = None,
+        prompts: Any = None,
         **inputs: Any,
     ) -> Any:
         """The reward model's own forward; its output carries the verdicts as `.ood`, a `Decisions`.
@@ -342,6 +347,7 @@ class OODGuard:
                 that is not special counts, role markers included, and the reason `approximate_spans` says so where the
                 guard was fitted on a chat template.
             groups: the group of each row, for a guard with a grouping column.
+            prompts: (B,) keys that tell which rows answer one prompt, as in `check_embeddings`.
             **inputs: the model's inputs, never altered.
         Raises:
             InputError: the spans cannot be told, or the guard takes a prompt-only pass.
@@ -350,7 +356,7 @@ class OODGuard:
         spans, notes = self._read_inputs(inputs, prompt_end, prompt_mask, response_mask)
         with eval_mode(column.model, switch=self.config.eval_mode == "switch"):
             outputs, captured = column.capture.forward(inputs, spans)
-        return with_verdicts(outputs, self._decide(state, captured, spans, notes, groups))
+        return with_verdicts(outputs, self._decide(state, captured, spans, notes, groups, prompts))
 
     @contextmanager
     def observe(
@@ -360,6 +366,7 @@ class OODGuard:
         prompt_mask: Tensor | None = None,
         response_mask: Tensor | None = None,
         groups: Sequence[str] | None = None,
+        prompts: Any = None,
         **inputs: Any,
     ) -> Iterator[Observation]:
         """Verdicts on calls that go around the model's own forward: backbone and head called by hand, as older trainers do.
@@ -372,7 +379,7 @@ class OODGuard:
         ```
 
         Args:
-            prompt_end, prompt_mask, response_mask, groups, inputs: as in a call of the guard.
+            prompt_end, prompt_mask, response_mask, groups, prompts, inputs: as in a call of the guard.
         Raises:
             CaptureError: after the block, if what was called did not pass the hooks.
         """
@@ -381,7 +388,8 @@ class OODGuard:
         with eval_mode(column.model, switch=False), column.capture.listen(inputs, spans) as request:
 
             def decide(rewards: Tensor | None) -> Decisions:
-                return self._decide(state, column.capture.observed(request, rewards), spans, notes, groups)
+                captured = column.capture.observed(request, rewards)
+                return self._decide(state, captured, spans, notes, groups, prompts)
 
             yield Observation(decide)
 
@@ -402,12 +410,14 @@ class OODGuard:
         spans: Spans,
         notes: Notes,
         groups: Sequence[str] | None,
+        prompts: Any,
     ) -> Decisions:
         n = len(captured.rewards)
+        index = prompt_numbers(prompts, n)
         part = embedded(captured, spans.lengths(), notes, np.zeros(n, dtype=bool))
         with torch.inference_mode():
             scores = state.score(part.vectors, part.rewards)
-        decisions = state.decide(scores, part, groups=groups)
+        decisions = state.decide(scores, part, groups=groups, prompt_index=index)
         self._watch(decisions)
         return decisions
 

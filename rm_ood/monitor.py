@@ -192,8 +192,8 @@ class TrafficMonitor:
         Args:
             decisions: `Decisions` of the guard that the monitor comes from.
             sessions: as in `update`, one key per item. Without them each prompt of the call is a session: several answers to
-                one prompt are not independent. A prompt that comes back in another call counts again, and verdicts on
-                vectors or tensors do not know their prompts: pass keys for those.
+                one prompt are not independent. A prompt that comes back in another call counts again. Verdicts on
+                vectors or tensors know their prompts where they were made with `prompts=`; otherwise pass keys.
         Raises:
             MismatchError: the guard has been calibrated anew since the verdicts that were watched before.
             InputError: as in `update`, or an axis is missing.

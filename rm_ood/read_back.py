@@ -13,6 +13,8 @@ from rm_ood.dialogue import Message, Text, parse_dialogue
 from rm_ood.errors import InputError
 
 _ROLES = ("user", "assistant", "user", "assistant")
+# Stands for the response while its prompt is read.
+_ANSWER = "\u2039answer\u203a"
 
 
 @dataclass(frozen=True)
@@ -51,18 +53,14 @@ class ReadBack:
         Raises:
             InputError: where the response begins cannot be told.
         """
-        dialogue = self._dialogue(text)
-        if dialogue is not None:
-            return dialogue[:-1], str(dialogue[-1]["content"])
-        if self._is_chat and any(token in text for token in self._specials):
-            raise InputError(
-                f"{where}: it holds special tokens, and is not what the reward model's chat template writes. Send messages, "
-                "or text rendered by that template."
-            )
         if prompt is not None:
             if not text.startswith(prompt):
                 raise InputError(f"{where}: it does not begin with its prompt, so the response cannot be told")
-            return self._bare(prompt, start=True), self._bare(text[len(prompt) :], end=True)
+            return self._after(prompt, text[len(prompt) :], where)
+        dialogue = self._dialogue(text)
+        if dialogue is not None:
+            return dialogue[:-1], str(dialogue[-1]["content"])
+        self._refuse_specials(text, where)
         turns = parse_dialogue(text)
         if turns is None or turns[-1]["role"] != "assistant":
             raise InputError(
@@ -70,6 +68,33 @@ class ReadBack:
             )
         before, _, response = text.rpartition("\n\nAssistant:")
         return before + "\n\nAssistant:", response.removeprefix(" ")
+
+    def _after(self, prompt: str, response: str, where: str) -> tuple[Text, str]:
+        """The messages of a prompt, and all of the text after it as the response, whatever turns a policy wrote there."""
+        # Some templates begin the assistant's text with a space that is no part of what asks for it.
+        for gap in ("", " "):
+            dialogue = self._dialogue(prompt + gap + _ANSWER)
+            if dialogue is not None and str(dialogue[-1]["content"]).endswith(_ANSWER):
+                # What a template puts into the assistant's mouth is read as its words.
+                begun = str(dialogue[-1]["content"]).removesuffix(_ANSWER)
+                return dialogue[:-1], begun + self._ended(response.removeprefix(gap))
+        self._refuse_specials(prompt, where)
+        return self._bare(prompt, start=True), self._bare(response, end=True)
+
+    def _ended(self, response: str) -> str:
+        """Without the template's end marker, or the tokenizer's."""
+        for frame in self._frames:
+            for end in (frame.end, frame.end.rstrip()):
+                if end and response.endswith(end):
+                    return response.removesuffix(end)
+        return self._bare(response, end=True)
+
+    def _refuse_specials(self, text: str, where: str) -> None:
+        if self._is_chat and any(token in text for token in self._specials):
+            raise InputError(
+                f"{where}: it holds special tokens, and is not what the reward model's chat template writes. Send messages, "
+                "or text rendered by that template."
+            )
 
     def _dialogue(self, text: str) -> list[Message] | None:
         """Messages that the template renders to this text; None where there are none."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from rm_ood.calls import read_call
+from rm_ood.calls import prompt_numbers, read_call
 from rm_ood.config import GuardConfig
 from rm_ood.dialogue import Dialogue
 from rm_ood.errors import InputError
@@ -66,3 +68,26 @@ def test_a_prompt_listed_once_for_each_answer_is_one() -> None:
     # Nested answers are numbered by the place of their prompt in the call.
     assert read_call(["a", "a"], [["1", "2"], ["3"]], CONFIG).prompt_index.tolist() == [0, 0, 1]
     assert read_call([], [], CONFIG).prompt_index.shape == (0,)
+
+
+def test_items_of_equal_keys_answer_one_prompt() -> None:
+    assert prompt_numbers(None, 3) is None
+    for keys in ([7, 7, 3, 7], np.array([7, 7, 3, 7]), torch.tensor([7, 7, 3, 7]), "aaba", ["a", "a", "b", "a"]):
+        listed = list(keys) if isinstance(keys, str) else keys
+        found = prompt_numbers(listed, 4)
+        assert found is not None
+        assert found.tolist() == [0, 0, 1, 0]
+    # As `check` compares prompts.
+    mixed = prompt_numbers(["Is it cold?", [USER], Dialogue([USER], TOOLS), [dict(USER)]], 4)
+    assert mixed is not None
+    assert mixed.tolist() == [0, 0, 1, 0]
+    for wrong, words in (
+        ([1], r"expected one key per item, 2 of them, got 1 of them"),
+        ("ab", "got str"),
+        (7, "got int"),
+        ([1, None], r"prompts\[1\]: expected a whole number, a string or messages, got NoneType"),
+        ([1.5, 1], r"prompts\[0\]: .*got float"),
+        (torch.tensor([1.0, 2.0]), r"prompts\[0\]: .*got Tensor"),
+    ):
+        with pytest.raises(InputError, match=words):
+            prompt_numbers(wrong, 2)

@@ -29,6 +29,7 @@ from rm_ood import (
     NonFiniteError,
     NotFittedError,
     OODGuard,
+    TrafficMonitor,
 )
 from rm_ood.preferences import hash_fraction, prompt_key
 
@@ -531,6 +532,26 @@ def test_vectors_alone_give_the_verdicts_of_the_final_profile(
     assert set(without.axes) == {"response"}
     with pytest.raises(MismatchError, match="no reward model"):
         alone.check("a", "b")
+
+
+def test_vectors_and_tensors_may_tell_their_prompts(fitted: OODGuard) -> None:
+    inputs = fitted.encode(["a question"] * 3 + ["another"], ["one", "two", "three", "four"])
+    vectors = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    with fitted.observe(prompts=[5, 5, 5, 9], **inputs) as seen:
+        rewards = fitted.model(**{k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}).logits[:, 0]
+    for decisions, alone in (
+        (fitted(prompts=["q", "q", "q", "r"], **inputs).ood, fitted(**inputs).ood),
+        (seen.decide(rewards), fitted(**inputs).ood),
+        (fitted.check_embeddings(vectors, prompts=[5, 5, 5, 9]), fitted.check_embeddings(vectors)),
+    ):
+        assert decisions.prompt_index.tolist() == [0, 0, 0, 1]
+        assert alone.prompt_index.tolist() == [0, 1, 2, 3]
+        np.testing.assert_array_equal(decisions.p_values, alone.p_values)
+        # What a monitor takes for independent.
+        scores = {"response": np.arange(50.0)}
+        assert [TrafficMonitor(scores).watch(one).counted for one in (decisions, alone)] == [2, 4]
+    with pytest.raises(InputError, match="prompts: expected one key per item, 4 of them, got 3 of them"):
+        fitted(prompts=[1, 2, 3], **inputs)
 
 
 def test_row17_vectors_of_another_width(fitted: OODGuard) -> None:

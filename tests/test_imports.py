@@ -29,7 +29,7 @@ LINES = (
     "calls outputs inputs scoring turns recalibration suspects guard penalty selection",
     "integrations.transport replies client integrations.read_out integrations.vllm_plugin integrations.engines",
     "integrations.judges integrations.processes integrations.trl_callbacks integrations.trl",
-    "integrations.rendered integrations.together integrations.rollout_reward integrations.openrlhf integrations.verl",
+    "integrations.together integrations.rollout_reward integrations.openrlhf integrations.verl",
     "integrations",
     "study.rewards study.reliability study.metrics study.detection study.bootstrap study.score_files study.paper",
     "study.pairs study.scripts study.noise study.registry study.builtin study.rewarding",

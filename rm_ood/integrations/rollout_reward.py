@@ -19,10 +19,10 @@ from rm_ood.decision import Decisions
 from rm_ood.errors import InputError
 from rm_ood.guard import OODGuard
 from rm_ood.integrations.judges import ServedGuard, judged_here
-from rm_ood.integrations.rendered import TemplateReader, response_after
 from rm_ood.integrations.together import Together
 from rm_ood.monitor import TrafficMonitor
 from rm_ood.penalty import RESPONSE, RewardPenalty, verdict_scores
+from rm_ood.read_back import ReadBack
 from rm_ood.reward_model import load_reward_model
 
 PREFIX = "RM_OOD_REWARD_"
@@ -45,8 +45,9 @@ class RewardSettings:
         guard: folder of the saved guard. Beside `url` a copy that needs no model: for `penalize`, and for answers without a
             reward.
         model: folder or Hub id of the reward model.
-        tokenizer: folder or Hub id of the policy's tokenizer, for rollouts that come as rendered text: its chat template is
-            undone and the guard gets messages. None: the guard gets the text as it is, and was fitted on such text.
+        tokenizer: folder or Hub id of the policy's tokenizer, for rollouts that come as rendered text: what its chat template
+            and its special tokens add is taken off, and the guard gets messages, or the text alone. None: the reward model's,
+            where it is loaded here.
         mode: `"monitor"`: rewards as the reward model gives them; `"penalize"`: less `RewardPenalty`.
         axis: whose verdict counts, `"response"` by default; `"whole"` for all axes.
         strength, cap: of the penalty.
@@ -131,7 +132,7 @@ class GuardedReward:
             if self._client is None:
                 axes = None if self._axis is None else [self._axis]
                 self._monitor = self._guard.monitor(axes=axes, workers=settings.workers)
-        self._template = None if settings.tokenizer is None else _template(settings.tokenizer)
+        self._reader = _reader(settings, self._guard)
         self._together: Together[tuple[Any, str], dict[str, float]] = Together(self._rows)
 
     def __call__(self, items: Sequence[tuple[Any, str]]) -> list[dict[str, float]]:
@@ -148,23 +149,28 @@ class GuardedReward:
     def rendered(self, queries: Sequence[str], prompts: Sequence[str]) -> list[tuple[Any, str]]:
         """(prompt, response) of whole rendered rollouts, each with the prompt that it begins with.
 
+        A guard fitted on rendered text (`text_format="plain"`, `special_tokens=False`) gets them as they are; so does a server
+        of which neither a copy nor a tokenizer is here.
+
         Raises:
-            InputError: a rollout without its prompt; a prompt that the policy's chat template did not make, or a guard on
-                messages and no such template.
+            InputError: a rollout without its prompt; a prompt that the policy's chat template did not make; no tokenizer.
         """
         if len(queries) != len(prompts):
             raise InputError(f"{len(queries)} queries and {len(prompts)} prompts: expected as many of each")
-        answers = [response_after(q, p, f"queries[{i}]") for i, (q, p) in enumerate(zip(queries, prompts, strict=True))]
-        if self._template is not None:
-            read = [self._template.messages(p, f"prompts[{i}]") for i, p in enumerate(prompts)]
-            return [(messages, self._template.answer(a)) for messages, a in zip(read, answers, strict=True)]
-        text_format = None if self._guard is None else self._guard.config.text_format
-        if text_format not in (None, "plain"):
+        if self._reader is None and self._guard is not None and self._guard.config.text_format != "plain":
             raise InputError(
-                f"this guard reads {text_format!r}, and the rollouts come rendered: set {PREFIX}TOKENIZER to the policy's "
-                "tokenizer, whose template is then undone"
+                f"this guard reads {self._guard.config.text_format!r}, and the rollouts come rendered: set {PREFIX}TOKENIZER to "
+                "the policy's tokenizer, whose template is then undone"
             )
-        return list(zip(prompts, answers, strict=True))
+        read: list[tuple[Any, str]] = []
+        for i, (query, prompt) in enumerate(zip(queries, prompts, strict=True)):
+            if self._reader is not None:
+                read.append(self._reader.split(query, prompt, f"queries[{i}]"))
+            elif query.startswith(prompt):
+                read.append((prompt, query[len(prompt) :]))
+            else:
+                raise InputError(f"queries[{i}]: it does not begin with its prompt, so the response cannot be told")
+        return read
 
     def close(self) -> None:
         """Close the connections and remove the guard's hooks; a second call does nothing."""
@@ -246,10 +252,19 @@ def guarded_reward(settings: RewardSettings) -> GuardedReward:
         return _loaded[settings]
 
 
-def _template(tokenizer: str) -> TemplateReader:
-    from transformers import AutoTokenizer
+def _reader(settings: RewardSettings, guard: OODGuard | None) -> ReadBack | None:
+    """What reads rendered rollouts for this guard; None where it takes them as they are."""
+    config = None if guard is None else guard.config
+    if config is not None and config.text_format == "plain" and not config.special_tokens:
+        return None
+    tokenizer = None if guard is None else guard.tokenizer
+    if settings.tokenizer is not None:
+        from transformers import AutoTokenizer
 
-    return TemplateReader(AutoTokenizer.from_pretrained(tokenizer))
+        tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
+    if tokenizer is None:
+        return None
+    return ReadBack(tokenizer, "chat" if config is None else config.text_format)
 
 
 def _typed(name: str, kind: str, value: Any) -> Any:
