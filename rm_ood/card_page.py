@@ -29,6 +29,9 @@ def page(values: dict[str, Any]) -> str:
 
 
 _STYLE = (
+    # On a phone a table scrolls by itself, not the page.
+    "@media screen and (max-width:40em){table{display:block;overflow-x:auto}svg{max-width:100%;height:auto}"
+    ".facts th{white-space:normal}}"
     ".bar{fill:var(--mark)}.edge{stroke:var(--ink)}.alpha{stroke:var(--warn);stroke-dasharray:3 2}"
     ".box{fill:var(--mark);fill-opacity:.35}"
 )

@@ -27,15 +27,15 @@ class Browser:
     def __init__(self, driver: Any) -> None:
         self.driver = driver
 
-    def open(self, path: Path, width: int, scheme: str = "light", media: str = "screen") -> None:
-        """Loads the file anew, so that the logs are of this page alone, and opens what is folded away."""
+    def open(self, page: Path | str, width: int, scheme: str = "light", media: str = "screen") -> None:
+        """Loads the file or address anew, so that the logs are of this page alone, and opens what is folded away."""
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
         for log in ("browser", "performance"):
             self.driver.get_log(log)
-        self.driver.get(path.as_uri())
+        self.driver.get(page.as_uri() if isinstance(page, Path) else page)
         self.run("document.querySelectorAll('details').forEach(d => { d.open = true; })")
 
     def run(self, script: str) -> Any:

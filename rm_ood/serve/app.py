@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.telemetry import TelemetryConfig
 from starlette.exceptions import HTTPException
 
 from rm_ood.artifact import package_version
@@ -22,6 +23,10 @@ from rm_ood.serve.service import Outcome, Service
 from rm_ood.serve.settings import ServeSettings
 
 FLAGGED = "RM-OOD-Flagged"
+# FastAPI's own spans and logs tell paths, queries and the messages of exceptions; ours (rm_ood.serve.tracing) do not.
+_NO_TELEMETRY: TelemetryConfig = {
+    "tracing": False, "metrics": False, "logs": False, "operation_spans": False, "auto_configure": False,
+}  # fmt: skip
 
 
 def build_app(scorer: Scorer, settings: ServeSettings | None = None, *, service: Service | None = None) -> FastAPI:
@@ -45,7 +50,7 @@ def build_app(scorer: Scorer, settings: ServeSettings | None = None, *, service:
             await shared.stop()
 
     app = FastAPI(
-        title="rm_ood", version=package_version(), docs_url=None, redoc_url=None, lifespan=life,
+        title="rm_ood", version=package_version(), docs_url=None, redoc_url=None, lifespan=life, telemetry=_NO_TELEMETRY,
         description="Rewards, and whether the reward model was out of its ground.",
     )  # fmt: skip
     app.state.service = shared
