@@ -85,7 +85,8 @@ def find_suspects(
         return []
     odds = np.array([math.nan if d.class_log_odds is None else d.class_log_odds for d in verdicts])
     texts = [response_text(item.response) for _, item in named]
-    counts, once = Counter(texts), np.unique(texts, return_index=True)[1]
+    counts, first = Counter(texts), {text: i for i, text in reversed(list(enumerate(texts)))}
+    once = np.array(sorted(first.values()))
     unlike = -np.log10(_rarity(-_beyond_reward(odds, rewards, once), once))
     flagged = np.array([d.is_ood for d in verdicts])
     strange = -np.log10([d.p_value for d in verdicts])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -144,3 +145,16 @@ def test_unusable_options_are_refused(minilm_guard: OODGuard, options: dict[str,
 def test_a_guard_without_a_calibration_says_so_first(minilm: Any) -> None:
     with pytest.raises(NotFittedError):
         OODGuard(*minilm).suspects([{"prompt": "a", "response": "b"}])
+
+
+def test_one_long_response_takes_no_memory_for_the_others(minilm_guard: OODGuard) -> None:
+    rows = [{"prompt": row["prompt"], "response": row["chosen"]} for row in preference_rows(60, seed=23)]
+    rows[30]["response"] = "music " * 33_000
+    tracemalloc.start()
+    try:
+        minilm_guard.suspects(rows, 5, progress=False)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # As a column of text as wide as the longest it would be 47 MB.
+    assert peak < 25e6
