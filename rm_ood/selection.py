@@ -71,11 +71,11 @@ class Winners:
             alpha: by default the guard's; the confidence is the guard's.
             groups: one label per prompt, for a guard with a grouping column.
         Raises:
-            InputError: prompts with differing numbers of answers. CalibrationError: too few prompts, or some that were fitted
-                on.
+            InputError: prompts with differing numbers of answers, or none. CalibrationError: too few prompts, or some that
+                were fitted on.
             NonFiniteError: a prompt none of whose answers has a reward.
         """
-        counts = {len(answers) for answers in responses}
+        counts = _candidates(responses)
         if len(counts) != 1:
             raise InputError(f"responses: expected as many answers to each prompt, got {sorted(counts)}")
         config = guard.config
@@ -215,6 +215,8 @@ def choose(
     """
     if len(decisions) != len(responses):
         raise InputError(f"{len(responses)} responses and {len(decisions)} verdicts: expected as many of each")
+    if not len(responses):
+        raise InputError("responses: expected at least one candidate")
     level = _level(guard, alpha, winners)
     _fits(guard, len(decisions), level, axis, winners)
     if winners is not None and any(_calibration(decisions, axis).values()):
@@ -270,7 +272,7 @@ def id_regret(
     """
     if not len(prompts):
         raise InputError("prompts: got none")
-    for n in {len(answers) for answers in responses}:
+    for n in _candidates(responses):
         _fits(guard, n, _level(guard, alpha, winners), axis, winners)
     rounds = _rounds(guard, prompts, responses, groups, progress)
     picks = [
@@ -303,6 +305,18 @@ def _rounds(
     scored, part = scoring.score(scoring.encode(call.items), progress=progress)
     decisions = scoring.state.decide(scored, part, groups=labels, prompt_index=call.prompt_index)
     return [decisions[np.flatnonzero(call.prompt_index == i)] for i in range(len(prompts))]
+
+
+def _candidates(responses: Sequence[Sequence[Response]]) -> set[int]:
+    """How many answers the prompts have.
+
+    Raises:
+        InputError: a prompt with one bare answer, which would be read letter by letter, or with none.
+    """
+    for i, answers in enumerate(responses):
+        if isinstance(answers, (str, Mapping)) or not len(answers):
+            raise InputError(f"responses[{i}]: expected a list of at least one candidate")
+    return {len(answers) for answers in responses}
 
 
 def _highest(rewards: Floats) -> int:

@@ -286,6 +286,17 @@ def test_candidates_come_as_a_list(minilm_guard: OODGuard, responses: Any) -> No
         best_of_n(PROMPT, responses, minilm_guard)
 
 
+@pytest.mark.parametrize("answers", ["a whole answer", [], {"role": "assistant", "content": "one"}])
+def test_each_prompt_has_a_list_of_answers(minilm_guard: OODGuard, answers: Any) -> None:
+    """A bare string would be read letter by letter, as so many candidates."""
+    with pytest.raises(InputError, match=r"responses\[1\]: expected a list of at least one candidate"):
+        id_regret(minilm_guard, [PROMPT, f"{PROMPT} and more"], [["one", "two"], answers])
+    with pytest.raises(InputError, match=r"responses\[0\]: expected a list of at least one candidate"):
+        Winners.fit(minilm_guard, [PROMPT], [answers])
+    with pytest.raises(InputError, match="responses: expected at least one candidate"):
+        choose(verdicts([], []), [], minilm_guard)
+
+
 def test_as_many_verdicts_as_responses(minilm_guard: OODGuard) -> None:
     with pytest.raises(InputError, match="3 responses and 2 verdicts"):
         choose(verdicts([1, 2], [1, 2]), "abc", minilm_guard, 0.2)
