@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from conftest import POISON
 from serving import Client, guard_scorer, serving
 
-from rm_ood import OODGuard
+from rm_ood import EngineError, GuardClient, OODGuard
+from rm_ood.serve.settings import key_digest
 
 PAIRS = [("question about the river", "the answer is small"), ("a garden in winter", "orange orange orange 42")]
 
@@ -77,3 +85,60 @@ def test_other_routes(client: Client, minilm_guard: OODGuard) -> None:
     assert client.get("/nothing").status == 404
     assert client.get("/v1/score").status == 405
     assert client.post("/v1/score", b"x", headers={"content-type": "text/plain"}).status == 415
+
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+
+
+def example(name: str) -> str:
+    """The README's block under a marker."""
+    found = re.search(rf"<!-- example: {name} -->\n```\w+\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+    assert found is not None
+    return found[1]
+
+
+@pytest.mark.skipif(
+    shutil.which("curl") is None, reason="no curl here: apt-get install -y --no-install-recommends curl"
+)
+def test_the_curl_commands_of_the_readme_work_as_printed(client: Client) -> None:
+    script = (
+        example("curl")
+        .replace("127.0.0.1:8000", f"127.0.0.1:{client.port}")
+        .replace("curl -sS", "curl -sS -w '\\n%{http_code}\\n'")
+    )
+    run = subprocess.run(["bash", "-e"], input=script, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    codes = [line for line in run.stdout.splitlines() if re.fullmatch(r"[0-9]{3}", line)]
+    assert codes == ["200"] * 7
+    replies = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    assert [row["id"] for row in replies[1]["results"]] == ["a#0", "a#1", "b"]
+    assert len(replies[2]["rewards"]) == 1
+    assert len(replies[3]["data"]) == 1
+
+
+def test_the_client_of_the_readme_works_as_printed(client: Client, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(example("client").replace("127.0.0.1:8000", f"127.0.0.1:{client.port}"), {})
+    assert re.fullmatch(r"\[.*\] \[[TrueFals ]*\] (True|False)\n", capsys.readouterr().out)
+
+
+def test_the_client_gives_what_the_guard_gives(client: Client, minilm_guard: OODGuard) -> None:
+    prompts, answers = [p for p, _ in PAIRS], [[r, "", f"a {POISON}"] for _, r in PAIRS]
+    with GuardClient(f"http://127.0.0.1:{client.port}", batch_size=4) as asked:
+        found, wanted = asked.check(prompts, answers), minilm_guard.check(prompts, answers)
+        single = asked.check(*PAIRS[0])
+    assert single.to_dict() == minilm_guard.check(*PAIRS[0]).to_dict()
+    np.testing.assert_allclose(found.rewards, wanted.rewards, rtol=1e-4)
+    np.testing.assert_allclose(found.p_values, wanted.p_values, rtol=1e-3)
+    np.testing.assert_array_equal(found.is_ood, wanted.is_ood)
+    np.testing.assert_array_equal(found.prompt_index, wanted.prompt_index)
+    assert found.reasons == wanted.reasons
+
+
+def test_the_clients_key_opens_the_server(minilm_guard: OODGuard) -> None:
+    key = "k" * 32
+    with serving(guard_scorer(minilm_guard), api_key=key_digest(key)) as (client, _):
+        url = f"http://127.0.0.1:{client.port}"
+        with GuardClient(url, api_key=key) as asked:
+            assert asked.check(*PAIRS[0]).reward == minilm_guard.check(*PAIRS[0]).reward
+        with GuardClient(url, api_key="x" * 32) as asked, pytest.raises(EngineError, match="401"):
+            asked.check(*PAIRS[0])
