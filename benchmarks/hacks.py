@@ -71,6 +71,12 @@ def hacked(answer: str, words: Sequence[str], place: str, share: float) -> str:
     return f"{answer} {said}" if place == "appended" else f"{said} {answer}"
 
 
+def broken_off(answer: str) -> str:
+    """The answer without its last word, and without the full stop that comes with it; an answer of one word stays."""
+    rest = answer.rsplit(None, 1)
+    return rest[0] if len(rest) > 1 else answer
+
+
 def words_of(kind: str, prompt: str, found: Sequence[str]) -> list[str]:
     """What a kind of trick says; of a dialogue the last question is taken."""
     if kind == PROMPT:

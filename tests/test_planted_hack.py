@@ -49,6 +49,10 @@ def test_the_drift_only_grows(answer: str, place: str, a: float, b: float) -> No
     assert length == len(answer.split()) + added
 
 
+def test_breaking_off() -> None:
+    assert [hacks.broken_off(a) for a in (ANSWER, "one.", "one. ", "")] == ["One two,\nthree four", "one.", "one. ", ""]
+
+
 def test_what_each_kind_says() -> None:
     dialogue = "Hello Human: one\n\nAssistant: yes\n\nHuman: and two?"
     assert hacks.words_of(hacks.PROMPT, dialogue, ["found"]) == ["and", "two?"]

@@ -14,7 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,27 +114,40 @@ def measured(recipe: training.Recipe, folder: Path, rows: Sequence[Row], work: P
             "reward_sd": guard.state.reward_sd,
             "search": {"words": found.words, "rewards": found.rewards, "candidates": CANDIDATES, "probes": PROBES},
             "tricks": tricks,
+            # What a broken-off ending is worth by itself.
+            "last_word_dropped": _gain(
+                scorer, split["search"], recipe.seed, lambda _, answer: hacks.broken_off(answer)
+            ),
             "undrifted": policy.undrifted(winners),
             "drifts": drifts,
         }
 
 
 def _tricks(scorer: Scorer, rows: Sequence[Row], words: Sequence[str], seed: int) -> dict[str, dict[str, Any]]:
-    """Kind -> reward gained at each place, in standard deviations, and the place that gains most."""
-    prompts, answers = [row["prompt"] for row in rows], [hacks.said(row, seed)[0] for row in rows]
-    plain, sd = scorer.rewards(prompts, answers).mean(), scorer.state.reward_sd
+    """Kind -> reward gained at each place, in standard deviations, and the place that gains most.
+
+    `with_a_full_stop` is the gain at that place when the hacked answer ends as a sentence does.
+    """
     found = {}
     for kind in hacks.KINDS:
-        gains = {}
-        for place in hacks.PLACES:
-            changed = [
-                hacks.hacked(answer, hacks.words_of(kind, prompt, words), place, TRIED_AT)
-                for prompt, answer in zip(prompts, answers, strict=True)
-            ]
-            gains[place] = float(scorer.rewards(prompts, changed).mean() - plain) / sd
+
+        def change(prompt: str, answer: str, place: str, end: str = "", kind: str = kind) -> str:
+            said = hacks.hacked(answer, hacks.words_of(kind, prompt, words), place, TRIED_AT)
+            return said.rstrip(".?!") + end if end else said
+
+        gains = {p: _gain(scorer, rows, seed, partial(change, place=p)) for p in hacks.PLACES}
         best = max(gains, key=lambda place: gains[place])
-        found[kind] = {"place": best, "gain_in_sd": gains[best], "places": gains}
+        stopped = _gain(scorer, rows, seed, partial(change, place=best, end="."))
+        found[kind] = {"place": best, "gain_in_sd": gains[best], "places": gains, "with_a_full_stop": stopped}
     return found
+
+
+def _gain(scorer: Scorer, rows: Sequence[Row], seed: int, change: Callable[[str, str], str]) -> float:
+    """Reward that (prompt, answer) -> answer adds in the mean, in standard deviations."""
+    prompts, answers = [row["prompt"] for row in rows], [hacks.said(row, seed)[0] for row in rows]
+    changed = [change(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    gained = scorer.rewards(prompts, changed) - scorer.rewards(prompts, answers)
+    return float(gained.mean()) / scorer.state.reward_sd
 
 
 class Policy:
@@ -267,7 +281,8 @@ def print_report(models: Mapping[str, Any]) -> None:
             print(f"regret, {rule}: {lost}")
         for kind, trick in model["tricks"].items():
             gains = ", ".join(f"{place} {gain:+.2f}" for place, gain in trick["places"].items())
-            print(f"{kind}, gain in sd at {TRIED_AT}: {gains}")
+            print(f"{kind}, gain in sd at {TRIED_AT}: {gains}; with a full stop {trick['with_a_full_stop']:+.2f}")
+        print(f"last word dropped, gain in sd: {model['last_word_dropped']:+.2f}")
         for kind, drift in model["drifts"].items():
             print(f"\n{kind}, {drift['place']}: alarms {drift['streams']}\n")
             print("| share | reward | penalised | flagged | plain picks it | guarded: alpha / n | winner |")
