@@ -18,7 +18,7 @@ class _Ticket(Generic[Item, Result]):
     def __init__(self, items: Sequence[Item]) -> None:
         self.items = items
         self.results: list[Result] | None = None
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
 
 class Together(Generic[Item, Result]):
@@ -65,12 +65,13 @@ class Together(Generic[Item, Result]):
     def _run(self, batch: list[_Ticket[Item, Result]]) -> None:
         try:
             results = self._work([item for ticket in batch for item in ticket.items])
-        except Exception as error:
+        except BaseException as error:
             # A server that is out of reach is so for all, and asking again for each would take each its timeout.
             if len(batch) > 1 and isinstance(error, OODGuardError) and not isinstance(error, UnavailableError):
                 for ticket in batch:
                     self._run([ticket])
                 return
+            # Nobody else will run them: what ends this thread ends their wait, too.
             for ticket in batch:
                 ticket.error = error
             return

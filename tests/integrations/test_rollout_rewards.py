@@ -484,3 +484,27 @@ def test_waiting_calls_go_together_and_one_bad_item_fails_alone() -> None:
                 other.result(10)
         assert first.result(10) == [0]
     assert sizes == [1, 2]
+
+
+def test_an_interrupt_leaves_nobody_waiting() -> None:
+    begun, may_go = threading.Event(), threading.Event()
+
+    def work(items: list[int]) -> list[int]:
+        begun.set()
+        assert may_go.wait(10)
+        if 7 in items:
+            raise KeyboardInterrupt
+        return items
+
+    together = Together(work)
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(together, [0])
+        assert begun.wait(10)
+        others = [pool.submit(together, [item]) for item in (7, 8)]
+        while len(together._waiting) < 2:
+            time.monotonic()
+        may_go.set()
+        assert first.result(10) == [0]
+        for other in others:
+            assert isinstance(other.exception(10), KeyboardInterrupt)
+        assert pool.submit(together, [9]).result(10) == [9]
