@@ -81,6 +81,8 @@ class GuardClient:
     def check(self, prompt: Any, response: Any, *, groups: Sequence[str] | None = None) -> Decision | Decisions:
         """Reward and verdict of one item, or of many; the call forms are those of `OODGuard.check`.
 
+        `alpha` of the verdicts is NaN, since a reply does not tell it; their flags are the server's.
+
         Args:
             groups: the group of each item, for a guard with a grouping column.
         Raises:

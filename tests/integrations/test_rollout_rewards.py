@@ -27,6 +27,7 @@ import pytest
 import torch
 from conftest import POISON, preference_rows
 from guard_server import GuardServer
+from serving import guard_scorer, serving
 from test_trl import assistant, chat, fitted, rollouts, user
 
 from rm_ood import (
@@ -201,6 +202,24 @@ def test_rendered_text_goes_as_it_is_to_a_guard_that_was_fitted_on_it(
     expected = plain.check(prompts, [q.removeprefix(p) for q, p in zip(queries, prompts, strict=True)])
     np.testing.assert_allclose(told["rewards"], expected.rewards, rtol=0, atol=1e-3)
     np.testing.assert_array_equal(told["extra_logs"]["ood_is_ood"], expected.axis("response").is_ood)
+
+
+def test_the_file_and_the_servers_own_route_agree(
+    guard: OODGuard, folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, said = some()
+    said[6] = assistant(f"a {POISON}")
+    queries, prompts = rendered(guard.tokenizer, asked, said)
+    with serving(guard_scorer(guard)) as (served, _):
+        url = f"http://127.0.0.1:{served.port}"
+        exported(monkeypatch, {"url": url, "guard": folders[0], "tokenizer": folders[1]})
+        told = executor()(queries, prompts, [None] * 8)
+        route = served.post("/get_reward", {"query": queries, "prompts": prompts, "labels": [None] * 8}).json
+    # The one without a reward has the same floor, too.
+    np.testing.assert_allclose(told["rewards"], route["rewards"], rtol=0, atol=1e-3)
+    np.testing.assert_allclose(told["extra_logs"]["ood_p_value"], route["extra_logs"]["ood_p_value"], atol=1e-6)
+    np.testing.assert_array_equal(told["extra_logs"]["ood_is_ood"], route["extra_logs"]["ood_is_ood"])
+    assert told["extra_logs"]["ood_unscored"].tolist() == [0, 0, 0, 0, 0, 0, 1, 0]
 
 
 def test_openrlhf_is_told_why_there_is_no_reward(
