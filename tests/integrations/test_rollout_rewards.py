@@ -199,6 +199,8 @@ def test_rendered_text_goes_as_it_is_to_a_guard_that_was_fitted_on_it(
         exported(monkeypatch, {"url": server.url, "guard": str(tmp_path / "guard")})
         told = executor()(queries, prompts, [None] * 8)
         assert server.requests[0]["items"][0]["prompt"] == prompts[0]
+        with pytest.raises(InputError, match=r"queries\[0\]: it does not begin with its prompt"):
+            executor()(["cut" + queries[0]], prompts[:1], [None])
     expected = plain.check(prompts, [q.removeprefix(p) for q, p in zip(queries, prompts, strict=True)])
     np.testing.assert_allclose(told["rewards"], expected.rewards, rtol=0, atol=1e-3)
     np.testing.assert_array_equal(told["extra_logs"]["ood_is_ood"], expected.axis("response").is_ood)

@@ -164,6 +164,12 @@ def test_another_guard_than_the_copy_is_noticed(
     server.monitor = None
     with pytest.raises(MismatchError, match="not of the calibration of the copy here"):
         reward(*some())
+    server.spoil = lambda reply: {
+        **reply, "results": [{**row, "axes": {"prompt": row["axes"]["response"]}} for row in reply["results"]]
+    }  # fmt: skip
+    with pytest.raises(MismatchError, match=r"the served guard judges \['prompt'\], the copy here \['response'\]"):
+        reward(*some())
+    server.spoil = lambda reply: reply
     other = guard.on(guard.model, guard.tokenizer)
     state = guard.state.with_settings({"alpha": 0.5, "confidence": None})
     other._bind(guard.model, guard.tokenizer, state.config, state)
