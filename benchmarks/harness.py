@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import ctypes
 import datetime
 import importlib.metadata
 import platform
@@ -131,6 +132,8 @@ def memory_of(suite: str, first: str, call: str) -> int:
 @contextmanager
 def added() -> Iterator[list[int]]:
     """Bytes between resident memory now and its peak within, as the one entry of a list that is filled at the end."""
+    # What was freed before would be taken again unseen.
+    ctypes.CDLL(None).malloc_trim(0)
     # The peak counts from here; the resource module's would count from the parent of this process.
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before, peak = _kib("VmRSS"), list[int]()

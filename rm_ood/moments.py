@@ -22,6 +22,10 @@ _FLUSH_ROWS = 2048
 _MOST_ROWS = 2**15
 
 
+# Embedding is often done in inference mode; a state made there could not be added to outside of it.
+_outside_inference_mode = torch.inference_mode(False)
+
+
 class ClassMoments:
     """Counts, class means and within-class scatter of vectors that arrive in pieces.
 
@@ -33,6 +37,7 @@ class ClassMoments:
         device: where the (d, d) float64 state lives and the products run.
     """
 
+    @_outside_inference_mode
     def __init__(self, n_features: int, n_classes: int = 1, *, device: torch.device | str = "cpu") -> None:
         if n_features < 1 or n_classes < 1:
             raise InputError(f"n_features={n_features}, n_classes={n_classes}: both must be at least 1")
@@ -47,6 +52,7 @@ class ClassMoments:
         self._pending: list[tuple[Tensor, Tensor]] = []
         self._n_pending = 0
 
+    @_outside_inference_mode
     def update(self, x: Any, y: Any = None) -> Self:
         """Add vectors (n, d), tensor or array, with classes (n,) in [0, k); `y` may be left out when k is 1.
 
@@ -76,6 +82,7 @@ class ClassMoments:
         """
         return self._combine(other, 1)
 
+    @_outside_inference_mode
     def subtract(self, other: ClassMoments) -> Self:
         """Take away the moments of data that were added before.
 
@@ -98,6 +105,7 @@ class ClassMoments:
         self._n_at_pivot = int(left)
         return self
 
+    @_outside_inference_mode
     def all_reduce(self, group: Any = None) -> Self:
         """Sum the moments of all processes of a `torch.distributed` group; each ends with the total.
 
@@ -130,11 +138,13 @@ class ClassMoments:
         self._n_at_pivot = int(self._counts.sum())
         return self
 
+    @_outside_inference_mode
     def copy(self) -> ClassMoments:
         """An independent copy, equal to the bit."""
         self._flush()
         return copy.deepcopy(self)
 
+    @_outside_inference_mode
     def pooled(self) -> ClassMoments:
         """The moments of the same rows as one class; independent of this."""
         self._flush()
@@ -200,6 +210,7 @@ class ClassMoments:
         check_finite(x)
         return x, y
 
+    @_outside_inference_mode
     def _flush(self) -> None:
         if self._pending:
             x = torch.cat([x for x, _ in self._pending])
@@ -254,6 +265,7 @@ class ClassMoments:
                 f"{self.n_features} features and {self.n_classes} classes"
             )
 
+    @_outside_inference_mode
     def _combine(self, other: ClassMoments, sign: int) -> Self:
         self._check_same_shape(other)
         self._flush()

@@ -29,6 +29,8 @@ def as_vectors(x: Any, *, n_features: int | None = None, name: str = "x") -> Ten
         raise InputError(f"{name}: a tensor on the meta device holds no values")
     if tensor.is_complex() or tensor.is_quantized:
         raise InputError(f"{name}: expected real vectors, got {tensor.dtype}. Complex data not supported")
+    if tensor.is_floating_point() and tensor.element_size() < 2:
+        raise InputError(f"{name}: {tensor.dtype} has too few bits for a distance; pass bfloat16 or wider vectors")
     if tensor.ndim != 2:
         hint = f" Reshape your data: {name}[None] is one vector." if tensor.ndim == 1 else ""
         raise InputError(f"{name}: expected shape (n, d), got {tuple(tensor.shape)}.{hint}")

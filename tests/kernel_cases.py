@@ -13,11 +13,12 @@ from rm_ood.ops.packing import MODES, pack
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
+# Without an underscore: a star import takes it along.
 @pytest.fixture(autouse=True)
-def _poisoned():
+def poisoned(device):
     """Memory that nobody wrote is NaN."""
     torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
+    assert torch.empty(3, device=device).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -39,6 +40,11 @@ def check(device, x, packed, got, *, near=2e-6):
     assert ((got[0].double() - truth).abs() <= budget).all()
     assert torch.equal(got[1], got[0].amin(2))
     assert torch.equal(got[2], got[0].argmin(2))
+
+
+def test_outputs_are_poisoned_before_the_kernel_writes_them(device, request):
+    assert "poisoned" in request.fixturenames
+    assert torch.empty(3, 2, device=device).isnan().all()
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -94,9 +94,7 @@ def _fit(provider: str, x: torch.Tensor, y: torch.Tensor) -> object:
             return pytorch_ood().Mahalanobis(None).fit_features(x, y)
         if provider == "oodeel":
             return oodeel_mahalanobis()._fit_layer(0, x, {"labels": y.numpy()})
-        centred = x.clone()
-        for c in range(CLASSES):
-            centred[y == c] -= centred[y == c].mean(0)
+        centred = x - torch.stack([x[y == c].mean(0) for c in range(CLASSES)])[y]
         estimator = LedoitWolf if provider.endswith("LedoitWolf") else EmpiricalCovariance
         return estimator(assume_centered=True).fit(centred.numpy())
 

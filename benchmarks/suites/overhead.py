@@ -71,7 +71,8 @@ def _shares(name: str, batch: int, tokens: int) -> Iterator[Row]:
     model, _ = BASES[name](seed=0)
     model.eval()
     d = model.config.hidden_size
-    scores = {key: call for key, call in scorers(d, 2, 10 * d).items() if key.startswith(("rm_ood", "pytorch-ood"))}
+    found = {key: scorer.score for key, scorer in scorers(d, 2, 10 * d).items()}
+    scores = {key: score for key, score in found.items() if key.startswith(("rm_ood", "pytorch-ood"))}
     ids = torch.randint(1000, 20000, (batch, tokens), generator=torch.Generator().manual_seed(0))
     hidden, probe, half = torch.randn(batch, tokens, d), vectors(batch, d), torch.arange(tokens) < tokens // 2
     masks, channel = [half.repeat(batch, 1), ~half.repeat(batch, 1)], Channel("response", 0.67, "mean")

@@ -111,6 +111,9 @@ class ContrastedMahalanobis(NormalisedMahalanobis):
     def _gaussians(self) -> list[Gaussian]:
         return [*super()._gaussians(), *self.noise_._gaussians()]
 
+    def _is_current(self, whitenings: tuple[Tensor, ...]) -> bool:
+        return super()._is_current(whitenings) and whitenings[1] is self.noise_.whitening_
+
     def _load(
         self, tensors: dict[str, Tensor], classes: Any, effective_shrinkage: float, effective_rank: float
     ) -> Self:

@@ -69,6 +69,10 @@ class MahalanobisDetector:
         # Of a saved detector, or of one on another device before.
         self._precision: dict[str, Any] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and other processes make their own from the state.
+        return {**self.__dict__, "_precision": self.precision, "_metric": None}
+
     def fit(self, x: Any, y: Any = None) -> Self:
         """Fit on in-distribution vectors; for `"likelihood"`, halves are drawn by row, seeded.
 
@@ -226,10 +230,15 @@ class MahalanobisDetector:
         return self._ready().distances(as_vectors(x, n_features=self.n_features_in_))
 
     def _ready(self) -> Metric:
-        if self._metric is None:
+        metric = self._metric
+        if metric is None:
             self._check_fitted()
             return self._renew_metric(self._precision)
-        return self._metric
+        # One of them was put in anew.
+        return metric if self._is_current(metric.whitenings) else self._renew_metric(None)
+
+    def _is_current(self, whitenings: tuple[Tensor, ...]) -> bool:
+        return whitenings[0] is self.whitening_
 
     def _renew_metric(self, precision: dict[str, Any] | None) -> Metric:
         self._metric = Metric(self._gaussians(), unit=self._UNIT, recorded=precision)

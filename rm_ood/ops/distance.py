@@ -28,8 +28,8 @@ def whitened_sq_distance(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Squared Mahalanobis distance of each row of `x` to each class: z = W (x - center), d_c = |z - t_c|^2.
 
-    Every term is a square, so a distance is never negative. A row with NaN or infinity, or whose distance overflows,
-    is +inf to every class it overflows for; other rows do not notice. No gradient flows through.
+    A sum of squares, or what cannot cancel by more than half: never negative. A row with NaN or infinity, or whose distance
+    overflows, is +inf to every class it overflows for; other rows do not notice. No gradient flows through.
 
     Args:
         x: vectors, (n, d), any floating dtype and strides.
@@ -92,12 +92,14 @@ def _by_class(z: Tensor, class_offsets: Tensor) -> Tensor:
 
 
 def _expanded(z: Tensor, class_offsets: Tensor) -> Tensor:
-    """|z|^2 + |t|^2 - 2 z t, and by differences the rows of which that would cancel too much."""
+    """|z|^2 + |t|^2 - 2 z t, and by differences the pairs that this would cancel too much of, or that it overflows for."""
     apart = torch.linalg.vector_norm(z, dim=1).square_()[:, None] + class_offsets.square().sum(1)
     sq = torch.addmm(apart, z, class_offsets.T, alpha=-2)
-    cancelled = (sq < _UNCANCELLED * apart).any(1)
+    cancelled = ~(sq >= _UNCANCELLED * apart)
     if cancelled.any():
-        sq[cancelled] = _by_class(z[cancelled], class_offsets)
+        for pairs in torch.split(cancelled.nonzero(), max(1, _DIFFERENCES // z.shape[1])):
+            rows, classes = pairs.unbind(1)
+            sq[rows, classes] = torch.linalg.vector_norm(z[rows] - class_offsets[classes], dim=1).square_()
     return sq
 
 

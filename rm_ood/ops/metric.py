@@ -50,20 +50,19 @@ class Metric:
 
     Attributes:
         precision: mode and certificate of the packed form, of this process or recorded; None where there was none.
+        whitenings: those of the Gaussians, the very tensors.
     """
 
     def __init__(
         self, gaussians: Sequence[Gaussian], *, unit: bool = False, recorded: dict[str, Any] | None = None
     ) -> None:
         self.precision = recorded
-        self._gaussians = gaussians
+        self.whitenings = tuple(g.whitening for g in gaussians)
+        # Without what a caller may have asked of them: no gradient flows through.
+        self._gaussians = [Gaussian(*(t.detach() if t.requires_grad else t for t in g)) for g in gaussians]
         self._unit = unit
         self._packed: Packed | None = None
         self._triangles: list[Triangle] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Copies and other processes make their own from the whitenings.
-        return {**self.__dict__, "_packed": None, "_triangles": None}
 
     def distances(self, x: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """`whitened_sq_distance` of x (n, d) under each Gaussian, on their device."""
@@ -105,6 +104,9 @@ class Metric:
 
     def _on_cpu(self, x: Tensor) -> list[Tensor] | None:
         """The distances by PyTorch on a CPU, (n, k) each; None where they are not measured so."""
+        # What is traced, or stands for a tensor, leaves nothing behind here: the operator takes it.
+        if torch.compiler.is_compiling() or type(x) is not Tensor:
+            return None
         first = self._gaussians[0].whitening
         # A process that lets float32 products be rounded has them in float64, of a W that is not kept.
         if not first.is_cpu or INTERPRETED or exact_dtype("cpu", first.dtype) is not first.dtype:

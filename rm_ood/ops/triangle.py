@@ -13,8 +13,8 @@ from torch import Tensor
 _WHOLE_ROWS, _WHOLE_COLUMNS = 16, 512
 # Rows of a triangle at a time, by the most columns: small where what is left out is the time, large where reading it is.
 _BLOCKS = ((512, 128), (math.inf, 256))
-# Rows of x up to which a thread keeps the memory, and the views of it, for its next call.
-_KEPT = 64
+# Rows of x up to which a thread keeps the memory of a product, and numbers of rows whose views a triangle keeps for it.
+_KEPT_ROWS, _KEPT_SIZES = 64, 8
 
 
 def block_rows(d: int) -> int:
@@ -52,29 +52,38 @@ class Workspace(NamedTuple):
     products: list[tuple[Tensor, Tensor, Tensor]]
 
 
-class _Kept(threading.local):
-    """What a thread keeps: memory for some number of rows, and its workspace by number of rows."""
+class _Memory(threading.local):
+    """Of a thread, by width and dtype: products follow one another, so all triangles share it."""
 
     def __init__(self) -> None:
-        self.memory: Tensor | None = None
-        self.workspaces: dict[int, Workspace] = {}
+        self.by_kind: dict[tuple[int, torch.dtype], Tensor] = {}
+
+
+class _Views(threading.local):
+    """A triangle's workspaces in a thread's memory, by number of rows."""
+
+    def __init__(self) -> None:
+        self.by_rows: dict[int, Workspace] = {}
+
+
+_memory = _Memory()
 
 
 class Triangle:
     """Products with W: after one with W itself everything else is out of the cache, so there is little else to a call.
 
     Args:
-        whitening: (d, d), lower triangular; of any strides, float32 or float64.
+        whitening: (d, d), lower triangular, without gradient; of any strides, float32 or float64.
     """
 
     def __init__(self, whitening: Tensor) -> None:
         self.dtype = whitening.dtype
         self._transposed = whitening.T
         self._blocks: list[Tensor] = []
-        self._kept = _Kept()
+        self._views = _Views()
 
     def whiten(self, x: Tensor, center: Tensor, space: Workspace | None = None) -> Tensor:
-        """W (x - center) for each row of x (n, d), (n, d); overwritten by the next call of this thread, or with this space.
+        """W (x - center) for each row of x (n, d), (n, d); overwritten by the thread's next call, or the next with this space.
 
         Centred in the wider of the two dtypes: a float64 row far from 0 keeps its digits.
         """
@@ -83,27 +92,32 @@ class Triangle:
             centred = x - center
             return torch.mm(centred if centred.dtype is self.dtype else centred.to(self.dtype), self._transposed)
         if space is None:
-            space = self._kept.workspaces.get(n) or self.workspace(n)
+            space = self._views.by_rows.get(n) or self.workspace(n)
         torch.sub(x, center, out=space.centred)
         for columns, block, part in space.products:
             torch.mm(columns, block, out=part)
         return space.z
 
     def workspace(self, n: int) -> Workspace:
-        """For n rows; the thread keeps it if they are few."""
-        kept, d = self._kept, len(self._transposed)
-        if n > _KEPT:
-            return self._divided(self._transposed.new_empty(2, n, d))
-        if kept.memory is None or kept.memory.shape[1] < n:
-            kept.memory, kept.workspaces = self._transposed.new_empty(2, n, d), {}
-        kept.workspaces[n] = self._divided(kept.memory[:, :n])
-        return kept.workspaces[n]
+        """For n rows; kept for the thread if they are few."""
+        d = len(self._transposed)
+        # Memory made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            if n > _KEPT_ROWS:
+                return self._divided(self._transposed.new_empty(2, n, d))
+            kind = (d, self.dtype)
+            if kind not in _memory.by_kind:
+                _memory.by_kind[kind] = self._transposed.new_empty(2, _KEPT_ROWS, d)
+            views = self._views.by_rows
+            if len(views) >= _KEPT_SIZES:
+                views.clear()
+            views[n] = self._divided(_memory.by_kind[kind][:, :n])
+            return views[n]
 
     def _divided(self, memory: Tensor) -> Workspace:
         centred, z = memory
         if not self._blocks:
-            d = len(self._transposed)
-            size = block_rows(d)
+            size = block_rows(len(self._transposed))
             # Rows of W up to `last` have only zeros from column `last` on.
             columns = torch.split(self._transposed, size, 1)
             self._blocks = [block[: (i + 1) * size] for i, block in enumerate(columns)]

@@ -6,8 +6,8 @@ import threading
 import pytest
 import torch
 
-from rm_ood import MahalanobisDetector
-from rm_ood.moments import ClassMoments
+from rm_ood import ClassMoments, InputError, MahalanobisDetector
+from rm_ood.detectors import ContrastedMahalanobis
 from rm_ood.ops import distance, reference, whitened_sq_distance
 from rm_ood.ops.triangle import Triangle, block_rows, inverse
 
@@ -97,6 +97,20 @@ def test_many_distances_at_once(n, k, monkeypatch):
     assert torch.equal(nearest, sq.argmin(1))
 
 
+@pytest.mark.parametrize("apart", [1.0, 1e18])
+def test_classes_far_apart(apart):
+    """Each row has one small distance among large ones: that pair alone is done by differences."""
+    rng = torch.Generator().manual_seed(3)
+    offsets = apart * torch.randn(16, 300, generator=rng)
+    x = offsets.repeat(40, 1) + apart / 1e6 * torch.randn(640, 300, generator=rng)
+    sq = whitened_sq_distance(x, torch.eye(300), torch.zeros(300), offsets)[0]
+    truth = (x.double()[:, None] - offsets.double()).square().sum(2)
+    finite = truth < torch.finfo(torch.float32).max
+    torch.testing.assert_close(sq.double()[finite], truth[finite], rtol=1e-5, atol=0)
+    assert sq[~finite].isposinf().all()
+    assert finite[torch.arange(640), torch.arange(640) % 16].all()
+
+
 def test_rows_at_a_class_mean_are_not_left_to_cancellation():
     d, k = 400, 200
     rng = torch.Generator().manual_seed(1)
@@ -115,3 +129,91 @@ def test_sums_beyond_float32_still_find_a_pivot():
     torch.testing.assert_close(moments.means, x.double().mean(0, keepdim=True))
     expected = ((x.double() - x.double().mean(0)) ** 2).sum(0, keepdim=True)
     torch.testing.assert_close(moments.within_scatter(), expected, rtol=1e-9, atol=0)
+
+
+def test_moments_are_added_to_in_and_out_of_inference_mode():
+    x = torch.randn(5000, 7, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        moments = ClassMoments(7).update(x[:10])
+        moments.update(x[10:3000])
+        copied = moments.copy()
+    moments.update(x[3000:])
+    with torch.inference_mode():
+        copied.update(x[3000:4000].clone()).merge(ClassMoments(7).update(x[4000:]))
+    for found in (moments, copied.subtract(ClassMoments(7)), copied.pooled().merge(ClassMoments(7))):
+        torch.testing.assert_close(
+            found.within_scatter(), ClassMoments(7).update(x).within_scatter(), rtol=1e-12, atol=1e-9
+        )
+
+
+@pytest.fixture
+def wide():
+    rng = torch.Generator().manual_seed(0)
+    detector = ContrastedMahalanobis(shrinkage=0.5).fit(torch.randn(6000, 600, generator=rng))
+    return detector.fit_noise(2 * torch.randn(6000, 600, generator=rng)), torch.randn(20, 600, generator=rng)
+
+
+def test_inference_mode_leaves_nothing_behind(wide):
+    detector, x = wide
+    scores = []
+
+    def score():
+        with torch.inference_mode():
+            scores.append(detector.score(x))
+        scores.append(detector.score(x))
+
+    # A thread of its own has no memory yet.
+    thread = threading.Thread(target=score)
+    thread.start()
+    thread.join()
+    assert torch.equal(*scores)
+
+
+def test_tracing_leaves_nothing_behind(wide):
+    detector, x = wide
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return detector.score(x)
+
+    exported = torch.export.export(Model(), (x[:5],))
+    called = {str(node.target) for node in exported.graph.nodes}
+    assert "rm_ood.whitened_sq_distance.default" in called
+    assert not any(name.endswith(".out") for name in called)
+    score = detector.score(x[5:10])
+    assert type(score) is torch.Tensor
+    torch.testing.assert_close(exported.module()(x[5:10]), score, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kind", [MahalanobisDetector, ContrastedMahalanobis])
+def test_a_detector_does_not_break_a_graph(kind):
+    rng = torch.Generator().manual_seed(0)
+    detector, x = kind(shrinkage=0.5).fit(torch.randn(400, 30, generator=rng)), torch.randn(5, 30, generator=rng)
+    if kind is ContrastedMahalanobis:
+        detector.fit_noise(2 * torch.randn(400, 30, generator=rng))
+    expected = detector.score(x)
+    compiled = torch.compile(detector.score, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=0)
+
+
+def test_state_that_is_replaced_is_what_scores(wide):
+    detector, x = wide
+    before = detector.score(x)
+    detector.noise_.fit(torch.randn(6000, 600, generator=torch.Generator().manual_seed(9)))
+    loaded = ContrastedMahalanobis.from_state(detector.state_tensors(), shrinkage=0.5)
+    assert not torch.allclose(detector.score(x), before, rtol=0.01)
+    assert torch.equal(detector.score(x), loaded.score(x))
+    detector.whitening_ = 2 * detector.whitening_
+    detector.offsets_ = 2 * detector.offsets_
+    torch.testing.assert_close(detector.own_sq_distances(x), 4 * loaded.own_sq_distances(x), rtol=1e-5, atol=0)
+
+
+def test_no_gradient_flows(wide):
+    detector, x = wide
+    detector.whitening_.requires_grad_()
+    assert not detector.score(x.requires_grad_()).requires_grad
+
+
+def test_vectors_of_eight_bits_are_refused(wide):
+    with pytest.raises(InputError, match="float8_e5m2 has too few bits"):
+        wide[0].score(wide[1].to(torch.float8_e5m2))
