@@ -50,7 +50,7 @@ def measure() -> Iterator[Row]:
     """Rows for both kernels; raises where there is no GPU, or a result is wrong."""
     if not torch.cuda.is_available():
         raise SystemExit(
-            "the suite kernels needs a GPU; without one, tests_kernels says what the compiler makes of them"
+            "the suite kernels needs a GPU; without one, tests/kernels says what the compiler makes of them"
         )
     copy, rate = bandwidth(), half_rate()
     yield _row("device", "copy", "", "uint8", "bandwidth", copy / 1e9, None, "GB/s")

@@ -1,6 +1,6 @@
 """Kernels compiled ahead of time, without a GPU: registers, spills, shared memory and instructions from the machine code.
 
-`python tests_kernels/compiler/compiled.py` prints the table of `rm_ood/ops/README.md`.
+`python tests/kernels/compiler/compiled.py` prints the table of `rm_ood/ops/README.md`.
 """
 
 from __future__ import annotations

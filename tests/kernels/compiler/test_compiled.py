@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels for three generations of GPUs: `python -m pytest tests_kernels/compiler`."""
+"""What the compiler makes of the kernels for three generations of GPUs: `python -m pytest tests/kernels/compiler`."""
 
 from __future__ import annotations
 
@@ -79,4 +79,4 @@ def test_readme_has_the_table(capsys):
         pytest.skip(f"the table is of another Triton than {triton.__version__}, which allots registers otherwise")
     for key, cells in made.items():
         assert int(cells[0]) <= 1.1 * int(written[key][0]), f"{key}: more registers than the README says"
-        assert cells[1:] == written[key][1:], f"{key}: write the table anew with tests_kernels/compiler/compiled.py"
+        assert cells[1:] == written[key][1:], f"{key}: write the table anew with tests/kernels/compiler/compiled.py"

@@ -1,4 +1,4 @@
-"""The distance kernel in Triton's interpreter, on CPU: `TRITON_INTERPRET=1 python -m pytest tests_kernels/interpreter`."""
+"""The distance kernel in Triton's interpreter, on CPU: `TRITON_INTERPRET=1 python -m pytest tests/kernels/interpreter`."""
 
 from __future__ import annotations
 
