@@ -30,8 +30,9 @@ class JsonFormatter(logging.Formatter):
         line: dict[str, Any] = {
             "time": at.isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
-            # Of other loggers the template alone: their arguments may be anything.
-            "event": str(record.msg).strip(),
+            # Of other loggers the first line of the template alone: arguments, and what asyncio writes below it, may be
+            # anything.
+            "event": (str(record.msg).splitlines() or [""])[0],
         }
         if not own:
             line["logger"] = record.name.partition(".")[0]

@@ -24,7 +24,7 @@ _SCORES = (-2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 10.0, 20.0)
 _REWARDS = (-20.0, -10.0, -5.0, -2.0, -1.0, 0.0, 1.0, 2.0, 5.0, 10.0, 20.0)
 # What stands first among the reasons of an item without a usable score.
 _UNSCORED = frozenset({"non_finite", "read_out_mismatch", "scoring_failed"})
-_STATUSES = frozenset({200, 400, 401, 404, 405, 408, 413, 415, 422, 429, 499, 500, 503, 504})
+_STATUSES = frozenset({200, 400, 401, 404, 405, 408, 413, 415, 422, 429, 431, 499, 500, 503, 504})
 
 
 class Metrics:

@@ -10,6 +10,7 @@ import asyncio
 import json
 import re
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import h11
@@ -34,10 +35,12 @@ class DeadlineProtocol(H11Protocol):
     Attributes:
         request_timeout_s: to receive a request's head, and for a reader to take a reply.
         max_connections: open at once.
+        refused: told the status of what is refused here, before the application sees it.
     """
 
     request_timeout_s = 10.0
     max_connections = 128
+    refused: Callable[[int], None] = staticmethod(lambda status: None)
 
     _timer: asyncio.TimerHandle | None = None
     _writing: asyncio.TimerHandle | None = None
@@ -126,6 +129,7 @@ class DeadlineProtocol(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.abort()
             return
+        self.refused(refusal.status)
         body = json.dumps(refusal.body("")).encode()
         headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
         headers.append((b"content-length", str(len(body)).encode()))

@@ -15,6 +15,7 @@ import uvicorn
 
 from rm_ood.serve.app import build_app
 from rm_ood.serve.logs import log
+from rm_ood.serve.metrics import OTHER
 from rm_ood.serve.protocol import HEAD_BYTES, DeadlineProtocol
 from rm_ood.serve.scorer import Scorer
 from rm_ood.serve.service import Service
@@ -50,7 +51,11 @@ class Server(uvicorn.Server):
         protocol = type(
             "Protocol",
             (DeadlineProtocol,),
-            {"request_timeout_s": settings.request_timeout_s, "max_connections": settings.max_connections},
+            {
+                "request_timeout_s": settings.request_timeout_s,
+                "max_connections": settings.max_connections,
+                "refused": staticmethod(lambda status: self.service.metrics.answered(OTHER, status, 0.0)),
+            },
         )
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.socket = socket.create_server((host, port), family=family, backlog=1024)

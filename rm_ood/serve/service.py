@@ -172,11 +172,13 @@ class Service:
         async with self._swapping:
             try:
                 scorer = await self._loader.run(_checked, self.load)
-                traffic = self._traffic_of(scorer)
             except Exception as error:
                 self.metrics.reloads.labels("rolled_back").inc()
                 log("guard_rolled_back", level="error", error=type(error).__name__, guard=self.scorer.digest[:12])
                 return False
+            traffic = self.served.traffic
+            if not traffic.watches_as(scorer.monitor(None)):
+                traffic = Traffic(scorer, self.settings, self.metrics, resume=False)
             before, self.served = self.served, Served(scorer, traffic)
             self.batcher.batch_size = scorer.batch_size
             self.metrics.serves(scorer, package_version())
@@ -189,14 +191,6 @@ class Service:
                 before.traffic.stop()
             before.scorer.close()
             return True
-
-    def _traffic_of(self, scorer: Scorer) -> Traffic:
-        traffic = self.served.traffic
-        return (
-            traffic
-            if traffic.watches_as(scorer.monitor(None))
-            else Traffic(scorer, self.settings, self.metrics, resume=False)
-        )
 
     # -- readiness
 
@@ -246,6 +240,7 @@ def _checked(load: Callable[[], Scorer]) -> Scorer:
             decisions = scorer.score(works[start : start + scorer.batch_size])
             if not np.isfinite(decisions.rewards).all() or not np.isfinite(decisions.p_values).all():
                 raise MismatchError("the guard gives canary texts no verdict on this reward model")
+        scorer.monitor(None)
     except BaseException:
         scorer.close()
         raise

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rm_ood.decision import Decisions
-from rm_ood.errors import OODGuardError
+from rm_ood.errors import MismatchError, OODGuardError
 from rm_ood.monitor import TrafficMonitor
 from rm_ood.monitor_state import MonitorState
 from rm_ood.serve.logs import log
@@ -28,18 +28,32 @@ class Traffic:
         metrics: told of it.
         resume: go on from the saved state; else begin anew.
 
+    A saved state of another calibration is moved aside (`.old`).
+
     Raises:
-        MismatchError: the saved state is of another calibration. FormatError, IntegrityError: it is none.
+        FormatError, IntegrityError: the saved state is none.
     """
 
     def __init__(self, scorer: Scorer, settings: ServeSettings, metrics: Metrics, *, resume: bool) -> None:
         self._path = settings.monitor_state
         self._metrics = metrics
-        self.monitor: TrafficMonitor = scorer.monitor(self._path if resume else None)
+        self.monitor, self._saved = self._open(scorer, resume)
         self.state: MonitorState = self.monitor.state
-        self._saved = self.state.requests
         self._worker = Worker("rm-ood-monitor")
         self.show()
+
+    def _open(self, scorer: Scorer, resume: bool) -> tuple[TrafficMonitor, int]:
+        """A monitor, and how many of its requests its file knows; -1 where the file is to be written in any case."""
+        if not resume or self._path is None:
+            return scorer.monitor(None), -1
+        try:
+            monitor = scorer.monitor(self._path)
+            return monitor, monitor.state.requests
+        except MismatchError:
+            # Evidence about another calibration says nothing about this one; a person may still want to read it.
+            self._path.replace(self._path.with_name(f"{self._path.name}.old"))
+            log("monitor_begins_anew", level="warning")
+        return scorer.monitor(None), -1
 
     def watch(self, works: Sequence[Work], decisions: Decisions) -> None:
         """Count a batch's verdicts; what goes wrong here spoils no reply."""

@@ -130,6 +130,12 @@ def test_the_monitor_goes_on_only_where_the_calibration_does(
     with pytest.raises(MismatchError, match="other calibration scores"):
         again(folder, minilm_guard).monitor(state)
     assert again(tmp_path / "recalibrated", minilm_guard).monitor(state).state.requests == 2
+    # A server that finds another calibration's state moves it aside; a swap leaves none of the old one, traffic or not.
+    with serving(again(folder, minilm_guard), monitor_state=state) as (client, server):
+        assert client.post("/v1/score", items(1)).json["monitor"]["requests"] == 1
+        assert again(tmp_path / "recalibrated", minilm_guard).monitor(f"{state}.old").state.requests == 2
+        assert reload(server, lambda: again(tmp_path / "recalibrated", minilm_guard))
+    assert again(tmp_path / "recalibrated", minilm_guard).monitor(state).state.requests == 0
 
 
 def test_one_of_a_session_counts(minilm_guard: OODGuard) -> None:

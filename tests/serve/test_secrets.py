@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -110,6 +111,19 @@ def test_what_is_sent_comes_out_nowhere(
     assert KEY not in everything
     for word in ("/work", "site-packages", "traceback", ".py", "rm_ood.serve."):
         assert word not in out + err + "".join(reply.body.decode() for reply in replies)
+
+
+def test_what_others_log_is_told_without_arguments_and_tracebacks() -> None:
+    def line(message: str, *arguments: object, error: BaseException | None = None) -> dict[str, Any]:
+        info = None if error is None else (type(error), error, None)
+        record = logging.LogRecord("asyncio.x", logging.ERROR, "file", 1, message, arguments, info)
+        found: dict[str, Any] = json.loads(logs.JsonFormatter().format(record))
+        return found
+
+    found = line("never retrieved\nfuture: <Task exception=s3cr3t>", error=RuntimeError("s3cr3t"))
+    assert (found["event"], found["error"], found["logger"]) == ("never retrieved", "RuntimeError", "asyncio")
+    assert line("from %s", "s3cr3t")["event"] == "from %s"
+    assert "s3cr3t" not in json.dumps(found)
 
 
 def test_request_ids_are_the_senders_only_where_harmless(served: tuple[Client, Server]) -> None:

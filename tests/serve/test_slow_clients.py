@@ -135,6 +135,8 @@ def test_what_is_no_plain_http_is_refused(served: tuple[Client, Server], data: b
     client, _ = served
     reply = client.raw(data)
     assert status(reply) in (0, *range(400, 500)), reply[:200]
+    if status(reply):
+        assert client.metric(f'rm_ood_requests_total{{endpoint="other",status="{status(reply)}"}}') > 0
     assert client.get("/livez").status == 200
 
 
