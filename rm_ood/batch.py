@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -18,7 +18,7 @@ from rm_ood.channels import Channel
 from rm_ood.errors import SaveError
 from rm_ood.fitting import WINDOW_BATCHES, windows
 from rm_ood.guard import OODGuard
-from rm_ood.preferences import named_items
+from rm_ood.preferences import Item, named_items
 from rm_ood.rows import dataset_length, iter_rows
 
 
@@ -39,28 +39,37 @@ def check_file(guard: OODGuard, dataset: Any, output: str, *, progress: bool = T
         InputError: an unusable row; the file is then not written.
         SaveError: the disk refuses.
     """
-    c = guard.config
-    column, reader = c.group_column, c.reader(labelled=False)
-    judged = [axis for axis in c.axes if any(Channel.parse(name).axis == axis for name in c.joined)]
-    flagged = dict.fromkeys(("combined", *judged), 0)
+    c, reader = guard.config, guard.config.reader(labelled=False)
+    flagged = dict.fromkeys(("combined", *judged_axes(guard)), 0)
     count = 0
     with (
         _replacing(output) as out,
         tqdm(total=dataset_length(dataset), desc="check", unit="row", disable=not progress) as bar,
     ):
         for window in windows(named_items(iter_rows(dataset), reader, bar.update), c.batch_size * WINDOW_BATCHES):
-            items = [item for _, item in window]
-            groups = None if column is None else [str(item.group) for item in items]
-            # A message is one answer in a list of its own.
-            responses = [i.response if isinstance(i.response, str) else [i.response] for i in items]
-            decisions = guard.check([i.prompt for i in items], responses, groups=groups)
-            for (name, _), decision in zip(window, decisions, strict=True):
-                out.write(json.dumps({"id": name, **decision.to_dict()}, allow_nan=False) + "\n")
-                flagged["combined"] += decision.is_ood
-                for axis, verdict in decision.axes.items():
-                    flagged[axis] += verdict.is_ood
-            count += len(items)
+            for row in verdict_rows(guard, window):
+                out.write(json.dumps(row, allow_nan=False) + "\n")
+                flagged["combined"] += row["is_ood"]
+                for axis, verdict in row["axes"].items():
+                    flagged[axis] += verdict["is_ood"]
+            count += len(window)
     return {"items": count, "flagged": flagged, "alpha": c.alpha, "output": output}
+
+
+def judged_axes(guard: OODGuard) -> list[str]:
+    """The axes that a verdict of this guard has."""
+    c = guard.config
+    return [axis for axis in c.axes if any(Channel.parse(name).axis == axis for name in c.joined)]
+
+
+def verdict_rows(guard: OODGuard, window: Sequence[tuple[str, Item]]) -> list[dict[str, Any]]:
+    """The rows that `rm-ood check` writes for some items with their ids."""
+    items = [item for _, item in window]
+    groups = None if guard.config.group_column is None else [str(item.group) for item in items]
+    # A message is one answer in a list of its own.
+    responses = [i.response if isinstance(i.response, str) else [i.response] for i in items]
+    decisions = guard.check([i.prompt for i in items], responses, groups=groups)
+    return [{"id": name, **decision.to_dict()} for (name, _), decision in zip(window, decisions, strict=True)]
 
 
 @contextmanager

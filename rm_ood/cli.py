@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         rm-ood calibrate --guard guard --model my-reward-model --data trusted-traffic.jsonl
         """,
     )  # fmt: skip
-    _guard_arguments(calibrate)
+    guard_arguments(calibrate)
     _data_arguments(calibrate, "rows with prompt and response, labels or not")
     calibrate.add_argument("--output", metavar="GUARD", help="save here instead of in place")
     calibrate.add_argument("--overwrite", action="store_true", help="replace another guard in --output")
@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         rm-ood check --guard guard --model my-reward-model --data pairs.jsonl.gz --output - | head
         """,
     )  # fmt: skip
-    _guard_arguments(check)
+    guard_arguments(check)
     _data_arguments(check, "rows with prompt and response, or preference rows (two verdicts each)")
     check.add_argument("--output", required=True, metavar="OUT", help="JSON Lines file (.gz compresses), - for stdout")
 
@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
             --shift "word noise:response" --shift "best of n" --shift aligned=pairs-de.jsonl --shift my_shifts.py:emoji
         """,
     )  # fmt: skip
-    _guard_arguments(study)
+    guard_arguments(study)
     _data_arguments(
         study,
         "clean preference rows (one or several rejected each; RM-Bench, RewardBench 2), neither trained nor fitted on",
@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         rm-ood doctor --guard guard --model my-reward-model --data fresh-traffic.jsonl --record
         """,
     )  # fmt: skip
-    _guard_arguments(doctor)
+    guard_arguments(doctor)
     doctor.add_argument(
         "--data", metavar="PATH|ID", help="clean rows to plant shifts in (default: everyday English that comes along)"
     )
@@ -162,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
         rm-ood serve --guard guard --model my-reward-model --host 0.0.0.0 --api-key-file key
         """,
     )  # fmt: skip
-    _guard_arguments(serve)
+    guard_arguments(serve)
     _serve_arguments(serve)
 
     scores = add_command(
@@ -227,7 +227,8 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
 
 
-def _guard_arguments(parser: argparse.ArgumentParser) -> None:
+def guard_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that name a saved guard and its reward model."""
     parser.add_argument("--guard", required=True, metavar="GUARD", help="folder or Hub id of a saved guard")
     _model_arguments(parser)
     parser.add_argument(

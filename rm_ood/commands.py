@@ -59,7 +59,7 @@ def to_fit(a: argparse.Namespace) -> tuple[OODGuard, Any, Any]:
         del settings["channels"]
     GuardConfig.from_dict(settings)  # a wrong option is told before a model is loaded
     _check_target(Path(a.output), a.overwrite)
-    model, tokenizer = load_reward_model(a.model, **_model_options(a))
+    model, tokenizer = load_reward_model(a.model, **model_options(a))
     if _chooses(a):
         settings["channels"] = pool(model, settings.get("axes", GuardConfig.axes), settings.get("layers"))
     calibration = a.calibration_share if a.calibration_data is None else _dataset(a.calibration_data, a.split)
@@ -220,11 +220,12 @@ def _load(a: argparse.Namespace) -> Any:
     from rm_ood.reward_model import load_reward_model
 
     OODGuard.from_pretrained(a.guard)  # a broken guard is told before a model is loaded
-    model, tokenizer = load_reward_model(a.model, **_model_options(a))
+    model, tokenizer = load_reward_model(a.model, **model_options(a))
     return OODGuard.from_pretrained(a.guard, model, tokenizer, allow_dtype_change=a.allow_dtype_change)
 
 
-def _model_options(a: argparse.Namespace) -> dict[str, Any]:
+def model_options(a: argparse.Namespace) -> dict[str, Any]:
+    """How `load_reward_model` is to load what `--model` names."""
     return {"trust_remote_code": a.trust_remote_code, "dtype": a.dtype, "device": a.device}
 
 

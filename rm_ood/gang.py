@@ -199,7 +199,13 @@ class Gang(Workers):
             self._store.set(keys[self.rank], said)
             wait = _POLL_S / 10
             while not self._store.check(keys):
-                self.beat()
+                try:
+                    self.beat()
+                except WorkerError:
+                    # Once all have come, each learns by itself what another has failed of.
+                    if self._store.check(keys):
+                        break
+                    raise
                 time.sleep(wait)
                 wait = min(2 * wait, _POLL_S)
             return [self._store.get(key) for key in keys]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -67,13 +67,16 @@ class RowReader:
     allow_empty: bool = False
     max_chars: int = 200_000
 
-    def items(self, row: Mapping[str, Any], number: int) -> list[Item]:
+    def items(self, row: Mapping[str, Any], number: int, where: str | None = None) -> list[Item]:
         """Items of one row: one per response.
 
+        Args:
+            number: of the row in its source, which is its id where it has none of its own.
+            where: what an error calls the row; `rows[number]` by default.
         Raises:
             InputError: missing or empty columns, values of another type, chosen equal to rejected.
         """
-        where = f"rows[{number}]"
+        where = f"rows[{number}]" if where is None else where
         prompt, responses = self._responses(row, where)
         if prompt is None:
             prompt, responses = _split_implicit(responses, where)
@@ -129,11 +132,15 @@ def named_items(
         after_row: told 1 after each row, such as a progress bar's `update`.
     """
     for number, row in enumerate(rows):
-        items = reader.items(row, number)
-        for item in items:
-            field = item.where.rpartition("].")[2]
-            yield (item.row_id if len(items) == 1 else f"{item.row_id}#{field}"), item
+        yield from names(reader.items(row, number))
         after_row(1)
+
+
+def names(items: Sequence[Item]) -> Iterator[tuple[str, Item]]:
+    """(id, item) of the items of one row."""
+    for item in items:
+        field = item.where.rpartition("].")[2]
+        yield (item.row_id if len(items) == 1 else f"{item.row_id}#{field}"), item
 
 
 def _label(value: Any, where: str) -> int:

@@ -34,7 +34,6 @@ def main(rank: int, folder: Path) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from rm_ood import CalibrationWarning, OODGuard
-    from rm_ood.choice import fit_choosing, pool
     from rm_ood.errors import OODGuardError
     from rm_ood.gang import Gang
     from rm_ood.preferences import prompt_key
@@ -68,13 +67,6 @@ def main(rank: int, folder: Path) -> None:
     run("empty", lambda gang: guard(alpha=0.2).fit(mine, calibration=0.9, progress=False, workers=gang))
     other = preference_rows(110, seed=7)
     run("other-data", lambda gang: guard().fit(rows, calibration=other, progress=False, workers=gang))
-    auto = guard(channels=pool(model, ("prompt", "response"))[:3], batch_size=64)
-
-    def chosen(gang: Gang) -> OODGuard:
-        fit_choosing(auto, preference_rows(420, seed=3), calibration=0.4, progress=False, workers=gang)
-        return auto
-
-    run("chosen", chosen)
     run("settings", lambda gang: guard(seed=rank).fit(rows, progress=False, workers=gang))
     run("data", lambda gang: guard().fit(rows[rank:], progress=False, workers=gang))
     changed = guard()

@@ -18,7 +18,7 @@ from gang_processes import SETTINGS
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rm_ood import OODGuard
-from rm_ood.choice import fit_choosing, pool
+from rm_ood.choice import Choice
 from rm_ood.collected import Shard
 from rm_ood.errors import InputError, MismatchError, WorkerError
 from rm_ood.fitting import FitMoments
@@ -107,17 +107,6 @@ def test_other_data_to_calibrate_on(together: Path, model: tuple[Any, Any]) -> N
     assert_same_fit(OODGuard.from_pretrained(together / "other-data", *model), alone)
 
 
-def test_channels_are_chosen_as_one_process_chooses(together: Path, model: tuple[Any, Any]) -> None:
-    channels = pool(model[0], ("prompt", "response"))[:3]
-    alone = OODGuard(*model, **{**SETTINGS, "channels": channels, "batch_size": 64})
-    choice = fit_choosing(alone, preference_rows(420, seed=3), calibration=0.4, progress=False)
-    found = OODGuard.from_pretrained(together / "chosen", *model)
-    assert found.config.joined == choice.channels
-    assert_same_fit(found, alone)
-    first, second = said(together, "chosen")
-    assert first == second
-
-
 @pytest.mark.parametrize(
     ("name", "field"),
     [("settings", "settings"), ("data", "data"), ("model", "reward model"), ("order", "rows")],
@@ -180,6 +169,15 @@ def test_what_is_sent_may_be_of_any_size(group: Any, monkeypatch: pytest.MonkeyP
     for data in (b"", b"seven..", bytes(range(100))):
         assert gang._broadcast(data) == data
         assert gang._all(data) == [data]
+
+
+def test_the_choice_of_the_first_is_that_of_all(group: Any) -> None:
+    choice = Choice(("final",), 0.9, {"0.5 + 1": 0.9, "0.17": 0.8}, 40)
+    gang = Gang()
+    assert gang.from_first(lambda: choice, lambda made: ({}, made.to_dict()), Choice.from_saved) is choice
+    again = Choice.from_saved({}, json.loads(json.dumps(choice.to_dict(), sort_keys=True)))
+    assert again == choice
+    assert list(again.candidates) == ["0.5 + 1", "0.17"]
 
 
 def test_a_collective_that_breaks_off_says_which(group: Any, monkeypatch: pytest.MonkeyPatch) -> None:

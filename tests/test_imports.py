@@ -44,7 +44,7 @@ LINES = (
 )
 ORDER = " ".join(LINES).split()
 # The package's own names come from all of the above; the command line is their reader.
-LAST = ("", "commands", "cli", "distributed")
+LAST = ("", "commands", "cli", "distributed", "ray_data")
 # What a server is made of is loaded by `rm-ood serve` alone.
 SERVING = {"fastapi", "pydantic", "starlette", "uvicorn", "h11", "prometheus_client", "opentelemetry"}
 # Tensors only: they work on vectors that came from anywhere.
@@ -78,6 +78,7 @@ OPTIONAL = {
     "httpx2",
     "vllm",
     "trl",
+    "ray",
     *SERVING,
 }
 
