@@ -175,12 +175,17 @@ def _stub(folder: Path) -> Iterator[Row]:
         shots = load.opened(port, itertools.cycle(pairs), STUB_S, rate)
         shape = f"{STUB_MS} ms/batch rate={rate:.0f}/s"
         accepted = [shot for shot in shots if shot.status == 200]
-        shed = [shot for shot in shots if shot.status == 429]
+        shed = [shot for shot in shots if shot.status in (429, 503)]
         other = len(shots) - len(accepted) - len(shed)
-        yield _row("overload", "answers other than 200 and 429", shape, [float(other)], "requests", metric="count")
+        crowded = sum(shot.status == 503 for shot in shed)
         told = sum(shot.retry_after for shot in shed)
-        yield _row("overload", "429 with Retry-After", shape, [told / max(1, len(shed))], "share", metric="share")
-        yield _row("overload", "shed", shape, [len(shed) / len(shots)], "share", metric="share")
+        for provider, value in (
+            ("429 or 503", len(shed) / len(shots)),
+            ("503, too many connections", crowded / len(shots)),
+            ("with Retry-After, of those", told / max(1, len(shed))),
+            ("another answer, or none", other / len(shots)),
+        ):
+            yield _row("overload", provider, shape, [value], "share", metric="share")
         yield from _latency("stub, accepted in overload", shape, accepted, None)
         yield from _latency("stub, shed in overload", shape, shed, None)
 
