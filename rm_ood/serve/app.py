@@ -58,7 +58,7 @@ def build_app(scorer: Scorer, settings: ServeSettings | None = None, *, service:
     app.add_exception_handler(RequestValidationError, _not_a_route)
     _scoring_routes(app, shared)
     _other_routes(app, shared)
-    describe(app, shared.settings)
+    describe(app, shared.settings, shared.rules().allow_empty)
     endpoints = frozenset(getattr(route, "path", "") for route in app.routes)
     app.add_middleware(Gate, service=shared, endpoints=endpoints)
     return app

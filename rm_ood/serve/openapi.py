@@ -77,19 +77,24 @@ _REFUSALS = {
 }
 
 
-def describe(app: FastAPI, settings: ServeSettings) -> None:
-    """Give the application its document, made on first use."""
+def describe(app: FastAPI, settings: ServeSettings, allow_empty: bool) -> None:
+    """Give the application its document, made on first use.
+
+    Args:
+        settings: whose limits and key it tells.
+        allow_empty: the guard takes empty prompts.
+    """
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _document(app, settings)
+            app.openapi_schema = _document(app, settings, allow_empty)
         return app.openapi_schema
 
     # FastAPI's own way of replacing it.
     app.openapi = document  # type: ignore[method-assign]
 
 
-def _document(app: FastAPI, settings: ServeSettings) -> dict[str, Any]:
+def _document(app: FastAPI, settings: ServeSettings, allow_empty: bool) -> dict[str, Any]:
     doc = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     components = doc.setdefault("components", {})
     found: dict[str, Any] = {}
@@ -109,7 +114,7 @@ def _document(app: FastAPI, settings: ServeSettings) -> dict[str, Any]:
     for path, (request, reply, examples) in _SCORING.items():
         operation = doc["paths"][path]["post"]
         content = {
-            "schema": schema(request, lambda node: _limit(node, settings)),
+            "schema": schema(request, lambda node: _limit(node, settings, allow_empty)),
             "examples": {name: {"value": value} for name, value in examples.items()},
         }
         operation["requestBody"] = {"required": True, "content": {JSON: content}}
@@ -143,17 +148,19 @@ def _content(description: str, schema: Mapping[str, Any]) -> dict[str, Any]:
     return {"description": description, "content": {JSON: {"schema": dict(schema)}}}
 
 
-def _limit(node: Any, settings: ServeSettings) -> None:
+def _limit(node: Any, settings: ServeSettings, allow_empty: bool) -> None:
     """Write the server's limits into a request's schema."""
     if isinstance(node, list):
         for part in node:
-            _limit(part, settings)
+            _limit(part, settings, allow_empty)
     if not isinstance(node, dict):
         return
+    if allow_empty and node.get("pattern") == schemas.WORDS:
+        del node["pattern"]
     if node.get("type") == "string" and not {"maxLength", "enum", "const"} & node.keys():
         node["maxLength"] = settings.max_chars
     # A list of anything, labels, is read by nobody.
     if node.get("type") == "array" and node.get("items"):
         node.setdefault("maxItems", settings.max_items)
     for part in node.values():
-        _limit(part, settings)
+        _limit(part, settings, allow_empty)

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, WithJsonSchema
 
 Name = Annotated[str, Field(min_length=1, max_length=128)]
-# At least one character that is not white space.
-Words = Annotated[str, Field(pattern=r"\S")]
+# Not white space alone, which the guard's own rule for prompts decides.
+WORDS = r"\S"
+Words = Annotated[str, WithJsonSchema({"type": "string", "pattern": WORDS})]
 
 
 def _off(value: bool) -> bool:
