@@ -71,7 +71,7 @@ class Gang(Workers):
         self._wire = "cpu" if "cpu:" in backends else cuda
         self._sums = cuda if cuda and "nccl" in backends else "cpu"
         self._meetings = 0
-        self._beats, self._told = 0, -_BEAT_S
+        self._beats, self._told, self._listened = 0, -_BEAT_S, time.monotonic()
         self._heard: dict[int, tuple[bytes, float]] = {}
 
     def __enter__(self) -> Self:
@@ -97,14 +97,16 @@ class Gang(Workers):
             self._store.set(f"beat/{self.rank}", str(self._beats))
             if self._store.check([_FAILED]):
                 raise WorkerError(f"rank {self.rank} stopped: {self._store.get(_FAILED).decode()}")
-            if self._beats % max(1, int(self.timeout / 10 / _BEAT_S)) == 0:
+            if now - self._listened >= self.timeout / 10:
+                self._listened = now
                 self._listen(now)
 
     def agree(self, facts: Mapping[str, str]) -> None:
         self._heard = {}
         said = [json.loads(other) for other in self._meet(json.dumps(facts))]
         for other, theirs in enumerate(said):
-            differing = sorted(k for k, v in said[0].items() if "" not in (v, theirs[k]) and theirs[k] != v)
+            known = {k: (v, theirs.get(k, "")) for k, v in said[0].items()}
+            differing = sorted(k for k, (v, w) in known.items() if "" not in (v, w) and v != w)
             if differing:
                 raise MismatchError(
                     f"rank {other} has other {', '.join(differing)} than rank 0: every process needs the same data, reward "

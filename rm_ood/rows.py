@@ -73,7 +73,7 @@ def data_digest(dataset: Any) -> str:
     rows that can be asked; empty for an iterable."""
     if isinstance(dataset, (str, os.PathLike)):
         return _file_digest(Path(dataset)) if Path(dataset).is_file() else ""
-    if isinstance(dataset, NumberedRows) or not hasattr(dataset, "__getitem__") or not len(dataset):
+    if isinstance(dataset, (NumberedRows, Mapping)) or not hasattr(dataset, "__getitem__") or not len(dataset):
         return ""
     ends = [len(dataset), dataset[0], dataset[len(dataset) - 1]]
     return hashlib.sha256(row_bytes(ends)).hexdigest()
