@@ -51,8 +51,8 @@ def test_overload_sheds_with_a_time_and_spares_the_rest(served: tuple[Client, Se
     assert all(int(answer.headers["retry-after"]) >= 1 for answer, _ in shed)
     assert all(answer.json["type"] == "overloaded" for answer, _ in shed)
     # An accepted item waits for the batch before it and is in the next: the queue has no more.
-    assert max(accepted) < 30 * PAUSE_S
-    assert sorted(took for _, took in shed)[len(shed) // 2] < PAUSE_S
+    assert max(accepted) < 60 * PAUSE_S
+    assert sorted(took for _, took in shed)[len(shed) // 2] < 3 * PAUSE_S
     assert server.service.batcher.waiting == 0
     assert client.metric('rm_ood_requests_total{status="429"}') == len(shed)
 
