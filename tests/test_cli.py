@@ -20,7 +20,7 @@ from conftest import _WORDS, preference_rows
 from rm_ood import OODGuard
 from rm_ood.cli import main
 
-COMMANDS = ("demo", "fit", "calibrate", "check", "study", "doctor", "study-scores", "report")
+COMMANDS = ("demo", "fit", "calibrate", "check", "study", "doctor", "serve", "study-scores", "report")
 
 
 @pytest.fixture(scope="module")
