@@ -52,7 +52,9 @@ class GuardClient:
         url: the server's address, `http://host:port`, before `/v1/score`.
         api_key: sent as `Authorization: Bearer ...`.
         timeout: seconds to connect, and to wait for any next part of a reply.
-        retries: further tries after a lost connection, 429 or 503; waits double, or are what the server asks for.
+        retries: further tries after a lost connection, with doubling waits.
+        patience: seconds that one request waits in all for a server that says it is busy (429, or 503 with `Retry-After`);
+            these count as no retries.
         batch_size: answers in a request, at most the server's `max_items`; a call with more takes several, one after the
             other.
 
@@ -61,7 +63,14 @@ class GuardClient:
     """
 
     def __init__(
-        self, url: str, *, api_key: str | None = None, timeout: float = 60.0, retries: int = 3, batch_size: int = 32
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        timeout: float = 60.0,
+        retries: int = 3,
+        patience: float = 600.0,
+        batch_size: int = 32,
     ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"batch_size={batch_size!r}: expected a positive integer")
@@ -70,7 +79,9 @@ class GuardClient:
             raise InputError("api_key: expected printable ASCII characters")
         self.batch_size = batch_size
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._client = JsonClient(url, headers=headers, timeout=timeout, retries=retries, server="guard server")
+        self._client = JsonClient(
+            url, headers=headers, timeout=timeout, retries=retries, patience=patience, server="guard server"
+        )
 
     @overload
     def check(self, prompt: Text, response: str, *, groups: Sequence[str] | None = None) -> Decision: ...

@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import POISON, preference_rows
 from guard_server import GuardServer
+from serving import FaultyScorer, serving
 
 from rm_ood import (
     CalibrationWarning,
@@ -347,6 +348,51 @@ def test_nobody_there_and_nobody_answers(naps: list[float]) -> None:
         assert time.monotonic() - start < 5
 
 
+def test_a_busy_server_costs_no_retries_but_patience(server: GuardServer, naps: list[float]) -> None:
+    busy = [(429, {"Retry-After": "2"})] * 3 + [(503, {"Retry-After": "0"}), (429, {})]
+    with GuardClient(server.url, api_key=KEY, retries=0, patience=60) as client:
+        server.refusals = list(busy)
+        assert isinstance(client.check("a", "b"), Decision)
+        # None is not waited for by asking at once again and again.
+        assert naps == [2, 2, 2, 0.25, 4]
+        # A 503 that names no time may be anything's: it is a lost try.
+        server.refusals = [(503, {})]
+        with pytest.raises(UnavailableError, match="answered 503, busy; 1 tries"):
+            client.check("a", "b")
+    naps.clear()
+    with GuardClient(server.url, api_key=KEY, retries=0, patience=5) as client:
+        again = pickle.loads(pickle.dumps(client))
+        for one in (client, again):
+            server.refusals = [(429, {"Retry-After": "2"})] * 9
+            with pytest.raises(
+                UnavailableError, match="answered 429, busy, for 5 seconds of waiting: more is asked of it"
+            ):
+                one.check("a", "b")
+            assert len(server.refusals) == 5
+        again.close()
+    assert naps == [2, 2, 1] * 2
+
+
+def test_more_clients_than_the_queue_holds_lose_nothing(guard: OODGuard) -> None:
+    scorer = FaultyScorer(guard, pause=0.02)
+    rows = preference_rows(16, seed=5)
+    calls = [([r["prompt"] for r in rows[i::8]], [r["chosen"] for r in rows[i::8]]) for i in range(8)]
+    expected = [guard.check(*call) for call in calls]
+    with serving(scorer, max_queue=2, max_items=2) as (reader, _):
+        url = f"http://127.0.0.1:{reader.port}"
+
+        def client(i: int) -> list[Decisions]:
+            with GuardClient(url, retries=0, patience=60, batch_size=2) as one:
+                return [one.check(*calls[i]) for _ in range(2)]
+
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(client, range(8)))
+        assert reader.metric('rm_ood_requests_total{status="429"}') > 0
+    for both, theirs in zip(found, expected, strict=True):
+        for ours in both:
+            assert_same(ours, theirs)
+
+
 # -- threads, processes, settings
 
 
@@ -367,7 +413,14 @@ def test_threads_share_a_client_and_a_pickled_one_is_another(
 
 
 def test_settings_are_checked() -> None:
-    for wrong in ({"url": "here"}, {"batch_size": 0}, {"batch_size": True}, {"timeout": 0}, {"retries": -1}):
+    for wrong in (
+        {"url": "here"},
+        {"batch_size": 0},
+        {"batch_size": True},
+        {"timeout": 0},
+        {"retries": -1},
+        {"patience": -1},
+    ):
         with pytest.raises(InputError):
             GuardClient(**{"url": "http://127.0.0.1:1", **wrong})  # type: ignore[arg-type]
 

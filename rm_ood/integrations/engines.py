@@ -54,7 +54,7 @@ class EngineScorer(ABC):
         pad_id: the model's pad id where the guard does not know it; None takes the guard's, else the tokenizer's.
         batch_size: items in a request.
         timeout: seconds to connect, and to wait for any next part of a reply.
-        retries: further tries after a lost connection, 429 or 503.
+        retries: further tries after a lost connection, or a 503 that names no time to come back.
         headers: sent with every request, such as `{"Authorization": "Bearer ..."}`.
 
     Raises:

@@ -52,7 +52,7 @@ class RewardSettings:
         axis: whose verdict counts, `"response"` by default; `"whole"` for all axes.
         strength, cap: of the penalty.
         device, dtype, trust_remote_code: as in `load_reward_model`.
-        timeout, retries: as in `GuardClient`.
+        timeout, retries, patience: as in `GuardClient`.
         workers: processes that score with a guard of their own, for the alarm's threshold.
 
     Raises:
@@ -73,6 +73,7 @@ class RewardSettings:
     trust_remote_code: bool = False
     timeout: float = 60.0
     retries: int = 3
+    patience: float = 600.0
     workers: int = 1
 
     def __post_init__(self) -> None:
@@ -123,7 +124,11 @@ class GuardedReward:
         self._guard: OODGuard | None = None
         if settings.url is not None:
             self._client = GuardClient(
-                settings.url, api_key=settings.api_key, timeout=settings.timeout, retries=settings.retries
+                settings.url,
+                api_key=settings.api_key,
+                timeout=settings.timeout,
+                retries=settings.retries,
+                patience=settings.patience,
             )
         if settings.guard is not None:
             self._guard = self._load(settings.guard)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from rm_ood.errors import EngineError, InputError, UnavailableError
 
-# An engine that is busy or starting says so with these.
+# A server that is busy or starting says so with these.
 _BUSY = (429, 503)
 _FIRST_WAIT_S = 0.25
 _LONGEST_WAIT_S = 30.0
@@ -29,8 +29,10 @@ class JsonClient:
         url: the server's address, `http://host:port`, before any path such as `/v1`.
         headers: sent with every request, such as `{"Authorization": "Bearer ..."}`.
         timeout: seconds to connect, and to wait for any next part of the reply.
-        retries: further tries after a lost connection, 429 or 503, with doubling waits, or as long as the server asks for;
-            other errors are final.
+        retries: further tries after a lost connection, or a 503 that names no time to come back, with doubling waits; other
+            errors are final.
+        patience: seconds to wait in all, in one request, for a server that says it is busy: a 429, or a 503 with
+            `Retry-After`, which is kept to up to 30 seconds. It is up and asks for time, so these count as no retries.
         server: what errors call the server.
 
     Raises:
@@ -44,6 +46,7 @@ class JsonClient:
         headers: Mapping[str, str] | None = None,
         timeout: float = 60.0,
         retries: int = 3,
+        patience: float = 600.0,
         server: str = "engine",
     ) -> None:
         try:
@@ -52,13 +55,15 @@ class JsonClient:
             raise InputError(f"talking to the {server} needs httpx2: pip install 'rm_ood[engines]'") from error
         if not timeout > 0 or isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
             raise InputError(f"timeout={timeout!r}, retries={retries!r}: expected seconds above 0 and a count from 0")
+        if isinstance(patience, bool) or not 0 <= patience < np.inf:
+            raise InputError(f"patience={patience!r}: expected seconds from 0")
         try:
             parsed = httpx2.URL(url)
         except (TypeError, httpx2.InvalidURL) as error:
             raise InputError("url: expected http://host:port or https://..., got no address at all") from error
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise InputError(f"url: expected http://host:port or https://..., got the scheme {parsed.scheme!r}")
-        self.retries = retries
+        self.retries, self.patience = retries, patience
         self._server = server
         self._url, self._headers, self._timeout = url, dict(headers or {}), timeout
         self._base = parsed
@@ -76,7 +81,8 @@ class JsonClient:
             body: JSON-able.
             limit: bytes of reply that are read at most.
         Raises:
-            UnavailableError: no answer in time, too busy after every try, or a status from 500.
+            UnavailableError: no answer in time or after every try, busy for longer than `patience`, or a status from
+                500.
             EngineError: another status than 200, too much of it, or no JSON object.
         """
         import httpx2
@@ -84,36 +90,48 @@ class JsonClient:
         target = self._base.copy_with(path=self._base.path.rstrip("/") + path)
         # Without user, password and query.
         where = f"{target.scheme}://{target.netloc.decode()}{target.path}"
-        wait, problem = 0.0, ""
-        cause: Exception | None = None
-        for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(wait)
-            wait = _FIRST_WAIT_S * 2**attempt
+        lost, waited, wait = 0, 0.0, _FIRST_WAIT_S
+        while True:
+            cause: Exception | None = None
             try:
                 with self._client.stream("POST", target, json=body) as reply:
-                    if reply.status_code in _BUSY:
-                        wait = _asked_wait(reply.headers.get("retry-after"), wait)
-                        problem, cause = f"answered {reply.status_code}, busy", None
-                        continue
-                    _check_status(where, reply.status_code, self._server)
-                    return _parse(where, _read(where, reply, limit))
+                    asked = reply.headers.get("retry-after")
+                    if reply.status_code not in _BUSY:
+                        _check_status(where, reply.status_code, self._server)
+                        return _parse(where, _read(where, reply, limit))
+                    problem = f"answered {reply.status_code}, busy"
+                    if reply.status_code == 429 or asked is not None:
+                        if waited >= self.patience:
+                            raise UnavailableError(
+                                f"{where} {problem}, for {waited:.0f} seconds of waiting: more is asked of it than it can do. "
+                                f"Ask less at once, or raise patience= ({self.patience:g} seconds)."
+                            )
+                        pause = min(_asked_wait(asked, wait), self.patience - waited)
+                        waited += pause
+                    else:
+                        lost, pause = lost + 1, wait
             except httpx2.TimeoutException as error:
                 if not isinstance(error, httpx2.ConnectTimeout):
                     raise UnavailableError(
                         f"{where} took longer than the timeout. Raise timeout=, or send fewer items at once (batch_size=)."
                     ) from error
                 problem, cause = "did not take the connection in time", error
+                lost, pause = lost + 1, wait
             except (httpx2.NetworkError, httpx2.RemoteProtocolError) as error:
                 # Scoring changes nothing on the server, so a request whose answer was lost may be sent again.
                 problem, cause = f"could not be reached or hung up ({type(error).__name__})", error
+                lost, pause = lost + 1, wait
             except httpx2.HTTPError as error:
                 raise EngineError(
                     f"{where} could not be asked, or its answer not be read ({type(error).__name__})"
                 ) from error
-        raise UnavailableError(
-            f"{where} {problem}; {self.retries + 1} tries. Is the {self._server} running there?"
-        ) from cause
+            if lost > self.retries:
+                raise UnavailableError(
+                    f"{where} {problem}; {self.retries + 1} tries. Is the {self._server} running there?"
+                ) from cause
+            # Beside the connection, which other threads want meanwhile.
+            time.sleep(pause)
+            wait = min(2 * wait, _LONGEST_WAIT_S)
 
     def close(self) -> None:
         """Close the connections; a second call does nothing."""
@@ -121,8 +139,8 @@ class JsonClient:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy in another process makes its own connections.
-        names = {"url": "_url", "headers": "_headers", "timeout": "_timeout", "retries": "retries", "server": "_server"}
-        return {name: getattr(self, attribute) for name, attribute in names.items()}
+        own = {name: getattr(self, f"_{name}") for name in ("url", "headers", "timeout", "server")}
+        return {**own, "retries": self.retries, "patience": self.patience}
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         JsonClient.__init__(self, **saved)
@@ -148,7 +166,7 @@ def number_rows(value: Any, n: int, name: str) -> NDArray[np.float64]:
 
 
 def _asked_wait(retry_after: str | None, wait: float) -> float:
-    """Seconds the server asks for, by a number or by a date to come, but never endlessly."""
+    """Seconds the server asks for, by a number or by a date to come, but never none and never endlessly."""
     asked = wait
     if retry_after is not None and retry_after.isdecimal():
         asked = float(retry_after)
@@ -158,7 +176,7 @@ def _asked_wait(retry_after: str | None, wait: float) -> float:
         except ValueError:
             # Neither: as if it had not asked.
             asked = wait
-    return min(asked, _LONGEST_WAIT_S)
+    return min(max(asked, _FIRST_WAIT_S), _LONGEST_WAIT_S)
 
 
 def _check_status(where: str, status: int, server: str) -> None:
