@@ -92,7 +92,7 @@ class RewardSettings:
 
     @classmethod
     def read(cls, environment: Mapping[str, str], **given: Any) -> RewardSettings:
-        """Settings from environment variables, and those that are given in their place.
+        """Settings from environment variables, and those that are given in their place; None and "" are not given.
 
         Raises:
             InputError: an unknown setting or variable with the prefix, or a value that is no such number.
@@ -102,7 +102,7 @@ class RewardSettings:
         unknown = sorted({*found, *given} - kinds.keys())
         if unknown:
             raise InputError(f"settings {unknown} are not known; the settings are {sorted(kinds)}")
-        values = {name: v for name, v in found.items() if v != ""} | given
+        values = {name: v for source in (found, given) for name, v in source.items() if v is not None and v != ""}
         return cls(**{name: _typed(name, kinds[name], value) for name, value in values.items()})
 
 

@@ -18,11 +18,18 @@ class _Ticket(Generic[Item, Result]):
     def __init__(self, items: Sequence[Item]) -> None:
         self.items = items
         self.results: list[Result] | None = None
-        self.error: BaseException | None = None
+        self.error: Exception | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self.results is None and self.error is None
 
 
 class Together(Generic[Item, Result]):
     """Runs `work` on the items of all calls that wait, one run at a time; nobody waits for a batch to fill.
+
+    An interrupt (Ctrl-C) ends the call of the thread that it comes to, whoever's items that thread was at; the other calls go
+    on waiting, and one of them takes the next turn.
 
     Args:
         work: items to results, one each, in their order.
@@ -42,36 +49,40 @@ class Together(Generic[Item, Result]):
             Exception: what `work` raised; an item that cannot be used fails its own call only.
         """
         mine: _Ticket[Item, Result] = _Ticket(items)
-        with self._lock:
-            self._waiting.append(mine)
-        while mine.results is None and mine.error is None:
-            with self._turn:
-                # Another call may have taken this one along.
-                if mine.results is None and mine.error is None:
-                    self._run(self._next())
+        try:
+            with self._lock:
+                self._waiting.append(mine)
+            while mine.is_open:
+                with self._turn:
+                    # Another call may have taken this one along.
+                    if mine.is_open:
+                        self._run(self._next())
+        finally:
+            # Each call takes itself off, answered or interrupted: until then its items are somebody's to run.
+            with self._lock:
+                self._waiting = [ticket for ticket in self._waiting if ticket is not mine]
         if mine.results is None:
             raise mine.error  # type: ignore[misc]
         return mine.results
 
     def _next(self) -> list[_Ticket[Item, Result]]:
         with self._lock:
-            taken, count = 0, 0
-            while taken < len(self._waiting) and (not taken or count < self._limit):
-                count += len(self._waiting[taken].items)
-                taken += 1
-            batch, self._waiting = self._waiting[:taken], self._waiting[taken:]
-        return batch
+            waiting = [ticket for ticket in self._waiting if ticket.is_open]
+        taken, count = 0, 0
+        while taken < len(waiting) and (not taken or count < self._limit):
+            count += len(waiting[taken].items)
+            taken += 1
+        return waiting[:taken]
 
     def _run(self, batch: list[_Ticket[Item, Result]]) -> None:
         try:
             results = self._work([item for ticket in batch for item in ticket.items])
-        except BaseException as error:
+        except Exception as error:
             # A server that is out of reach is so for all, and asking again for each would take each its timeout.
             if len(batch) > 1 and isinstance(error, OODGuardError) and not isinstance(error, UnavailableError):
                 for ticket in batch:
                     self._run([ticket])
                 return
-            # Nobody else will run them: what ends this thread ends their wait, too.
             for ticket in batch:
                 ticket.error = error
             return

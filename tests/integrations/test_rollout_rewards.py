@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import logging
 import math
+import signal
 import threading
 import time
 import warnings
@@ -41,7 +42,7 @@ from rm_ood import (
 )
 from rm_ood.integrations import openrlhf, rollout_reward, transport, verl
 from rm_ood.integrations.rollout_reward import EXTRA, PREFIX, GuardedReward, RewardSettings
-from rm_ood.integrations.together import Together
+from rm_ood.integrations.together import Together, _Ticket
 from rm_ood.read_back import ReadBack
 
 ODD = "yes {} " * 30
@@ -412,6 +413,8 @@ def test_settings_come_from_the_environment_and_are_checked() -> None:
             RewardSettings.read(env, **given)
     with pytest.raises(InputError, match="are not known"):
         RewardSettings.read({**env, f"{PREFIX}GARD": "g"})
+    # What is null in a configuration file is not set there.
+    assert RewardSettings.read(env, url=None, timeout=None, retries="", mode=None) == RewardSettings.read(env)
 
 
 # -- rendered text
@@ -483,7 +486,7 @@ def test_waiting_calls_go_together_and_one_bad_item_fails_alone() -> None:
         assert begun.wait(10)
         others = [pool.submit(together, [i, i + 100]) for i in range(1, 4)]
         bad = pool.submit(together, [-1])
-        all_waiting(together, 4)
+        all_waiting(together, 5)
         may_go.set()
         assert first.result(10) == [0]
         assert [other.result(10) for other in others] == [[10 * i, 10 * i + 1000] for i in range(1, 4)]
@@ -498,7 +501,7 @@ def test_waiting_calls_go_together_and_one_bad_item_fails_alone() -> None:
         first = pool.submit(together, [0])
         assert begun.wait(10)
         others = [pool.submit(together, [item]) for item in (1, -2)]
-        all_waiting(together, 2)
+        all_waiting(together, 3)
         may_go.set()
         for other in others:
             with pytest.raises(UnavailableError):
@@ -507,14 +510,44 @@ def test_waiting_calls_go_together_and_one_bad_item_fails_alone() -> None:
     assert sizes == [1, 2]
 
 
-def test_an_interrupt_leaves_nobody_waiting() -> None:
+@pytest.mark.parametrize(("others", "limit"), [([7], 1), ([-1, 7], 64)], ids=["a batch", "one by one"])
+def test_ctrl_c_ends_the_main_threads_call_whoevers_items_it_ran(others: list[int], limit: int) -> None:
+    ran: list[list[int]] = []
+
+    def work(items: list[int]) -> list[int]:
+        ran.append(items)
+        if -1 in items:
+            raise InputError("minus one")
+        if items == [7] and ran.count([7]) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return items
+
+    together = Together(work, limit)
+    # Calls of other threads, which sleep until it is their turn.
+    tickets = [_Ticket[int, int]([item]) for item in others]
+    together._waiting += tickets
+    with pytest.raises(KeyboardInterrupt):
+        together([8])
+    assert ran == ([[7]] if limit == 1 else [[-1, 7, 8], [-1], [7]])
+    # What was interrupted is still somebody's to run; the interrupted call's own items are nobody's.
+    assert tickets[-1].is_open
+    assert together._waiting == tickets
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(together, [9]).result(10) == [9]
+    assert tickets[-1].results == [7]
+    assert all(8 not in items for items in ran[3:])
+
+
+def test_an_interrupted_call_leaves_nobody_waiting() -> None:
     begun, may_go = threading.Event(), threading.Event()
+    interrupted: list[list[int]] = []
 
     def work(items: list[int]) -> list[int]:
         begun.set()
         assert may_go.wait(10)
-        if 7 in items:
-            raise KeyboardInterrupt
+        if 7 in items and not interrupted:
+            interrupted.append(items)
+            raise SystemExit
         return items
 
     together = Together(work)
@@ -522,10 +555,12 @@ def test_an_interrupt_leaves_nobody_waiting() -> None:
         first = pool.submit(together, [0])
         assert begun.wait(10)
         others = [pool.submit(together, [item]) for item in (7, 8)]
-        while len(together._waiting) < 2:
+        while len(together._waiting) < 3:
             time.monotonic()
         may_go.set()
         assert first.result(10) == [0]
-        for other in others:
-            assert isinstance(other.exception(10), KeyboardInterrupt)
+        # One of the two ran both and was ended; the other ran its own.
+        errors = [other.exception(10) for other in others]
+        assert [type(error) for error in errors if error is not None] == [SystemExit]
         assert pool.submit(together, [9]).result(10) == [9]
+    assert together._waiting == []
