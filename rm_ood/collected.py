@@ -25,8 +25,6 @@ from rm_ood.preferences import CLASSES, Item
 from rm_ood.skew import Ends
 
 _COUNTS = ("rows", "items", "fit_items", "dropped", "truncated")
-# The state of `ClassMoments`, which has no form of its own to be kept in.
-_MOMENTS = ("counts", "pivot", "sums", "scatter")
 Saved = tuple[dict[str, Tensor], dict[str, Any]]
 
 
@@ -112,11 +110,11 @@ class Collected:
         tensors["kept.rewards"] = torch.tensor([k.reward for k in kept], dtype=torch.float64)
         for i, name in enumerate(names):
             tensors[f"kept.{i}"] = torch.stack([k.vectors[name] for k in kept])
-        moments: list[tuple[str, str, int, int]] = []
+        moments: list[tuple[str, str]] = []
         if with_moments:
             for kind, name, part in named_moments(self.moments):
-                tensors |= {f"moments.{len(moments)}.{n}": t for n, t in _moments_to_tensors(part).items()}
-                moments.append((kind, name, part.n_features, part.n_classes))
+                tensors |= {f"moments.{len(moments)}.{n}": t for n, t in part.state_tensors().items()}
+                moments.append((kind, name))
         config = {
             "kept": names,
             "moments": moments,
@@ -157,9 +155,10 @@ class Collected:
             self.reservoir.offer(
                 Kept(key, response_hash, group, label, own, rewards[i], (int(lengths[0]), int(lengths[1])))
             )
-        for i, (kind, name, d, k) in enumerate(config["moments"]):
+        for i, (kind, name) in enumerate(config["moments"]):
             prefix = f"moments.{i}."
-            part = _moments_from_tensors(d, k, {n: tensors[prefix + n] for n in _MOMENTS})
+            own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+            part = ClassMoments.from_state(own)
             if kind == "reward":
                 self.moments.reward = part
             else:
@@ -180,24 +179,6 @@ def named_moments(moments: FitMoments) -> list[tuple[str, str, ClassMoments]]:
         *(("other_half", name, part) for name, part in moments.other_half.items()),
         ("reward", "", moments.reward),
     ]
-
-
-def _moments_to_tensors(moments: ClassMoments) -> dict[str, Tensor]:
-    moments._flush()
-    return {name: getattr(moments, f"_{name}") for name in _MOMENTS}
-
-
-def _moments_from_tensors(n_features: int, n_classes: int, tensors: Mapping[str, Tensor]) -> ClassMoments:
-    moments = ClassMoments(n_features, n_classes)
-    for name, tensor in tensors.items():
-        own = getattr(moments, f"_{name}")
-        if (tensor.shape, tensor.dtype) != (own.shape, own.dtype):
-            raise FormatError(
-                f"moments of a shard: {name} is {tensor.dtype} {tuple(tensor.shape)}, not {tuple(own.shape)}"
-            )
-        setattr(moments, f"_{name}", tensor.clone())
-    moments._n_at_pivot = int(moments._counts.sum())
-    return moments
 
 
 def _signed(keys: np.ndarray[Any, np.dtype[np.uint64]]) -> Tensor:

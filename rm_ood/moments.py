@@ -6,13 +6,14 @@ The state is held about a pivot near the mean (ops/README.md), so it adds up ove
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rm_ood.errors import CalibrationError, InputError, MismatchError
+from rm_ood.errors import CalibrationError, FormatError, InputError, MismatchError
 from rm_ood.ops import class_scatter
 from rm_ood.vectors import as_tensor, as_vectors, check_finite
 
@@ -137,6 +138,33 @@ class ClassMoments:
         self._sums, self._scatter = sums.view(k, d).clone(), scatter.view(d, d).clone()
         self._n_at_pivot = int(self._counts.sum())
         return self
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """counts (k,) int64; pivot (d,), sums (k, d) and scatter (d, d) about it, float64: the state itself, not a copy."""
+        self._flush()
+        return {"counts": self._counts, "pivot": self._pivot, "sums": self._sums, "scatter": self._scatter}
+
+    @classmethod
+    @_outside_inference_mode
+    def from_state(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """Moments on the CPU that hold a copy of `state_tensors()`.
+
+        Raises:
+            FormatError: a tensor that is missing, unknown, or of another shape or dtype.
+        """
+        sums = tensors.get("sums")
+        if sums is None or sums.ndim != 2 or 0 in sums.shape:
+            raise FormatError(f"moments: expected sums (k, d) among {sorted(tensors)}")
+        moments = cls(sums.shape[1], sums.shape[0])
+        own = moments.state_tensors()
+        expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in own.items()}
+        found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        if found != expected:
+            raise FormatError(f"moments: expected {expected}, got {found}")
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+        moments._n_at_pivot = int(moments._counts.sum())
+        return moments
 
     @_outside_inference_mode
     def copy(self) -> ClassMoments:

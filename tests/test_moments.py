@@ -8,7 +8,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rm_ood.errors import CalibrationError, InputError, MismatchError, NonFiniteError
+from rm_ood.errors import CalibrationError, FormatError, InputError, MismatchError, NonFiniteError
 from rm_ood.moments import ClassMoments
 
 
@@ -313,3 +313,34 @@ def test_all_reduce_refuses_processes_that_differ(lone_process, monkeypatch):
     monkeypatch.setattr(dist, "all_reduce", other_rank_has_two_classes)
     with pytest.raises(MismatchError, match="3 to 3 features and 1 to 2 classes"):
         ClassMoments(3).all_reduce()
+
+
+def test_state_is_kept_and_added_to():
+    rng = torch.Generator().manual_seed(0)
+    x, y = torch.randn(3000, 5, generator=rng), torch.arange(3000) % 2
+    moments = ClassMoments(5, 2).update(x[:1000], y[:1000])
+    kept = {name: tensor.clone() for name, tensor in moments.state_tensors().items()}
+    loaded = ClassMoments.from_state(kept)
+    assert torch.equal(loaded.within_scatter(), moments.within_scatter())
+    loaded.update(x[1000:], y[1000:])
+    whole = ClassMoments(5, 2).update(x, y)
+    torch.testing.assert_close(loaded.within_scatter(), whole.within_scatter(), rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(loaded.means, whole.means, rtol=1e-12, atol=1e-12)
+    assert torch.equal(ClassMoments.from_state(kept).within_scatter(), moments.within_scatter()), "its own copy"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"counts": torch.zeros(2)},
+        {"pivot": torch.zeros(4, dtype=torch.float64)},
+        {"sums": torch.zeros(5, dtype=torch.float64)},
+        {"extra": torch.zeros(1)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_state_of_another_form_is_refused(change):
+    with pytest.raises(FormatError, match="moments: expected"):
+        ClassMoments.from_state({**ClassMoments(5, 2).state_tensors(), **change})
+    with pytest.raises(FormatError, match="moments: expected"):
+        ClassMoments.from_state({})
