@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Protocol
 
-from rm_ood.errors import CalibrationWarning, InputError, OODGuardError
+from rm_ood.errors import CalibrationWarning, InputError
 from rm_ood.guard import OODGuard
 from rm_ood.integrations.processes import gather
 from rm_ood.monitor import TrafficMonitor
@@ -93,11 +93,15 @@ def guard_at_end(
         config: settings of `OODGuard`.
     Returns:
         A `transformers.TrainerCallback`; its attribute `guard` is the fitted guard afterwards. Where the fit or the save
-        fails it warns and `guard` is None: the trained model is not lost for it.
+        fails, by whatever error, it warns and `guard` is None: the trained model is not lost for it.
     Raises:
-        InputError: as training begins, under FSDP or DeepSpeed, where one process does not have the model.
+        InputError: a setting that there is not or is out of range, at once; as training begins, under FSDP or DeepSpeed,
+            where one process does not have the model.
     """
     from transformers import TrainerCallback
+
+    # A misspelt setting is refused before hours of training, not after them.
+    OODGuard(None, None, **config)
 
     class GuardCallback(TrainerCallback):  # type: ignore[misc]
         """See `guard_at_end`."""
@@ -118,15 +122,20 @@ def guard_at_end(
                 return
             from accelerate.utils import extract_model_from_parallel
 
-            # Without the trainer's autocast: that is how the saved model is served.
-            model = extract_model_from_parallel(kwargs["model"], keep_fp32_wrapper=False)
             try:
+                # Without the trainer's autocast: that is how the saved model is served.
+                model = extract_model_from_parallel(kwargs["model"], keep_fp32_wrapper=False)
                 with eval_mode(model, switch=True):
                     guard = OODGuard(model, kwargs["processing_class"], **config)
                     guard.fit(dataset, calibration=calibration, progress=False)
                     guard.save_pretrained(Path(args.output_dir) / folder, overwrite=overwrite)
-            except OODGuardError as error:
-                warnings.warn(f"training ended, but no guard was saved: {error}", CalibrationWarning, stacklevel=2)
+            except Exception as error:  # Whatever it is, a trainer that raises here has not saved its model.
+                warnings.warn(
+                    f"training ended, but no guard was saved: {type(error).__name__}: {error}. Save the model, load it and call "
+                    "OODGuard(model, tokenizer).fit(dataset)",
+                    CalibrationWarning,
+                    stacklevel=2,
+                )
                 return
             self.guard = guard
 

@@ -19,7 +19,15 @@ from conftest import preference_rows, sentence
 from datasets import Dataset
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, TrainerControl, TrainerState
 
-from rm_ood import CalibrationError, CalibrationWarning, InputError, MismatchError, NotFittedError, OODGuard
+from rm_ood import (
+    CalibrationError,
+    CalibrationWarning,
+    InputError,
+    MismatchError,
+    NotFittedError,
+    OODGuard,
+    RewardPenalty,
+)
 from rm_ood.integrations.trl import OODReward, alarm_callback, guard_at_end
 
 # TRL 1.16 sets an option that transformers 5.23 renamed.
@@ -256,6 +264,22 @@ def test_a_baseline_of_steps_moves_thresholds_and_alarm_to_the_initial_policy(ow
     assert got.count(None) > 30
 
 
+def test_a_baseline_of_steps_moves_the_penalty_too(own_guard: OODGuard) -> None:
+    reward = OODReward(own_guard, mode="penalize", baseline=2)
+    for step in range(3):
+        asked, said = rollouts(75, step, DRIFTED)
+        got = reward(asked, said, trainer_state=TrainerState(global_step=step))
+    penalty = RewardPenalty.of(own_guard)
+    assert penalty != RewardPenalty.of(before_baseline(own_guard))
+    expected = penalty.apply(own_guard.check(asked, said))
+    assert got == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def before_baseline(guard: OODGuard) -> OODGuard:
+    rows = chat(preference_rows(150, seed=1))
+    return guard.on(guard.model, guard.tokenizer).calibrate(rows, progress=False)
+
+
 def test_a_baseline_of_rows_is_the_guards_calibration(own_guard: OODGuard) -> None:
     asked, said = rollouts(150, 30, DRIFTED)
     rows = [{"prompt": p, "response": r} for p, r in zip(asked, said, strict=True)]
@@ -459,6 +483,28 @@ def test_a_guard_that_cannot_be_fitted_does_not_cost_the_model(tiny_decoder: Any
     callback.on_train_begin(args, state, None)
     with pytest.raises(InputError, match="no process has the whole model"):
         callback.on_train_begin(_Arguments(str(tmp_path), deepspeed="zero3.json"), state, None)
+
+
+def test_no_error_of_the_fit_costs_the_model(tiny_decoder: Any, tmp_path: Path) -> None:
+    class Exhausted(list[Any]):
+        def __iter__(self) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    callback = guard_at_end(Exhausted(), axes=("response",), channels="final")
+    tiny_decoder[0].train()
+    with pytest.warns(CalibrationWarning, match=r"no guard was saved: OutOfMemoryError: .*\. Save the model, load it"):
+        callback.on_train_end(
+            _Arguments(str(tmp_path)),
+            TrainerState(is_world_process_zero=True),
+            None,
+            model=tiny_decoder[0],
+            processing_class=tiny_decoder[1],
+        )
+    assert callback.guard is None
+    assert tiny_decoder[0].training
+    for wrong in ({"chanels": "final"}, {"alpha": 2.0}):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            guard_at_end([], **wrong)
 
 
 class _Arguments:
