@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -105,7 +106,14 @@ class RewardPenalty:
         excess = np.maximum(s - self.threshold, 0.0) / self.spread
         return self.unit * np.where(np.isfinite(s), np.minimum(self.cap, self.strength * excess), self.cap)
 
-    def apply(self, decisions: Decisions, *, groups: ArrayLike | None = None, neutral: bool = False) -> Floats:
+    def apply(
+        self,
+        decisions: Decisions,
+        *,
+        groups: ArrayLike | None = None,
+        neutral: bool = False,
+        gather: Callable[[Any], list[Any]] | None = None,
+    ) -> Floats:
         """Rewards with the penalty taken off, (n,); NaN where the reward model gave none (abstain from those).
 
         Args:
@@ -113,22 +121,42 @@ class RewardPenalty:
             groups: (n,) which items were sampled for one prompt; by default the verdicts' own `prompt_index`.
             neutral: give each group its mean penalty back. The mean reward of a group is then what the reward model said,
                 so that prompts whose answers are all strange are not punished as such, and only the comparison within the
-                group, which GRPO and RLOO learn from, feels the penalty; items below the threshold gain.
+                group, which GRPO and RLOO learn from, feels the penalty; items below the threshold gain. A group with fewer
+                than two scored members has no such comparison and is given nothing back: its penalty would be undone.
+            gather: for groups that are split over processes: gives what each of them passes, in JSON's types, to all of them
+                (`rm_ood.integrations.processes.gather`). `groups` are then labels that mean the same everywhere, and every
+                process calls, one without items by `gather({})`.
         Raises:
             InputError: groups of another length, groups of one member each, or an axis that the guard does not judge.
         """
         penalty = self(verdict_scores(decisions, self.axis))
+        scored = np.isfinite(decisions.rewards)
         if neutral:
             labels = np.asarray(decisions.prompt_index if groups is None else groups)
             if labels.shape != penalty.shape:
                 raise InputError(f"groups: expected {penalty.size} labels, got shape {labels.shape}")
-            _, group, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-            if sizes.size and sizes.max() == 1:
-                raise InputError(
-                    f"neutral=True: each of the {sizes.size} groups has one member, which would get its own penalty back. Judge "
-                    "all answers to a prompt in one call, or pass groups=, one label per item"
-                )
-            scored = np.isfinite(decisions.rewards)
-            total = np.bincount(group, np.where(scored, penalty, 0.0))
-            penalty = penalty - (total / np.maximum(np.bincount(group, scored), 1))[group]
-        return np.where(np.isfinite(decisions.rewards), decisions.rewards - penalty, np.nan)
+            penalty = penalty - _given_back(labels, penalty, scored, gather)
+        return np.where(scored, decisions.rewards - penalty, np.nan)
+
+
+def _given_back(
+    labels: NDArray[Any], penalty: Floats, scored: NDArray[np.bool_], gather: Callable[[Any], list[Any]] | None
+) -> Floats:
+    """(n,) mean penalty of each item's group over its scored members, wherever they are."""
+    names, group, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    total = np.bincount(group, np.where(scored, penalty, 0.0), names.size)
+    own = {
+        str(name): [float(cost), int(count), int(size)]
+        for name, cost, count, size in zip(names, total, np.bincount(group, scored, names.size), sizes, strict=True)
+    }
+    joined: dict[str, Floats] = {}
+    for part in [own] if gather is None else gather(own):
+        for name, sums in part.items():
+            joined[name] = joined.get(name, np.zeros(3)) + sums
+    if joined and max(size for _, _, size in joined.values()) == 1:
+        raise InputError(
+            f"neutral=True: each of the {len(joined)} groups has one member, which would get its own penalty back. Judge "
+            "all answers to a prompt in one call, or pass groups=, one label per item"
+        )
+    means = [cost / count if count > 1 else 0.0 for cost, count, _ in (joined[str(name)] for name in names)]
+    return np.array(means)[group]

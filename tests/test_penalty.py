@@ -111,6 +111,19 @@ def test_neutral_groups_of_one_are_refused(minilm_guard: OODGuard) -> None:
     assert len(penalty.apply(decisions[::2])) == 10
 
 
+def test_neutral_gives_nothing_back_where_there_is_nothing_to_compare_with(minilm_guard: OODGuard) -> None:
+    asked, odd = "a small question", "planet " * 40
+    decisions = minilm_guard.check(asked, ["the river", odd, odd, f"the {POISON}"])
+    penalty = RewardPenalty.of(minilm_guard)
+    plain = penalty.apply(decisions)
+    assert decisions.rewards[2] - plain[2] > 1e-3
+    # Alone in its group, or beside one that has no reward.
+    for groups in ([0, 0, 1, 2], [0, 0, 1, 1]):
+        neutral = penalty.apply(decisions, groups=groups, neutral=True)
+        assert neutral[2] == plain[2]
+        assert neutral[:2].mean() == pytest.approx(decisions.rewards[:2].mean())
+
+
 def test_an_item_without_a_reward_stays_without(minilm_guard: OODGuard) -> None:
     decisions = minilm_guard.check("a small question", ["the river", f"the {POISON}", "planet " * 40])
     penalty = RewardPenalty.of(minilm_guard)

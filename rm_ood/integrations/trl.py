@@ -5,6 +5,7 @@ Written for and tested with TRL 1.16. Nothing here imports TRL: the trainers cal
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 import warnings
@@ -67,8 +68,8 @@ class OODReward:
             back to its prompts is watched on its first pass only; `"call"`, each prompt once in every call, which sees all
             of a run but counts the answers to a prompt that comes back as independent.
         strength, cap: of the penalty, see `RewardPenalty`.
-        neutral: give each group its mean penalty back (see `RewardPenalty.apply`), of the completions on one process. Groups of
-            one completion each are an error (in an evaluation with one generation, too).
+        neutral: give each group its mean penalty back (see `RewardPenalty.apply`), of its completions on all processes, which
+            have to call together. Groups of one completion each are an error (in an evaluation with one generation, too).
         monitor: settings of `guard.monitor`; `workers` is the number of processes.
         tools, chat_template_kwargs: as the trainer renders prompts with.
         client: of the served guard. outages: see above; at least 1.
@@ -178,6 +179,9 @@ class OODReward:
                 rewards[i] = _finite(given[place])
                 for name, values in zip(_EXTRA, columns_of, strict=True):
                     extra[name][i] = _finite(values[place])
+        elif self._neutral(now):
+            # The other processes wait for what is here of their groups.
+            gather({})
         if self._served is not None:
             metrics["ood/unavailable"] = float(bool(items) and decisions is None)
         if rewards:
@@ -267,6 +271,9 @@ class OODReward:
     def _sessions(self, keys: list[str], now: _Now) -> list[str]:
         return keys if self.session == "prompt" else [f"{now.call} {key}" for key in keys]
 
+    def _neutral(self, now: _Now) -> bool:
+        return self.neutral and self.mode == "penalize" and not now.collecting
+
     def _groups(self, columns: Mapping[str, Any], rows: list[int]) -> list[str] | None:
         name = self.guard.config.group_column
         if name is None:
@@ -279,7 +286,8 @@ class OODReward:
         """Rewards by the mode, NaN for none, and the metrics."""
         raw = given = decisions.rewards
         if self.mode == "penalize" and not now.collecting:
-            given = now.penalty.apply(decisions, neutral=self.neutral)
+            groups = [hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest() for key in keys]
+            given = now.penalty.apply(decisions, groups=groups, neutral=self.neutral, gather=gather)
         elif self.mode == "abstain" and not now.collecting:
             given = np.where(flags, np.nan, raw)
         scores = verdict_scores(decisions, self.axis)

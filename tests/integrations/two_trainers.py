@@ -7,10 +7,36 @@ import pickle
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+
+
+def neutral_over_both(reward: Any, rank: int) -> None:
+    """Groups that lie half here, half there: the mean penalty is that of the whole group."""
+    from test_trl import HACKED, assistant, rollouts
+
+    from rm_ood import RewardPenalty
+    from rm_ood.integrations.trl import OODReward
+
+    guard = reward.guard
+    asked, said = rollouts(6, 99, "")
+    hacked = [assistant(f"{HACKED} {i}") for i in range(6)]
+    shares = [said + said[::-1], hacked + hacked[::-1]]
+    twice = asked + asked[::-1]
+    neutral = OODReward(guard, mode="penalize", neutral=True)
+    got = neutral(twice, shares[rank])
+    labels = [*range(6), *range(6)[::-1]] * 2
+    whole = guard.check(twice * 2, shares[0] + shares[1])
+    expected = RewardPenalty.of(guard).apply(whole, groups=labels, neutral=True)
+    assert np.abs(expected - whole.rewards).min() > 1e-3
+    np.testing.assert_allclose(got, expected[12 * rank :][:12], atol=1e-4)
+    # A process that has nothing to judge keeps nobody waiting.
+    tool = [[{"role": "tool", "content": "7"}]] * 12
+    assert (None in neutral(twice, tool if rank else said * 2)) is bool(rank)
 
 
 def work(rank: int, store: str, saved: str) -> None:
@@ -32,6 +58,7 @@ def work(rank: int, store: str, saved: str) -> None:
     warnings.simplefilter("ignore", CalibrationWarning)
     with Path(saved).open("rb") as file:
         reward = pickle.load(file)
+    neutral_over_both(reward, rank)
     callback, control, stopped = alarm_callback(reward), TrainerControl(), -1
     for step in range(20):
         state = TrainerState(global_step=step)
