@@ -19,7 +19,7 @@ from rm_ood import OODGuard
 from rm_ood.cli import _parser
 from rm_ood.serve.server import Server
 
-DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+DEPLOY = Path(__file__).resolve().parents[2] / "rm_ood/serve/deploy"
 ROWS = preference_rows(8, seed=11)
 # Names in an expression that are Prometheus', not ours.
 _METRIC = re.compile(r"\b(?:rm_ood|process)_[a-z_]+")
