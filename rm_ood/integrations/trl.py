@@ -30,26 +30,32 @@ __all__ = ["OODReward", "alarm_callback", "guard_at_end"]
 
 MODES = ("monitor", "penalize", "abstain")
 SESSIONS = ("prompt", "call")
+MISSING = ("none", "floor")
+# Standard deviations of the reward below its mean that a floor without any penalty lies.
+_BELOW = 3.0
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 
 class OODReward:
-    """The reward model with its guard as one of `reward_funcs` of GRPOTrainer, RLOOTrainer and OnlineDPOTrainer.
+    """The reward model with its guard as one of `reward_funcs` of GRPOTrainer and RLOOTrainer.
 
     - **monitor**: rewards as the reward model gives them; beside another reward function its weight may be 0.
     - **penalize**: out-of-distribution completions lose reward (`RewardPenalty`), inside this function, so that no
       normalisation of the trainer changes the penalty's scale.
-    - **abstain**: None for flagged completions: no advantage, and no part in their group's mean, as long as every other
-      reward function (one of weight 0 too) gives None for them; else None counts as 0. So let it be the only one.
+    - **abstain**: no reward for flagged completions.
 
-    A completion without a finite reward, or one that does not end in an assistant's message, is None in every mode. Text is
-    read as the guard was fitted, special tokens included. Dialogues are then scored as TRL scores a model; plain text is for
-    a guard fitted with `special_tokens=False, append_eos=False`.
+    In every mode a completion without a finite reward, or one that does not end in an assistant's message, has none either.
+    What has none is None: no advantage, and no part in its group's mean, as long as every other reward function (one of
+    weight 0 too) gives None for it. Beside another function that gives a number, and in trainers that do not mask
+    (OnlineDPOTrainer), None counts as 0, and may win over rewards that are below 0: there pass `missing="floor"`.
+
+    Text is read as the guard was fitted, special tokens included. Dialogues are then scored as TRL scores a model; plain text
+    is for a guard fitted with `special_tokens=False, append_eos=False`.
 
     With `client` a served guard scores, and no model is needed here. Where it cannot be reached after every retry, no
-    completion of that call has a reward: None for all, in every mode, and a warning; `outages` such calls in a row are an
+    completion of that call has a reward, in every mode, and there is a warning; `outages` such calls in a row are an
     error. What it answers is checked against `guard`, its copy here (see `ServedGuard`).
 
     A policy's text differs from preference data before any training, so an alarm against those says little. `baseline`
@@ -68,6 +74,8 @@ class OODReward:
             back to its prompts is watched on its first pass only; `"call"`, each prompt once in every call, which sees all
             of a run but counts the answers to a prompt that comes back as independent.
         strength, cap: of the penalty, see `RewardPenalty`.
+        missing: what has no reward is `"none"`, or `"floor"`: a number below every reward of this call and process, and at
+            most the fit rewards' mean less 3 + `cap` standard deviations; whatever another function gives is added to it.
         neutral: give each group its mean penalty back (see `RewardPenalty.apply`), of its completions on all processes, which
             have to call together. Groups of one completion each are an error (in an evaluation with one generation, too).
         monitor: settings of `guard.monitor`; `workers` is the number of processes.
@@ -95,6 +103,7 @@ class OODReward:
         session: str = "prompt",
         strength: float = 1.0,
         cap: float = 3.0,
+        missing: str = "none",
         neutral: bool = False,
         monitor: Mapping[str, Any] | None = None,
         tools: Any = None,
@@ -103,8 +112,10 @@ class OODReward:
         outages: int = 3,
         name: str = "ood_reward",
     ) -> None:
-        if mode not in MODES or session not in SESSIONS:
-            raise InputError(f"mode={mode!r}, session={session!r}: expected one of {MODES} and one of {SESSIONS}")
+        choices = {"mode": (mode, MODES), "session": (session, SESSIONS), "missing": (missing, MISSING)}
+        for name_of, (value, known) in choices.items():
+            if value not in known:
+                raise InputError(f"{name_of}={value!r}: expected one of {known}")
         steps = baseline if isinstance(baseline, int) else 0
         if isinstance(baseline, bool) or (isinstance(baseline, int) and steps < 1):
             raise InputError(f"baseline={baseline!r}: expected rows, or a number of steps of at least 1")
@@ -121,7 +132,7 @@ class OODReward:
             guard.calibrate(baseline, progress=False)
         self.__name__ = name
         self.guard = guard
-        self.mode, self.axis, self.session, self.neutral = mode, axis, session, neutral
+        self.mode, self.axis, self.session, self.neutral, self.missing = mode, axis, session, neutral, missing
         self._strength, self._cap = strength, cap
         self._monitor_settings = dict(monitor or {})
         self._tools, self._template_kwargs = tools, chat_template_kwargs
@@ -147,7 +158,7 @@ class OODReward:
         log_extra: Callable[[str, list[Any]], None] | None = None,
         **columns: Any,
     ) -> list[float | None]:
-        """Rewards of n completions; None where there is none.
+        """Rewards of n completions; None, or the floor, where there is none.
 
         Args:
             prompts, completions: texts or messages, n of each. completion_ids: not read.
@@ -194,7 +205,7 @@ class OODReward:
         if log_extra is not None:
             for name, column in extra.items():
                 log_extra(name, column)
-        return rewards
+        return self._floored(rewards) if self.missing == "floor" else rewards
 
     @property
     def alarmed(self) -> bool:
@@ -308,6 +319,13 @@ class OODReward:
             metrics["ood/log10_evidence"] = float(np.log10(np.clip(state.e_value, 1e-300, 1e300)))
             metrics["ood/alarm"] = float(state.alarm)
         return given, metrics
+
+    def _floored(self, rewards: list[float | None]) -> list[float | None]:
+        state = self.guard.state
+        given = [value for value in rewards if value is not None]
+        floor = state.reward_mean - (_BELOW + self._cap) * state.reward_sd
+        floor = min([floor, *(value - state.reward_sd for value in given)])
+        return [floor if value is None else value for value in rewards]
 
     def _collect(
         self, items: list[tuple[Any, Any]], keys: list[str], groups: list[str] | None, rewards: Floats

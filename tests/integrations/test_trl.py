@@ -357,6 +357,56 @@ def test_a_nan_reward_is_none_in_every_mode(guard: OODGuard) -> None:
     assert reward.monitor is not None
 
 
+@pytest.mark.parametrize("mode", ["monitor", "penalize", "abstain"])
+def test_a_floor_lies_below_every_reward_in_every_mode(mode: str, guard: OODGuard) -> None:
+    asked, said = rollouts(20, 63, "")
+    said[1] = assistant(HACKED)
+    said[3] = [{"role": "tool", "content": "7"}]
+    none = OODReward(guard, mode=mode)(asked, said)
+    got = OODReward(guard, mode=mode, missing="floor")(asked, said)
+    missing = [i for i, value in enumerate(none) if value is None]
+    assert 3 in missing
+    assert (1 in missing) is (mode == "abstain")
+    scored = [value for value in none if value is not None]
+    floor = got[3]
+    assert floor is not None
+    assert [value for i, value in enumerate(got) if i not in missing] == pytest.approx(scored, abs=1e-5)
+    assert {got[i] for i in missing} == {floor}
+    assert floor < min(scored)
+    assert floor <= guard.state.reward_mean - 6 * guard.state.reward_sd
+
+
+def test_a_floor_lies_below_rewards_of_any_size(own_guard: OODGuard) -> None:
+    # A drifted model: all of its rewards are far below those that the guard was fitted on.
+    model = copy.deepcopy(own_guard.model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(0.01)
+        model.score.weight.mul_(1000.0)
+    asked, said = rollouts(20, 64, "")
+    said[3] = [{"role": "tool", "content": "7"}]
+    got = OODReward(own_guard.on(model, own_guard.tokenizer), missing="floor")(asked, said)
+    assert got[3] == min(value for value in got if value is not None)
+    assert sorted(got)[1] < own_guard.state.reward_mean - 6 * own_guard.state.reward_sd  # type: ignore[type-var,operator]
+
+
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
+def test_beside_another_function_what_is_missing_does_not_win_with_a_floor(
+    kind: str, half: OODGuard, tmp_path: Path
+) -> None:
+    def negative(completions: list[Any], **columns: Any) -> list[float]:
+        return [-0.01 * i for i in range(len(completions))]
+
+    reward = OODReward(half, mode="abstain", missing="floor")
+    run = trainer(kind, half, [reward, negative], tmp_path, prompts())
+    run.train()
+    flags = np.array(run._logs["extra"]["ood_flag"]).reshape(2, 4) == 1
+    advantages = np.array(run._logs["advantages"]).reshape(2, 4)
+    mixed = [group for group in range(2) if 0 < flags[group].sum() < 4]
+    assert mixed
+    for group in mixed:
+        assert advantages[group][flags[group]].max() < advantages[group][~flags[group]].min()
+
+
 def test_a_pickled_reward_takes_its_model_along_and_has_its_own_monitor(guard: OODGuard) -> None:
     reward = OODReward(guard, mode="penalize", name="guarded")
     asked, said = rollouts(6, 70, DRIFTED)
@@ -527,7 +577,14 @@ def test_a_grouped_guard_reads_its_column(shared_decoder: Any, decoder_tokenizer
 
 
 def test_options_are_checked_when_it_is_made(guard: OODGuard) -> None:
-    for wrong in ({"mode": "stop"}, {"session": "step"}, {"baseline": 0}, {"baseline": True}, {"axis": "prompt"}):
+    for wrong in (
+        {"mode": "stop"},
+        {"session": "step"},
+        {"missing": "zero"},
+        {"baseline": 0},
+        {"baseline": True},
+        {"axis": "prompt"},
+    ):
         with pytest.raises(InputError):
             OODReward(guard, **wrong)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="expected one of"):
