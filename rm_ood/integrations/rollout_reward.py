@@ -33,6 +33,8 @@ EXTRA = (
     "ood_log10_evidence",
 )  # fmt: skip
 _WHOLE = "whole"
+# As far below the mean reward as few answers are; the server's own `/get_reward` says the same of what has no reward.
+_FLOOR_SDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,9 @@ class RewardSettings:
 class GuardedReward:
     """A number for every answer, and the guard's verdict beside it; safe to share between threads.
 
-    An answer that has no finite reward gets the floor, the mean reward of the fit data less `cap` of its standard deviations,
-    in both modes: these trainers know no missing reward, and a NaN spoils its whole batch. A server that cannot be reached is
-    an error.
+    An answer that has no finite reward gets the floor: the mean reward of the fit data less three of its standard deviations,
+    and less `cap` more with `penalize`, so that a poor answer with the whole penalty is not below it. These trainers know no
+    missing reward, and a NaN spoils its whole batch. A server that cannot be reached is an error.
     """
 
     def __init__(self, settings: RewardSettings) -> None:
@@ -242,7 +244,8 @@ class GuardedReward:
             raise InputError(
                 f"the served guard gave an answer no reward, and without a copy of it ({PREFIX}GUARD) there is no floor to take"
             )
-        return self._guard.state.reward_mean - self.settings.cap * self._guard.state.reward_sd
+        lost = self.settings.cap if self.settings.mode == "penalize" else 0.0
+        return self._guard.state.reward_mean - (_FLOOR_SDS + lost) * self._guard.state.reward_sd
 
 
 _loaded: dict[RewardSettings, GuardedReward] = {}

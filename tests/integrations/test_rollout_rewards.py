@@ -324,15 +324,21 @@ def test_verl_wants_the_prompt_in_extra_info(server: GuardServer) -> None:
 # -- both
 
 
-def test_what_has_no_reward_gets_the_floor_in_both_modes(settings: dict[str, str], guard: OODGuard) -> None:
-    floor = guard.state.reward_mean - 3 * guard.state.reward_sd
-    for mode in ("monitor", "penalize"):
-        row = verl.compute_score("", f"a {POISON}", "", {"prompt": "name a river"}, mode=mode, **settings)
-        assert row["score"] == pytest.approx(floor)
+def test_what_has_no_reward_gets_the_floor_below_every_penalty(settings: dict[str, str], guard: OODGuard) -> None:
+    mean, sd = guard.state.reward_mean, guard.state.reward_sd
+    # The cap is what the penalty takes at most: it must not lift what has no reward, nor sink poor answers below it.
+    for mode, cap, floor in (("monitor", 0.1, 3.0), ("penalize", 0.1, 3.1), ("penalize", 3.0, 6.0)):
+        call = partial(verl.compute_score, "", mode=mode, cap=cap, strength=1e6, **settings)
+        row = call(f"a {POISON}", "", {"prompt": "name a river"})
+        assert row["score"] == pytest.approx(mean - floor * sd)
         assert (row["ood_unscored"], row["ood_is_ood"]) == (1, 1)
         assert math.isnan(row["ood_reward"])
         assert math.isnan(row["ood_score"])
         assert row.keys() == {"score", *EXTRA}
+        odd = call(ODD, "", {"prompt": "name a river"})
+        assert odd["ood_penalty"] == pytest.approx(cap * sd if mode == "penalize" else 0)
+        # An answer at three standard deviations below the mean, with as much taken off, is not below it.
+        assert mean - 3 * sd - odd["ood_penalty"] >= row["score"] - 1e-6
 
 
 def test_a_server_alone_is_enough_to_monitor_but_gives_no_floor(server: GuardServer, guard: OODGuard) -> None:
@@ -377,8 +383,9 @@ def test_the_alarm_is_that_of_the_process(folders: tuple[str, str]) -> None:
     rows = reward([(p, ODD) for p in asked])
     assert {row["ood_alarm"] for row in rows} == {1.0}
     assert rows[0]["ood_log10_evidence"] > math.log10(200)
-    # One answer of each prompt counts.
+    # One answer of each prompt counts; two processes share the probability of a false alarm.
     assert reward._monitor is not None
+    assert reward._monitor.state.threshold == 2 * 100
     reward([(asked[0], "the Elbe")])
     assert (reward._monitor.state.requests, reward._monitor.state.counted) == (201, 200)
     reward.close()
