@@ -32,12 +32,18 @@ class ReadBack:
     """Prompt and response of rendered texts.
 
     Args:
-        tokenizer: the reward model's.
+        tokenizer: the one whose chat template wrote them: the policy's, or the reward model's.
         text_format: the guard's: `"chat"`, `"pair"` or `"plain"`.
+        remedy: what an error tells to do about a prompt that this template did not write.
     """
 
-    def __init__(self, tokenizer: Any, text_format: str) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: Any,
+        text_format: str,
+        remedy: str = "Send messages (/v1/score), or text rendered by the reward model's template.",
+    ) -> None:
+        self._tokenizer, self._remedy = tokenizer, remedy
         self._is_chat = text_format == "chat"
         self._frames = [f for f in (self._frame(True), self._frame(False)) if f is not None] if self._is_chat else []
         self._specials = tuple(token for token in tokenizer.all_special_tokens if token)
@@ -51,7 +57,9 @@ class ReadBack:
             text: rendered, with its special tokens.
             prompt: what it begins with, where the protocol tells.
         Raises:
-            InputError: where the response begins cannot be told.
+            InputError: where the response begins cannot be told; or, for a guard of chats, the prompt is neither what the
+                template writes nor a `Human: ...`/`Assistant: ...` dialogue: the markers of another template would be read
+                as words of one user turn, which no reward is meant for.
         """
         if prompt is not None:
             if not text.startswith(prompt):
@@ -78,8 +86,14 @@ class ReadBack:
                 # What a template puts into the assistant's mouth is read as its words.
                 begun = str(dialogue[-1]["content"]).removesuffix(_ANSWER)
                 return dialogue[:-1], begun + self._ended(response.removeprefix(gap))
-        self._refuse_specials(prompt, where)
-        return self._bare(prompt, start=True), self._bare(response, end=True)
+        bare = self._bare(prompt, start=True)
+        is_dialogue = parse_dialogue(bare) is not None and not self._has_specials(bare)
+        if self._is_chat and not is_dialogue:
+            raise InputError(
+                f"{where}: its prompt does not read back as a dialogue: it is not what the chat template of this tokenizer "
+                f"writes. {self._remedy}"
+            )
+        return bare, self._bare(response, end=True)
 
     def _ended(self, response: str) -> str:
         """Without the template's end marker, or the tokenizer's."""
@@ -90,11 +104,14 @@ class ReadBack:
         return self._bare(response, end=True)
 
     def _refuse_specials(self, text: str, where: str) -> None:
-        if self._is_chat and any(token in text for token in self._specials):
+        if self._is_chat and self._has_specials(text):
             raise InputError(
                 f"{where}: it holds special tokens, and is not what the reward model's chat template writes. Send messages, "
                 "or text rendered by that template."
             )
+
+    def _has_specials(self, text: str) -> bool:
+        return any(token in text for token in self._specials)
 
     def _dialogue(self, text: str) -> list[Message] | None:
         """Messages that the template renders to this text; None where there are none."""

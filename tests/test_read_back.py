@@ -86,10 +86,45 @@ def test_another_templates_text_is_refused(decoder_tokenizer: Any) -> None:
             reader.split(text, None, "input")
 
 
+# What other families' templates write, none of it a special token of the tokenizer here.
+FOREIGN = {
+    "Llama 2": ("[INST] Name a river. [/INST]", " The Elbe.</s>"),
+    "Gemma": ("<start_of_turn>user\nName a river.<end_of_turn>\n<start_of_turn>model\n", "The Elbe.<end_of_turn>"),
+    "Zephyr": ("<|user|>\nName a river.\n<|assistant|>\n", "The Elbe."),
+    "none": ("Name a river.", " The Elbe."),
+    "begun": ("<|im_start|>user\nName a river.", " The Elbe."),
+    "a dialogue within": ("[INST] Human: Hi\n\nAssistant: [/INST]", " Yes."),
+    "a dialogue with markers": ("\n\nHuman: Hi<|im_end|>\n\nAssistant:", " Yes."),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_chat_guard_gets_no_prompt_that_its_template_did_not_write(name: str, tokenizer: Any) -> None:
+    prompt, response = FOREIGN[name]
+    if tokenizer.chat_template == MISTRAL and name == "Llama 2":
+        prompt = prompt.replace("INST", "ASK")
+    reader = ReadBack(tokenizer, "chat", "Do that.")
+    with pytest.raises(
+        InputError, match=r"query\[0\]: its prompt does not read back as a dialogue.* Do that\."
+    ) as caught:
+        reader.split(prompt + response, prompt, "query[0]")
+    assert "river" not in str(caught.value)
+    with pytest.raises(InputError, match=r"Send messages \(/v1/score\)"):
+        ReadBack(tokenizer, "chat").split(prompt + response, prompt, "query[0]")
+    # A guard of plain text has no template to miss.
+    assert prompt.endswith(str(ReadBack(tokenizer, "plain").split(prompt + response, prompt, "query[0]")[0]))
+
+
+def test_a_chat_guard_takes_a_dialogue_in_words(decoder_tokenizer: Any) -> None:
+    asked = "\n\nHuman: Hi\n\nAssistant:"
+    assert ReadBack(decoder_tokenizer, "chat").split(f"{asked} Yes.", asked, "x") == (asked, " Yes.")
+
+
 @pytest.mark.parametrize("text_format", ["chat", "plain", "pair"])
 def test_plain_texts_are_cut_at_their_prompt(decoder_tokenizer: Any, text_format: str) -> None:
     reader = ReadBack(decoder_tokenizer, text_format)
-    assert reader.split("How are you? Well.", "How are you?", "query[0]") == ("How are you?", " Well.")
+    if text_format != "chat":
+        assert reader.split("How are you? Well.", "How are you?", "query[0]") == ("How are you?", " Well.")
     with pytest.raises(InputError, match=r"query\[0\]: it does not begin"):
         reader.split("How are you? Well.", "Who", "query[0]")
     with pytest.raises(InputError, match="cannot be told"):

@@ -49,7 +49,7 @@ class RewardSettings:
         model: folder or Hub id of the reward model.
         tokenizer: folder or Hub id of the policy's tokenizer, for rollouts that come as rendered text: what its chat template
             and its special tokens add is taken off, and the guard gets messages, or the text alone. None: the reward model's,
-            where it is loaded here.
+            where it is loaded here. A rollout whose prompt it did not write is refused.
         mode: `"monitor"`: rewards as the reward model gives them; `"penalize"`: less `RewardPenalty`.
         axis: whose verdict counts, `"response"` by default; `"whole"` for all axes.
         strength, cap: of the penalty.
@@ -156,18 +156,21 @@ class GuardedReward:
     def rendered(self, queries: Sequence[str], prompts: Sequence[str]) -> list[tuple[Any, str]]:
         """(prompt, response) of whole rendered rollouts, each with the prompt that it begins with.
 
-        A guard fitted on rendered text (`text_format="plain"`, `special_tokens=False`) gets them as they are; so does a server
-        of which neither a copy nor a tokenizer is here.
+        A guard fitted on rendered text (`text_format="plain"`, `special_tokens=False`) gets them as they are.
 
         Raises:
-            InputError: a rollout without its prompt; a prompt that the policy's chat template did not make; no tokenizer.
+            InputError: a rollout without its prompt; a prompt that the policy's chat template did not make; no tokenizer; a
+                server of which neither a tokenizer nor a copy is here, so that nothing tells what it reads.
         """
         if len(queries) != len(prompts):
             raise InputError(f"{len(queries)} queries and {len(prompts)} prompts: expected as many of each")
-        if self._reader is None and self._guard is not None and self._guard.config.text_format != "plain":
+        if self._reader is None and (self._guard is None or self._guard.config.text_format != "plain"):
+            who = "nothing here tells what the served guard reads"
+            if self._guard is not None:
+                who = f"this guard reads {self._guard.config.text_format!r}"
             raise InputError(
-                f"this guard reads {self._guard.config.text_format!r}, and the rollouts come rendered: set {PREFIX}TOKENIZER to "
-                "the policy's tokenizer, whose template is then undone"
+                f"{who}, and the rollouts come rendered: set {PREFIX}TOKENIZER to the policy's tokenizer, whose template is then "
+                f"undone, or {PREFIX}GUARD to a copy of a guard that was fitted on rendered text"
             )
         read: list[tuple[Any, str]] = []
         for i, (query, prompt) in enumerate(zip(queries, prompts, strict=True)):
@@ -272,7 +275,8 @@ def _reader(settings: RewardSettings, guard: OODGuard | None) -> ReadBack | None
         tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
     if tokenizer is None:
         return None
-    return ReadBack(tokenizer, "chat" if config is None else config.text_format)
+    remedy = f"Set {PREFIX}TOKENIZER to the policy's tokenizer, and have the policy's prompts rendered by its template."
+    return ReadBack(tokenizer, "chat" if config is None else config.text_format, remedy)
 
 
 def _typed(name: str, kind: str, value: Any) -> Any:

@@ -238,17 +238,52 @@ def test_openrlhf_is_told_why_there_is_no_reward(
     monkeypatch.setenv(f"{PREFIX}TOKENIZER", folders[1])
     with pytest.raises(InputError, match=r"queries\[1\]: it does not begin with its prompt"):
         reward_func([queries[0], "cut" + queries[1]], prompts[:2], [])
-    with pytest.raises(InputError, match=r"queries\[0\]: it holds special tokens, and is not what"):
-        reward_func(["hello<|im_end|> there"], ["hello<|im_end|>"], [])
+    for foreign in ("hello<|im_end|>", "[INST] hello [/INST]", "hello"):
+        with pytest.raises(
+            InputError, match=r"queries\[0\]: its prompt does not read back.*Set RM_OOD_REWARD_TOKENIZER"
+        ):
+            reward_func([f"{foreign} there"], [foreign], [])
     with pytest.raises(InputError, match="2 queries and 1 prompts"):
         reward_func(queries[:2], prompts[:1], [])
     server.refusals = [(503, {})]
     with pytest.raises(UnavailableError):
         reward_func(queries, prompts, [])
     told = [record for record in caplog.records if record.name == "rm_ood.openrlhf"]
-    assert len(told) == 6
+    assert len(told) == 8
     assert all(record.levelno == logging.ERROR for record in told)
     assert not any(text in caplog.text for text in (ODD, prompts[0], "hunter2"))
+
+
+def test_a_rollout_that_does_not_read_back_gets_no_reward(
+    guard: OODGuard, folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries, prompts = rendered(guard.tokenizer, *some())
+    foreign = ["<start_of_turn>user\nname a river<end_of_turn>\n<start_of_turn>model\n", "name a river"]
+    with serving(guard_scorer(guard)) as (served, _):
+        # Of a server alone nothing tells what it reads: its guard would take the markers for words of the user.
+        exported(monkeypatch, {"url": f"http://127.0.0.1:{served.port}"})
+        with pytest.raises(
+            InputError, match=r"nothing here tells what the served guard reads.*RM_OOD_REWARD_TOKENIZER"
+        ):
+            executor()(queries, prompts, [None] * 8)
+        for i, prompt in enumerate(foreign):
+            body = {"query": [queries[0], f"{prompt} the Elbe"], "prompts": [prompts[0], prompt]}
+            answer = served.post("/get_reward", body)
+            assert (answer.status, answer.json["type"]) == (422, "invalid_text"), i
+            assert "query[1]: its prompt does not read back as a dialogue" in answer.json["error"]
+            assert "river" not in answer.json["error"]
+        monkeypatch.setenv(f"{PREFIX}TOKENIZER", folders[1])
+        told = executor()(queries, prompts, [None] * 8)
+    np.testing.assert_allclose(told["rewards"], guard.check(*some()).rewards, rtol=0, atol=1e-3)
+    # With the model here its tokenizer is there unasked, and may be of another family than the policy's.
+    monkeypatch.delenv(f"{PREFIX}URL")
+    monkeypatch.delenv(f"{PREFIX}TOKENIZER")
+    exported(monkeypatch, {"guard": folders[0], "model": folders[1], "device": "cpu"})
+    for prompt in foreign:
+        with pytest.raises(
+            InputError, match=r"queries\[0\]: its prompt does not read back.*Set RM_OOD_REWARD_TOKENIZER"
+        ):
+            executor()([f"{prompt} the Elbe"], [prompt], [None])
 
 
 # -- verl
