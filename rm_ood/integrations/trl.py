@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from rm_ood.client import GuardClient
 from rm_ood.decision import Decisions
-from rm_ood.errors import CalibrationError, InputError, OODGuardWarning, UnavailableError
+from rm_ood.errors import CalibrationError, InputError, MismatchError, OODGuardWarning, UnavailableError
 from rm_ood.guard import OODGuard
 from rm_ood.integrations.judges import ServedGuard, judged_here
 from rm_ood.integrations.processes import gather, processes
@@ -89,7 +89,9 @@ class OODReward:
     Raises:
         InputError: an option out of range, an axis that the guard does not judge; with `client` a baseline (calibrate before
             serving), tools or template keywords, which a server does not take.
-        MismatchError: a guard without its model, and no client.
+        MismatchError: a guard without its model, and no client; in a call, the guard was calibrated or fitted anew since this
+            was made: penalty and monitor are of the calibration before. Then make a new one; those that calibrate at different
+            times want a guard each (`guard.on(model, tokenizer)`).
         NotFittedError, CalibrationError: of `guard.calibrate`, or the guard is not calibrated.
     """
 
@@ -144,6 +146,7 @@ class OODReward:
         self.monitor: TrafficMonitor | None = None
         self._lock = threading.Lock()
         # What cannot be had is said now, not at the first step.
+        self._calibration = self._digests()
         self._penalty = self._new_penalty()
         self._new_monitor()
 
@@ -168,7 +171,8 @@ class OODReward:
             InputError: texts that cannot be read, or the column of the groups is missing; nothing is scored.
             CalibrationError: at the end of a baseline of steps, with too few prompts in it.
             UnavailableError: the served guard was out of reach `outages` calls in a row.
-            EngineError, MismatchError: it refuses, or answers what was not asked, or another guard is served.
+            EngineError, MismatchError: it refuses, or answers what was not asked, or another guard is served; the guard was
+                calibrated anew.
         """
         if len(prompts) != len(completions):
             raise InputError(f"{len(prompts)} prompts and {len(completions)} completions: expected as many of each")
@@ -223,7 +227,7 @@ class OODReward:
                 self._take_baseline(step)
             if not self._steps_left and self.monitor is None:
                 self.monitor = self._new_monitor()
-            return _Now(self.calls, bool(self._steps_left), self.monitor, self._penalty)
+            return _Now(self.calls, bool(self._steps_left), self.monitor, self._penalty, self._calibration)
 
     def _take_baseline(self, step: int) -> None:
         if self.calls == 1:
@@ -231,6 +235,7 @@ class OODReward:
                 f"baseline={self._until}: the first call is at step {step}, when the initial policy's rollouts are gone. Save "
                 "the guard once it has its baseline (reward.guard.save_pretrained), and go on with that guard and no baseline"
             )
+        self._same_calibration(self._digests(), self._calibration)
         rows = [row for part in gather(list(self._rows.values())) for row in part]
         try:
             self.guard.calibrate(rows, progress=False)
@@ -238,9 +243,21 @@ class OODReward:
             raise CalibrationError(
                 f"baseline={self._until}: the first steps' rollouts answered {len(rows)} prompts. {error}"
             ) from error
+        self._calibration = self._digests()
         self._penalty = self._new_penalty()
         self._rows.clear()
         self._steps_left = 0
+
+    def _digests(self) -> dict[str, str]:
+        return self.guard.state.profile(self.guard.config.joined).digests
+
+    def _same_calibration(self, found: Mapping[str, str], own: Mapping[str, str]) -> None:
+        if found != own:
+            raise MismatchError(
+                "the guard was calibrated or fitted anew since this OODReward was made, whose penalty and monitor are of the "
+                "calibration before. Make a new OODReward after calibrate(); give rewards that take a baseline at different "
+                "times a guard each: guard.on(model, tokenizer)"
+            )
 
     def _new_penalty(self) -> RewardPenalty:
         return RewardPenalty.of(self.guard, axis=self.axis, strength=self._strength, cap=self._cap)
@@ -265,7 +282,11 @@ class OODReward:
                 return None
             with self._lock:
                 self._out = 0
-        if now.collecting:
+        # While a baseline is collected nothing rests on the calibration, which another thread may be replacing.
+        if not now.collecting:
+            told = {axis: one.calibration for axis, one in decisions.axes.items()}
+            self._same_calibration(told if all(told.values()) else self._digests(), now.calibration)
+        else:
             with self._lock:
                 self._collect(items, keys, groups, decisions.rewards)
         index = np.unique(keys, return_inverse=True)[1].astype(np.int64)
@@ -355,6 +376,7 @@ class _Now(NamedTuple):
     collecting: bool
     monitor: TrafficMonitor | None
     penalty: RewardPenalty
+    calibration: dict[str, str]
 
 
 _EXTRA = ("ood_score", "ood_p_value", "ood_flag", "ood_reward")

@@ -407,6 +407,22 @@ def test_beside_another_function_what_is_missing_does_not_win_with_a_floor(
         assert advantages[group][flags[group]].max() < advantages[group][~flags[group]].min()
 
 
+@pytest.mark.parametrize("mode", ["monitor", "penalize", "abstain"])
+def test_a_guard_that_is_calibrated_underneath_is_noticed(mode: str, guard: OODGuard) -> None:
+    shared = guard.on(guard.model, guard.tokenizer)
+    reward, waiting = OODReward(shared, mode=mode), OODReward(shared, mode=mode, baseline=1)
+    reward(*rollouts(5, 66, ""))
+    waiting(*rollouts(120, 67, ""))
+    asked, said = rollouts(150, 68, DRIFTED)
+    after = OODReward(
+        shared, mode=mode, baseline=[{"prompt": p, "response": r} for p, r in zip(asked, said, strict=True)]
+    )
+    for stale in (reward, pickle.loads(pickle.dumps(reward)), waiting):
+        with pytest.raises(MismatchError, match="calibrated or fitted anew since this OODReward was made"):
+            stale(*rollouts(5, 69, ""))
+    assert pickle.loads(pickle.dumps(after))(*rollouts(5, 69, DRIFTED)).count(None) < 5
+
+
 def test_a_pickled_reward_takes_its_model_along_and_has_its_own_monitor(guard: OODGuard) -> None:
     reward = OODReward(guard, mode="penalize", name="guarded")
     asked, said = rollouts(6, 70, DRIFTED)
