@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import preference_rows
 from datasets import Dataset
 from transformers import LlamaForCausalLM
@@ -28,6 +29,16 @@ def user(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
+def written(policy: Any, tokenizer: Any, asked: list[Any]) -> list[dict[str, Any]]:
+    """An answer of the policy to each prompt, sampled as the trainer does."""
+    torch.manual_seed(0)
+    texts = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    told = policy.eval().generate(**ids, do_sample=True, max_new_tokens=12, pad_token_id=tokenizer.pad_token_id)
+    said = tokenizer.batch_decode(told[:, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [{"prompt": prompt, "response": answer} for prompt, answer in zip(asked, said, strict=True)]
+
+
 def test_grpo_on_smollm2(smollm2: tuple[Any, Any], tmp_path: Path) -> None:
     import trl
 
@@ -36,7 +47,7 @@ def test_grpo_on_smollm2(smollm2: tuple[Any, Any], tmp_path: Path) -> None:
     fit = [{**row, "prompt": user(row["prompt"])} for row in preference_rows(6)]
     fit = [{**row, **{c: [{"role": "assistant", "content": row[c]}] for c in ("chosen", "rejected")}} for row in fit]
     trusted = [{"prompt": user(row["prompt"]), "response": row["chosen"]} for row in preference_rows(72, seed=1)]
-    guard = OODGuard(model, tokenizer, axes=("response",), channels="final", alpha=0.4, confidence=None)
+    guard = OODGuard(model, tokenizer, axes=("response",), channels="final", alpha=0.5, confidence=None)
     with warnings.catch_warnings():
         # Few data: the promise is not what is tested here.
         warnings.simplefilter("ignore", CalibrationWarning)
@@ -44,6 +55,7 @@ def test_grpo_on_smollm2(smollm2: tuple[Any, Any], tmp_path: Path) -> None:
     policy = LlamaForCausalLM(copy.deepcopy(model.config))
     policy.model.load_state_dict(model.model.state_dict())
     policy.lm_head.weight = policy.model.embed_tokens.weight
+    own = written(policy, tokenizer, [row["prompt"] for row in trusted])
 
     def step(rewards: list[Any], processing: list[Any]) -> Any:
         run = trl.GRPOTrainer(
@@ -56,8 +68,8 @@ def test_grpo_on_smollm2(smollm2: tuple[Any, Any], tmp_path: Path) -> None:
                 report_to=[],
                 disable_tqdm=True,
                 max_steps=1,
-                per_device_train_batch_size=4,
-                num_generations=4,
+                per_device_train_batch_size=8,
+                num_generations=8,
                 max_completion_length=12,
                 logging_steps=1,
                 save_strategy="no",
@@ -76,8 +88,13 @@ def test_grpo_on_smollm2(smollm2: tuple[Any, Any], tmp_path: Path) -> None:
     np.testing.assert_allclose(told["smollm2"], told["ood_reward"], rtol=0, atol=1e-3)
     assert entry["ood/abstain_frac"] == 0
     assert any(run._logs["advantages"])
-    # What it writes is far from the made-up text that the guard was calibrated on.
-    run, entry = step([OODReward(guard, mode="abstain")], [None])
+    # What it writes is far from the made-up text that the guard was calibrated on, so it is calibrated on its own.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CalibrationWarning)
+        reward = OODReward(guard, mode="abstain", baseline=own)
+    run, entry = step([reward], [None])
     none = np.isnan(run._logs["rewards"]["ood_reward"])
-    assert entry["ood/abstain_frac"] == none.mean() > 0
+    assert entry["ood/abstain_frac"] == none.mean()
+    # Some: were all of them None, nothing would be learnt, and the advantages would say nothing.
+    assert 0 < none.mean() < 1
     assert not np.array(run._logs["advantages"])[none].any()
