@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 
 from rm_ood.client import GuardClient
 from rm_ood.decision import Decisions
-from rm_ood.errors import InputError
+from rm_ood.errors import InputError, OODGuardWarning
 from rm_ood.guard import OODGuard
 from rm_ood.integrations.judges import ServedGuard, judged_here
 from rm_ood.integrations.together import Together
@@ -35,6 +36,8 @@ EXTRA = (
 _WHOLE = "whole"
 # As far below the mean reward as few answers are; the server's own `/get_reward` says the same of what has no reward.
 _FLOOR_SDS = 3.0
+# Answers in a row of which the alarm counts none: more than most batches have answers to prompts that were just counted.
+_DEAF_AFTER = 10_000
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,10 @@ class GuardedReward:
     An answer that has no finite reward gets the floor: the mean reward of the fit data less three of its standard deviations,
     and less `cap` more with `penalize`, so that a poor answer with the whole penalty is not below it. These trainers know no
     missing reward, and a NaN spoils its whole batch. A server that cannot be reached is an error.
+
+    The alarm counts the first answer to each prompt, of the whole run: answers to one prompt are not independent, and its
+    calibration has one of each. So it watches the first pass over the prompts, and is deaf in further ones; there is a warning,
+    once, after 10,000 answers in a row that counted nothing. Verdicts and penalties go on.
     """
 
     def __init__(self, settings: RewardSettings) -> None:
@@ -139,6 +146,7 @@ class GuardedReward:
             if self._client is None:
                 axes = None if self._axis is None else [self._axis]
                 self._monitor = self._guard.monitor(axes=axes, workers=settings.workers)
+        self._counted, self._uncounted, self._is_deaf = math.nan, 0, False
         self._reader = _reader(settings, self._guard)
         self._together: Together[tuple[Any, str], dict[str, float]] = Together(self._rows)
 
@@ -229,6 +237,7 @@ class GuardedReward:
             else:
                 reply = self._client.score([p for p, _ in items], [r for _, r in items])
             told = reply.monitor or {}
+            self._heed(_number(told.get("counted")), len(items))
             return reply.decisions, _number(told.get("alarm")), _log10(_number(told.get("e_value")))
         if self._guard is None or self._monitor is None:
             raise InputError("no guard to ask")
@@ -238,7 +247,22 @@ class GuardedReward:
         state = self._monitor.update(
             {name: axis.ood_scores for name, axis in axes.items()}, sessions=[str(p) for p, _ in items], flags=flags
         )
+        self._heed(state.counted, len(items))
         return decisions, float(state.alarm), _log10(state.e_value)
+
+    def _heed(self, counted: float, items: int) -> None:
+        """Tell once that the alarm has gone deaf. `counted`: what its monitor has betted on so far, NaN where there is none."""
+        self._uncounted = self._uncounted + items if counted == self._counted else 0
+        self._counted = counted
+        if self._uncounted >= _DEAF_AFTER and not self._is_deaf:
+            self._is_deaf = True
+            warnings.warn(
+                f"the alarm counted none of the last {self._uncounted} answers, and {counted:.0f} in all: one of each prompt in "
+                "a run. It cannot tell any more how the policy changes on prompts that it has seen: watch ood_is_ood, or give "
+                "prompts that are new",
+                OODGuardWarning,
+                stacklevel=2,
+            )
 
     def _floor(self, needless: bool) -> float:
         if needless:

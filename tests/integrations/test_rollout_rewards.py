@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from rm_ood import (
     InputError,
     MismatchError,
     OODGuard,
+    OODGuardWarning,
     RewardPenalty,
     UnavailableError,
 )
@@ -423,6 +425,42 @@ def test_the_alarm_is_that_of_the_process(folders: tuple[str, str]) -> None:
     assert reward._monitor.state.threshold == 2 * 100
     reward([(asked[0], "the Elbe")])
     assert (reward._monitor.state.requests, reward._monitor.state.counted) == (201, 200)
+    reward.close()
+
+
+@pytest.mark.parametrize("where", ["here", "served", "served, no copy"])
+def test_an_alarm_that_counts_nothing_any_more_says_so_once(
+    where: str, guard: OODGuard, folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout_reward, "_DEAF_AFTER", 20)
+    asked, said = some()
+    items = [(p, a[0]["content"]) for p, a in zip(asked, said, strict=True)]
+    with ExitStack() as stack:
+        settings = RewardSettings(guard=folders[0], model=folders[1], device="cpu")
+        if where != "here":
+            served, _ = stack.enter_context(serving(guard_scorer(guard)))
+            url = f"http://127.0.0.1:{served.port}"
+            settings = RewardSettings(url=url, guard=folders[0] if where == "served" else None)
+        reward = GuardedReward(settings)
+        stack.callback(reward.close)
+        # A pass that counts, and two that do not; one new prompt, and it hears again.
+        for _ in range(3):
+            reward(items)
+        reward([(user("a new one"), "the Elbe")])
+        for _ in range(2):
+            reward(items)
+        with pytest.warns(OODGuardWarning, match=r"counted none of the last 24 answers, and 9 in all"):
+            reward(items)
+        for _ in range(3):
+            reward(items)
+
+
+def test_no_alarm_is_not_a_deaf_one(server: GuardServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout_reward, "_DEAF_AFTER", 1)
+    server.monitor = None
+    reward = GuardedReward(RewardSettings(url=server.url, api_key="hunter2"))
+    for _ in range(3):
+        reward([("a river", "the Elbe")])
     reward.close()
 
 
