@@ -40,7 +40,13 @@ _SCORING: dict[str, tuple[TypeAdapter[Any], Any, Mapping[str, Any]]] = {
     "/get_reward": (
         schemas.REWARD,
         schemas.RewardReply,
-        {"one text": {"query": ["How are you? I am doing well."], "prompts": ["How are you?"], "labels": [None]}},
+        {
+            "one text": {
+                "query": ["\n\nHuman: How are you?\n\nAssistant: I am doing well."],
+                "prompts": ["\n\nHuman: How are you?\n\nAssistant:"],
+                "labels": [None],
+            }
+        },
     ),
     "/classify": (
         schemas.CLASSIFY,
