@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,9 +22,9 @@ from rm_ood.decision import Decisions
 from rm_ood.errors import CalibrationError, InputError, MismatchError, OODGuardWarning, UnavailableError
 from rm_ood.guard import OODGuard
 from rm_ood.integrations.judges import ServedGuard, judged_here
+from rm_ood.integrations.passes import PassMonitor
 from rm_ood.integrations.processes import gather, processes
 from rm_ood.integrations.trl_callbacks import alarm_callback, guard_at_end
-from rm_ood.monitor import TrafficMonitor
 from rm_ood.penalty import RESPONSE, RewardPenalty, verdict_scores
 
 __all__ = ["OODReward", "alarm_callback", "guard_at_end"]
@@ -70,9 +71,9 @@ class OODReward:
         axis: whose verdict counts: by default the response's, which is what a policy chooses; None: the whole.
         baseline: rows of the initial policy's rollouts, for `guard.calibrate`; or a number of steps whose own rollouts are
             taken, and whose rewards are left as they are; None: the guard's calibration as it is.
-        session: what the monitor takes one completion of: `"prompt"`, each prompt once for many steps, so a run that comes
-            back to its prompts is watched on its first pass only; `"call"`, each prompt once in every call, which sees all
-            of a run but counts the answers to a prompt that comes back as independent.
+        session: what the monitor takes one completion of: `"prompt"`, each prompt once in every pass over the data (the
+            trainer's epoch; all is one pass where the trainer tells none, and prompts that come back then are not watched);
+            `"call"`, each prompt once in every call, which counts the answers to a prompt that comes back as independent.
         strength, cap: of the penalty, see `RewardPenalty`.
         missing: what has no reward is `"none"`, or `"floor"`: a number below every reward of this call and process, and at
             most the fit rewards' mean less 3 + `cap` standard deviations; whatever another function gives is added to it.
@@ -84,7 +85,7 @@ class OODReward:
         name: metrics are logged as `rewards/<name>/mean`; the `ood/...` metrics have no name, so one `OODReward` a trainer.
 
     Attributes:
-        guard: as given. monitor: of this process; None before the first call and while a baseline is taken.
+        guard: as given. monitor: of this process, a `PassMonitor`; None before the first call and while a baseline is taken.
 
     Raises:
         InputError: an option out of range, an axis that the guard does not judge; with `client` a baseline (calibrate before
@@ -143,7 +144,8 @@ class OODReward:
         self._steps_left, self._until = steps, steps
         self._rows: dict[str, dict[str, Any]] = {}
         self.calls = 0
-        self.monitor: TrafficMonitor | None = None
+        self.monitor: PassMonitor | None = None
+        self._deaf = False
         self._lock = threading.Lock()
         # What cannot be had is said now, not at the first step.
         self._calibration = self._digests()
@@ -227,7 +229,8 @@ class OODReward:
                 self._take_baseline(step)
             if not self._steps_left and self.monitor is None:
                 self.monitor = self._new_monitor()
-            return _Now(self.calls, bool(self._steps_left), self.monitor, self._penalty, self._calibration)
+            collecting, number = bool(self._steps_left), self._pass(trainer_state)
+            return _Now(self.calls, number, collecting, self.monitor, self._penalty, self._calibration)
 
     def _take_baseline(self, step: int) -> None:
         if self.calls == 1:
@@ -262,9 +265,15 @@ class OODReward:
     def _new_penalty(self) -> RewardPenalty:
         return RewardPenalty.of(self.guard, axis=self.axis, strength=self._strength, cap=self._cap)
 
-    def _new_monitor(self) -> TrafficMonitor:
+    def _new_monitor(self) -> PassMonitor:
         axes = None if self.axis is None else [self.axis]
-        return self.guard.monitor(axes=axes, **{"workers": processes(), **self._monitor_settings})
+        settings = {"workers": processes(), **self._monitor_settings}
+        lifetime = {"lifetime": settings.pop("lifetime")} if "lifetime" in settings else {}
+        return PassMonitor(partial(self.guard.monitor, axes=axes, **settings), **lifetime)
+
+    def _pass(self, trainer_state: Any) -> int:
+        epoch = None if trainer_state is None or self.session == "call" else trainer_state.epoch
+        return 0 if epoch is None else int(epoch)
 
     def _check(
         self, items: list[tuple[Any, Any]], keys: list[str], groups: list[str] | None, now: _Now
@@ -332,14 +341,29 @@ class OODReward:
         }
         if now.monitor is not None:
             axes = decisions.axes if self.axis is None else {self.axis: decisions.axis(self.axis)}
-            state = now.monitor.update(
+            state, counted = now.monitor.update(
                 {axis: one.ood_scores for axis, one in axes.items()},
+                number=now.number,
                 sessions=self._sessions(keys, now),
                 flags=flags,
             )
+            if not counted:
+                self._warn_deaf(len(keys))
+            metrics["ood/counted_frac"] = counted / len(keys)
             metrics["ood/log10_evidence"] = float(np.log10(np.clip(state.e_value, 1e-300, 1e300)))
             metrics["ood/alarm"] = float(state.alarm)
         return given, metrics
+
+    def _warn_deaf(self, n: int) -> None:
+        with self._lock:
+            told, self._deaf = self._deaf, True
+        if not told:
+            warnings.warn(
+                f"none of this call's {n} completions counts for the alarm: their prompts were all seen before in this pass over "
+                'the data. See ood/counted_frac; session="call" counts each prompt in every call',
+                OODGuardWarning,
+                stacklevel=4,
+            )
 
     def _floored(self, rewards: list[float | None]) -> list[float | None]:
         state = self.guard.state
@@ -373,8 +397,9 @@ class _Now(NamedTuple):
     """What one call goes by, whatever other threads do meanwhile."""
 
     call: int
+    number: int
     collecting: bool
-    monitor: TrafficMonitor | None
+    monitor: PassMonitor | None
     penalty: RewardPenalty
     calibration: dict[str, str]
 

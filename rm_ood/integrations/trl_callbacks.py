@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from rm_ood.errors import CalibrationWarning, InputError
 from rm_ood.guard import OODGuard
+from rm_ood.integrations.passes import PassMonitor
 from rm_ood.integrations.processes import gather
-from rm_ood.monitor import TrafficMonitor
 from rm_ood.reward_model import eval_mode
 
 ACTIONS = ("stop", "warn")
@@ -19,7 +19,7 @@ class Watched(Protocol):
     """What is read of an `OODReward`."""
 
     calls: int
-    monitor: TrafficMonitor | None
+    monitor: PassMonitor | None
 
     @property
     def alarmed(self) -> bool:

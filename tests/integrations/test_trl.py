@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from rm_ood import (
     MismatchError,
     NotFittedError,
     OODGuard,
+    OODGuardWarning,
     RewardPenalty,
 )
 from rm_ood.integrations.trl import OODReward, alarm_callback, guard_at_end
@@ -35,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWa
 
 METRICS = {
     "ood/reward_mean", "ood/score_mean", "ood/flag_frac", "ood/penalty_mean", "ood/abstain_frac", "ood/unscored_frac",
-    "ood/baseline", "ood/log10_evidence", "ood/alarm",
+    "ood/baseline", "ood/log10_evidence", "ood/alarm", "ood/counted_frac",
 }  # fmt: skip
 
 
@@ -301,12 +303,52 @@ def test_a_baseline_that_is_too_small_or_gone_is_refused(own_guard: OODGuard) ->
 
 def test_sessions_decide_whether_a_prompt_that_comes_back_counts(guard: OODGuard) -> None:
     for session, counted in (("prompt", 10), ("call", 30)):
-        reward = OODReward(guard, session=session)
-        for _ in range(3):
+        reward, logged = OODReward(guard, session=session), {}
+        for i in range(3):
             asked, said = rollouts(10, 40, "")
-            reward(asked * 2, said * 2)
+            # Once, and only where nothing counts.
+            told = pytest.warns(OODGuardWarning, match="none of this call's 20 completions counts for the alarm")
+            with told if (session, i) == ("prompt", 1) else nullcontext():
+                reward(asked * 2, said * 2, log_metric=logged.__setitem__)
+            assert logged["ood/counted_frac"] == (0 if session == "prompt" and i else 0.5)
         assert reward.monitor is not None
         assert (reward.monitor.state.requests, reward.monitor.state.counted) == (60, counted)
+
+
+def test_a_hack_that_begins_in_the_second_pass_alarms(own_guard: OODGuard) -> None:
+    asked, said = rollouts(150, 43, DRIFTED)
+    rows = [{"prompt": p, "response": r} for p, r in zip(*rollouts(150, 42, DRIFTED), strict=True)]
+    reward, honest = OODReward(own_guard, baseline=rows), OODReward(own_guard)
+    for step in range(3):
+        state = TrainerState(global_step=step, epoch=step / 3)
+        part = slice(50 * step, 50 * step + 50)
+        reward(asked[part], said[part], trainer_state=state)
+    # A resumed run begins with a later pass.
+    for number in range(7, 10):
+        anew = rollouts(150, 44 + number, DRIFTED)[1]
+        honest(asked, anew, trainer_state=TrainerState(global_step=number, epoch=float(number)))
+    assert not reward.alarmed
+    assert not honest.alarmed
+    logged: dict[str, float] = {}
+    hacked = [assistant(HACKED)] * 150
+    reward = pickle.loads(pickle.dumps(reward))
+    reward(asked, hacked, trainer_state=TrainerState(global_step=3, epoch=1.0), log_metric=logged.__setitem__)
+    assert reward.alarmed
+    assert logged["ood/counted_frac"] == 1
+    state = reward.monitor.state
+    assert (state.counted, state.requests) == (300, 300)
+    assert state.alarm_at > 150
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_real_run_counts_each_prompt_in_each_epoch(accumulated: int, guard: OODGuard, tmp_path: Path) -> None:
+    reward = OODReward(guard)
+    steps = 3 * 2 // accumulated
+    trainer(
+        "GRPO", guard, reward, tmp_path, prompts(4), max_steps=steps, gradient_accumulation_steps=accumulated
+    ).train()
+    assert reward.monitor is not None
+    assert (reward.monitor.state.counted, reward.monitor.state.requests) == (12, 48)
 
 
 def test_calls_of_threads_are_told_apart(guard: OODGuard) -> None:
@@ -424,7 +466,7 @@ def test_a_guard_that_is_calibrated_underneath_is_noticed(mode: str, guard: OODG
 
 
 def test_a_pickled_reward_takes_its_model_along_and_has_its_own_monitor(guard: OODGuard) -> None:
-    reward = OODReward(guard, mode="penalize", name="guarded")
+    reward = OODReward(guard, mode="penalize", name="guarded", session="call")
     asked, said = rollouts(6, 70, DRIFTED)
     expected = reward(asked, said)
     other = pickle.loads(pickle.dumps(reward))

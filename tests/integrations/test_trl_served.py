@@ -111,7 +111,7 @@ def test_a_real_run_asks_the_server(
 def test_what_nobody_scored_has_no_reward(
     mode: str, copied: OODGuard, client: GuardClient, server: GuardServer
 ) -> None:
-    reward = OODReward(copied, mode=mode, client=client, outages=2)
+    reward = OODReward(copied, mode=mode, client=client, outages=2, session="call")
     down = [(503, {}), (503, {})]
     for _ in range(2):
         logged: dict[str, Any] = {}
