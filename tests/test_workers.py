@@ -158,7 +158,7 @@ def test_the_state_of_a_shard_is_checked(model: Any) -> None:
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
     with pytest.raises(FormatError, match="incomplete"):
         fitter.empty().load({**tensors, "kept.rewards": tensors["kept.rewards"][:1]}, config)
-    with pytest.raises(FormatError, match="moments: expected .*pivot"):
+    with pytest.raises(FormatError, match=r"moments: expected .*pivot"):
         fitter.empty().load({**tensors, "moments.0.pivot": tensors["moments.0.pivot"][:1]}, config)
     other = fitter.empty()
     other.rows_digest, back.rows_digest = "a", "b"
