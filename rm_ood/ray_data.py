@@ -180,7 +180,7 @@ def check_parquet(data: str, output: str, *, overwrite: bool = False, **options:
     import ray.data
 
     axes = judged_axes(OODGuard.from_pretrained(options["guard"]))
-    with _failures(), _whole(output, overwrite) as target:
+    with _failures(), _whole(output, overwrite, data) as target:
         verdicts(ray.data.read_parquet(data), **options).write_parquet(target, min_rows_per_file=_ROWS_PER_FILE)
     return {**_counts(output, axes), "output": output}
 
@@ -200,22 +200,31 @@ def _counts(folder: str, axes: Sequence[str]) -> dict[str, Any]:
 
 
 @contextmanager
-def _whole(output: str, overwrite: bool) -> Iterator[str]:
-    """Where to write; a local folder gets its name at the end."""
+def _whole(output: str, overwrite: bool, data: str) -> Iterator[str]:
+    """Where to write; a local folder gets its name at the end, in place of one of Parquet files that are not the data."""
     if "://" in output:
         yield output
         return
     target = Path(output).resolve()
     if target.exists() and not overwrite:
         raise SaveError(f"{output} is there already: pass --overwrite to replace it, or another --output")
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    if target.exists():
+        if not target.is_dir() or any(not file.is_file() or file.suffix != ".parquet" for file in target.iterdir()):
+            raise SaveError(
+                f"{output} is no folder of Parquet files alone, which --overwrite replaces: pass another --output"
+            )
+        source = Path(data).resolve()
+        if "://" not in data and (source == target or target in source.parents):
+            raise SaveError(f"{output} holds the data, which --overwrite would delete: pass another --output")
+    temporary, old = (target.with_name(f".{target.name}.{secrets.token_hex(8)}") for _ in range(2))
     try:
         # Of no rows Ray writes no folder.
         temporary.mkdir(parents=True)
         yield str(temporary)
         if target.is_dir():
-            shutil.rmtree(target)
+            os.replace(target, old)
         os.replace(temporary, target)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

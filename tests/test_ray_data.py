@@ -84,16 +84,16 @@ def test_an_error_names_the_row_by_its_id(place: Path, row: dict[str, Any], mess
 
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    with pytest.raises(FileNotFoundError), _whole(str(target), False) as folder:
+    with pytest.raises(FileNotFoundError), _whole(str(target), False, "in.parquet") as folder:
         (Path(folder) / "half" / "written").write_text("")
     assert list(tmp_path.iterdir()) == []
-    for content in ("first", "second"):
-        with _whole(str(target), content == "second") as folder:
+    for content in ("first.parquet", "second.parquet"):
+        with _whole(str(target), content == "second.parquet", "in.parquet") as folder:
             (Path(folder) / content).write_text("")
         assert [path.name for path in target.iterdir()] == [content]
-    with pytest.raises(SaveError, match="is there already"), _whole(str(target), False):
+    with pytest.raises(SaveError, match="is there already"), _whole(str(target), False, "in.parquet"):
         pass
-    with _whole("s3://bucket/out", False) as folder:
+    with _whole("s3://bucket/out", False, "in.parquet") as folder:
         assert folder == "s3://bucket/out"
 
 
@@ -153,3 +153,22 @@ def test_what_is_known_before_an_actor_starts(place: Path, cluster: Any, tmp_pat
         verdicts(data, **names, actors=2, cpus=1)
     with pytest.raises(FileNotFoundError):
         check_parquet(str(place / "rows.parquet"), str(tmp_path / "out"), guard=str(place / "none"), model="none")
+
+
+def test_overwriting_deletes_verdicts_alone(tmp_path: Path) -> None:
+    data, output = tmp_path / "answers", tmp_path / "out"
+    for folder in (data, output):
+        folder.mkdir()
+        (folder / "part.parquet").write_bytes(b"old")
+    with pytest.raises(SaveError, match="holds the data"), _whole(str(data), True, str(data / "part.parquet")):
+        pass
+    with pytest.raises(SaveError, match="is there already"), _whole(str(output), False, str(data)):
+        pass
+    with _whole(str(output), True, str(data)) as folder:
+        (Path(folder) / "new.parquet").write_bytes(b"new")
+    assert [file.name for file in output.iterdir()] == ["new.parquet"]
+    (output / "notes.txt").write_text("mine")
+    with pytest.raises(SaveError, match="no folder of Parquet files alone"), _whole(str(output), True, str(data)):
+        pass
+    assert (output / "notes.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers", "out"]

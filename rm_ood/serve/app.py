@@ -51,6 +51,8 @@ def build_app(scorer: Scorer, settings: ServeSettings | None = None, *, service:
 
     app = FastAPI(
         title="rm_ood", version=package_version(), docs_url=None, redoc_url=None, lifespan=life, telemetry=_NO_TELEMETRY,
+        # A redirect would say the caller's own Host.
+        redirect_slashes=False,
         description="Rewards, and whether the reward model was out of its ground.",
     )  # fmt: skip
     app.state.service = shared

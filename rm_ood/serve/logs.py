@@ -51,6 +51,9 @@ def configure() -> None:
         logger.handlers[:] = [handler]
         logger.propagate = False
         logger.setLevel(level)
+    # What other packages say, which Python would write as it came.
+    if not logging.getLogger().handlers:
+        logging.getLogger().addHandler(handler)
     warnings.showwarning = _show_warning  # type: ignore[assignment]
 
 

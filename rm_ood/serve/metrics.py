@@ -115,5 +115,9 @@ class Metrics:
 
     def text(self, accept: str) -> tuple[bytes, str]:
         """The exposition and its content type."""
-        encode, content_type = prometheus.exposition.choose_encoder(accept)
+        try:
+            encode, content_type = prometheus.exposition.choose_encoder(accept)
+        except (TypeError, ValueError):
+            # A version that is none.
+            encode, content_type = prometheus.exposition.choose_encoder("")
         return encode(self.registry), content_type

@@ -5,7 +5,7 @@
 - `enforce`: the reward is withheld: null, with the reason `withheld`.
 
 A reward that is not a finite number is never given out, in no mode. Where a protocol has no null (`/get_reward`,
-`/classify`), a number below all that the fit data had takes its place, never 0.
+`/classify`), `--withheld-reward` takes its place: by default three standard deviations below the fit data's mean.
 """
 
 from __future__ import annotations
@@ -28,6 +28,12 @@ def row(name: str, decision: Decision, mode: str) -> dict[str, Any]:
     found = {"id": name, **decision.to_dict()}
     if mode == "enforce" and decision.is_ood:
         found["reward"] = None
+        for axis in found["axes"].values():
+            # The channel of the reward is the reward, standardised.
+            channels = {
+                name: channel for name, channel in axis["channels"].items() if name.rpartition("/")[2] == "reward"
+            }
+            axis["channels"] |= {name: dict.fromkeys(channel) for name, channel in channels.items()}
         found["reasons"] = [*found["reasons"], WITHHELD]
     return found
 

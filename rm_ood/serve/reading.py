@@ -32,6 +32,8 @@ from rm_ood.serve.scorer import Query
 from rm_ood.strict_json import parse_json
 
 _MOST_ERRORS = 5
+# Values in a body, keys not counted: checking each, and telling what is wrong with each, holds up everybody.
+_MOST_VALUES = 20_000
 _UNKNOWN = "(unknown field)"
 
 
@@ -66,10 +68,24 @@ def parse(data: bytes, adapter: TypeAdapter[Any], limit: int) -> Any:
             "not_json",
             f"the body is not strict JSON in UTF-8{where}: no doubled keys, no NaN or Infinity, no lone surrogates",
         ) from None
+    if _has_more_values(value, _MOST_VALUES):
+        raise Refusal(422, "too_many_values", f"more than {_MOST_VALUES:,} values in one request")
     try:
         return adapter.validate_python(value)
     except ValidationError as error:
         raise Refusal(422, "invalid_request", _told(error)) from None
+
+
+def _has_more_values(value: Any, most: int) -> bool:
+    waiting, count = [value], 1
+    while waiting:
+        inner = waiting.pop()
+        if isinstance(inner, dict | list):
+            count += len(inner)
+            if count > most:
+                return True
+            waiting.extend(inner.values() if isinstance(inner, dict) else inner)
+    return False
 
 
 def _told(error: ValidationError) -> str:

@@ -13,6 +13,7 @@ METHOD, ROUTE, STATUS = "http.request.method", "http.route", "http.response.stat
 OPERATION, RESULT = "gen_ai.operation.name", "gen_ai.evaluation.result"
 NAME, VALUE = "gen_ai.evaluation.name", "gen_ai.evaluation.score.value"
 LABEL, EXPLANATION = "gen_ai.evaluation.score.label", "gen_ai.evaluation.explanation"
+_PARENT = ("traceparent", "tracestate")
 EVALUATION = "out_of_distribution"
 
 
@@ -21,11 +22,13 @@ class Tracing:
 
     def __init__(self) -> None:
         try:
-            from opentelemetry import propagate, trace
+            from opentelemetry import trace
+            from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
         except ImportError:
             self._trace: Any = None
             return
-        self._trace, self._extract = trace, propagate.extract
+        # Of the caller's headers no more than these two: baggage is text, and what is wrong with it goes to a log.
+        self._trace, self._extract = trace, TraceContextTextMapPropagator().extract
 
     @contextmanager
     def request(self, method: str, endpoint: str, headers: Mapping[str, str]) -> Iterator[Span]:
@@ -36,8 +39,9 @@ class Tracing:
         tracer = self._trace.get_tracer("rm_ood.serve")
         # An error's message and its traceback may hold what was being read.
         options = {"record_exception": False, "set_status_on_exception": False}
+        parent = self._extract({name: headers[name] for name in _PARENT if name in headers})
         with tracer.start_as_current_span(
-            f"{method} {endpoint}", self._extract(dict(headers)), self._trace.SpanKind.SERVER,
+            f"{method} {endpoint}", parent, self._trace.SpanKind.SERVER,
             {METHOD: method, ROUTE: endpoint}, **options,
         ) as span:  # fmt: skip
             yield Span(span)

@@ -590,6 +590,15 @@ def test_waiting_calls_go_together_and_one_bad_item_fails_alone() -> None:
     assert sizes == [1, 2]
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """Python's own Ctrl-C: a process that was started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 @pytest.mark.parametrize(("others", "limit"), [([7], 1), ([-1, 7], 64)], ids=["a batch", "one by one"])
 def test_ctrl_c_ends_the_main_threads_call_whoevers_items_it_ran(others: list[int], limit: int) -> None:
     ran: list[list[int]] = []

@@ -40,6 +40,8 @@ def test_modes_differ_in_what_they_tell_and_withhold(
     if mode == "enforce":
         assert strange["reward"] is None
         assert strange["reasons"][-1] == "withheld"
+        channel = strange["axes"]["response"]["channels"]["reward"]
+        assert set(channel.values()) == {None}, "the reward, standardised"
         assert strange["is_ood"]
     else:
         assert strange == {"id": "0#1", **wanted[1].to_dict()}

@@ -72,3 +72,18 @@ def test_errors_name_places_and_never_what_came() -> None:
     assert "(unknown field)" in told
     assert "sekret" not in told
     assert refused({"items": [{"prompt": 1, "response": 2, "x": 3}] * 4}).endswith("more")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"items": [{}] * 30_000},
+        {"prompt": "a", "response": "b", "extra": [[]] * 30_000},
+        {"messages": [{"role": 1}] * 15_000},
+    ],
+    ids=lambda body: next(iter(body)),
+)
+def test_a_body_of_very_many_values_is_refused_before_it_is_checked(body: Any) -> None:
+    with pytest.raises(Refusal, match="more than 20,000 values") as caught:
+        score_queries(json.dumps(body).encode(), TextRules(**RULES), 2**20)
+    assert (caught.value.status, caught.value.kind) == (422, "too_many_values")

@@ -86,6 +86,9 @@ def test_what_is_sent_comes_out_nowhere(
     replies += [client.post("/v1/score", ITEM, key=words("key")), client.get(f"/{words('path')}", key=KEY)]
     replies += [
         client.get("/livez", headers={"X-Request-Id": words("!")}),
+        client.get("/livez", headers={"baggage": words("b"), "traceparent": words("t"), "tracestate": words("s")}),
+        client.post("/v1/score/", ITEM, key=KEY, headers={"Host": words("host")}),
+        client.get("/metrics", key=KEY, headers={"Accept": "application/openmetrics-text; version=" + words("v")}),
         client.ask(words("VERB").upper(), "/v1/score", b"", key=KEY),
         client.post("/v1/score", ITEM, headers={"content-type": words("type")}, key=KEY),
     ]
