@@ -13,8 +13,7 @@ import torch
 from conftest import preference_rows, sentence
 from scipy import stats
 
-from rm_ood import CalibrationError, FormatError, InputError, MahalanobisDetector, OODGuard, artifact
-from rm_ood import fit as fitting
+from rm_ood import CalibrationError, FormatError, InputError, MahalanobisDetector, OODGuard, artifact, collected
 from rm_ood.canaries import CANARIES
 from rm_ood.channels import Channel
 from rm_ood.detectors import ContrastedMahalanobis, NormalisedMahalanobis
@@ -112,7 +111,7 @@ def test_the_copies_are_of_fit_prompts_alone_with_their_own_words(model: Any) ->
 
 
 def test_there_are_no_more_copies_than_the_cap(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "NOISY_PROMPTS", 50)
+    monkeypatch.setattr(collected, "NOISY_PROMPTS", 50)
     # Windows of 32 items: the cap holds over them all.
     guard = made(model, batch_size=1)
     assert guard.state.record["noisy_copies"] == 50
@@ -121,7 +120,7 @@ def test_there_are_no_more_copies_than_the_cap(model: Any, monkeypatch: pytest.M
 
 def test_rows_in_another_order_give_the_same_copies(model: Any, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     # Fewer copies than prompts, over several windows; a sorted file; answers of several rows to one prompt.
-    monkeypatch.setattr(fitting, "NOISY_PROMPTS", 40)
+    monkeypatch.setattr(collected, "NOISY_PROMPTS", 40)
     rows = [*ROWS, *({**row, "chosen": f"also {row['chosen']}"} for row in ROWS[::3])]
     given = {text for row in rows for text in row.values()} | {text for pair in CANARIES for text in pair}
     copies, states = [], []
@@ -138,7 +137,7 @@ def test_rows_in_another_order_give_the_same_copies(model: Any, seen: Seen, monk
 
 
 def test_a_sorted_file_gives_copies_of_all_of_it(model: Any, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "NOISY_PROMPTS", 40)
+    monkeypatch.setattr(collected, "NOISY_PROMPTS", 40)
     rows = [{**row, "prompt": f"{'early' if i < 80 else 'late'} {row['prompt']}"} for i, row in enumerate(ROWS)]
     made(model, rows, batch_size=1)
     given = {row["prompt"] for row in rows}

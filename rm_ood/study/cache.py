@@ -127,8 +127,9 @@ class ScoreCache:
 
     def _open(self) -> None:
         execute = self._connection.execute
-        application, version = (execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
+        # In this order: another process may make the tables and the numbers, at once, in between.
         names = [name for (name,) in execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        application, version = (execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
         if not names and application == 0:
             # A commit then needs no sync, and survives a killed process.
             execute("PRAGMA journal_mode = WAL")
