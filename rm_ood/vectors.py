@@ -51,12 +51,11 @@ def check_finite(x: Tensor, *, name: str = "x") -> None:
     if x.numel() == 0 or bool(torch.stack(torch.aminmax(x)).isfinite().all()):
         return
     bad = (~x.isfinite().all(1)).nonzero().flatten()
-    if len(bad):
-        shown = ", ".join(map(str, bad[:10].tolist())) + (", ..." if len(bad) > 10 else "")
-        raise NonFiniteError(
-            f"{name}: {len(bad)} of {len(x)} rows hold NaN or infinity (rows {shown}). "
-            "float16 activations overflow at 65504: run the model in bfloat16 or float32."
-        )
+    shown = ", ".join(map(str, bad[:10].tolist())) + (", ..." if len(bad) > 10 else "")
+    raise NonFiniteError(
+        f"{name}: {len(bad)} of {len(x)} rows hold NaN or infinity (rows {shown}). "
+        "float16 activations overflow at 65504: run the model in bfloat16 or float32."
+    )
 
 
 def unit_rows(x: Tensor) -> Tensor:

@@ -217,3 +217,10 @@ def test_no_gradient_flows(wide):
 def test_vectors_of_eight_bits_are_refused(wide):
     with pytest.raises(InputError, match="float8_e5m2 has too few bits"):
         wide[0].score(wide[1].to(torch.float8_e5m2))
+
+
+def test_classes_one_by_one_as_on_other_devices():
+    rng = torch.Generator().manual_seed(0)
+    z, offsets = torch.randn(30, 20, generator=rng), torch.randn(3, 20, generator=rng)
+    expected = (z.double()[:, None] - offsets.double()).square().sum(2)
+    torch.testing.assert_close(distance._by_class(z, offsets).double(), expected, rtol=1e-6, atol=0)
