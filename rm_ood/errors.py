@@ -37,7 +37,16 @@ class EngineError(OODGuardError, RuntimeError):
 
 
 class UnavailableError(EngineError):
-    """A server could not be reached, was too busy or too slow, or failed, after every retry; another time it may answer."""
+    """A server could not be reached, was too busy or too slow, or failed, after every retry; another time it may answer.
+
+    Attributes:
+        why: `"unreachable"`, `"busy"`, `"timeout"` or `"failed"` (a status from 500).
+        retry_after_s: seconds that a busy server asked to wait; None where it named none.
+    """
+
+    def __init__(self, message: str, why: str = "failed", retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.why, self.retry_after_s = why, retry_after_s
 
 
 class FormatError(OODGuardError, ValueError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Self, overload
 
 import numpy as np
@@ -19,8 +20,8 @@ from tqdm.auto import tqdm
 from rm_ood.calls import read_call
 from rm_ood.channels import FINAL
 from rm_ood.decision import Decision, Decisions
-from rm_ood.dialogue import Text
-from rm_ood.embed import Embedded, span_facts
+from rm_ood.dialogue import Response, Text
+from rm_ood.embed import Embedded, merge, span_facts
 from rm_ood.errors import EngineError, InputError, MismatchError
 from rm_ood.fingerprint import text_fingerprint
 from rm_ood.guard import OODGuard
@@ -28,14 +29,31 @@ from rm_ood.integrations.read_out import read_head
 from rm_ood.integrations.transport import JsonClient, number_rows
 from rm_ood.integrations.vllm_plugin import UNSCORABLE, distance_columns, guard_number
 from rm_ood.reward_model import reward_column
+from rm_ood.skew import EndsCheck
 from rm_ood.state import ChannelScores, FittedState
-from rm_ood.text import TextEncoder
+from rm_ood.text import Encoded, TextEncoder
 
 Floats = NDArray[np.float64]
 # Room in a reply: for its frame, and per item and number. A float64 takes at most 25 characters.
 _FRAME_BYTES = 2**16
 _ITEM_BYTES = 2**10
 _NUMBER_BYTES = 32
+
+
+@dataclass(frozen=True)
+class EngineReply:
+    """What an engine says of n items.
+
+    Attributes:
+        scores: raw channel scores. rewards: (n,).
+        mismatched: (n,) bool, whether a reward is not that of its vector.
+        vectors: (n, H) float32, where the engine gives them.
+    """
+
+    scores: ChannelScores
+    rewards: Floats
+    mismatched: NDArray[np.bool_]
+    vectors: torch.Tensor | None = None
 
 
 class EngineScorer(ABC):
@@ -53,9 +71,8 @@ class EngineScorer(ABC):
             the tokenizer's.
         pad_id: the model's pad id where the guard does not know it; None takes the guard's, else the tokenizer's.
         batch_size: items in a request.
-        timeout: seconds to connect, and to wait for any next part of a reply.
-        retries: further tries after a lost connection, or a 503 that names no time to come back.
         headers: sent with every request, such as `{"Authorization": "Bearer ..."}`.
+        timeout, whole_s, retries, patience: see `JsonClient`.
 
     Raises:
         NotFittedError: the guard is not fitted or not calibrated.
@@ -73,9 +90,8 @@ class EngineScorer(ABC):
         max_length: int | None = None,
         pad_id: int | None = None,
         batch_size: int = 64,
-        timeout: float = 60.0,
-        retries: int = 3,
         headers: Mapping[str, str] | None = None,
+        **client: Any,
     ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"batch_size={batch_size!r}: expected a positive integer")
@@ -87,7 +103,9 @@ class EngineScorer(ABC):
         self.batch_size = batch_size
         self._cut_id = _cut_id(state, tokenizer, pad_id)
         self._text = _text(state, tokenizer, max_length)
-        self._client = JsonClient(url, headers=headers, timeout=timeout, retries=retries)
+        ends = state.record.get("ends")
+        self._ends = None if ends is None else EndsCheck(ends, tokenizer, state.config.text_format)
+        self._client = JsonClient(url, headers=headers, **client)
 
     @overload
     def check(
@@ -118,24 +136,42 @@ class EngineScorer(ABC):
         call = read_call(prompt, response, state.config)
         if not call.items:
             return state.nothing()
-        items = [self._text.encode(p, r, f"items[{i}]") for i, (p, r) in enumerate(call.items)]
-        ids = [self._sent(item.input_ids) for item in items]
+        items = self.encode(call.items)
         scores: list[ChannelScores] = []
-        rewards: list[Floats] = []
-        failed: list[str | None] = []
-        with tqdm(total=len(ids), desc="check", unit="item", disable=not progress) as bar:
-            for start in range(0, len(ids), self.batch_size):
-                batch = ids[start : start + self.batch_size]
-                scored, values, mismatched = self._ask(batch, state)
+        parts: list[Embedded] = []
+        with tqdm(total=len(items), desc="check", unit="item", disable=not progress) as bar:
+            for start in range(0, len(items), self.batch_size):
+                scored, part = self.score(items[start : start + self.batch_size], state)
                 scores.append(scored)
-                rewards.append(values)
-                # What is not finite, `decide` sees in the scores.
-                failed += ["read_out_mismatch" if wrong else None for wrong in mismatched]
-                bar.update(len(batch))
-        lengths, reasons, truncated = span_facts(items)
-        part = Embedded({}, np.concatenate(rewards), lengths, failed, reasons, truncated)
+                parts.append(part)
+                bar.update(len(part.rewards))
+        part = merge(parts, np.arange(len(items)))
         decisions = state.decide(ChannelScores.concatenate(scores), part, groups=groups, prompt_index=call.prompt_index)
         return decisions[0] if call.is_single else decisions
+
+    def encode(self, items: Sequence[tuple[Text, Response]]) -> list[Encoded]:
+        """Token ids and spans of n items, as `rm_ood.scoring.Scoring.encode` gives them.
+
+        Raises:
+            InputError: an item that cannot be encoded; names it as `items[i]`.
+        """
+        encoded = [self._text.encode(prompt, response, f"items[{i}]") for i, (prompt, response) in enumerate(items)]
+        if self._ends is None:
+            return encoded
+        notes = self._ends.encoded(encoded)
+        return [replace(item, reasons=(*item.reasons, *note)) for item, note in zip(encoded, notes, strict=True)]
+
+    def ask(self, encoded: Sequence[Encoded], state: FittedState) -> EngineReply:
+        """What the engine says of n items, at least one, in one request. Raises EngineError and MismatchError as `check`."""
+        return self._ask([self._sent(item.input_ids) for item in encoded], state)
+
+    def score(self, encoded: Sequence[Encoded], state: FittedState) -> tuple[ChannelScores, Embedded]:
+        """The same as `FittedState.decide` takes it."""
+        reply = self.ask(encoded, state)
+        # What is not finite, `decide` sees in the scores.
+        failed = ["read_out_mismatch" if wrong else None for wrong in reply.mismatched]
+        lengths, reasons, truncated = span_facts(encoded)
+        return reply.scores, Embedded({}, reply.rewards, lengths, list(failed), reasons, truncated)
 
     def close(self) -> None:
         """Close the connections; a second call does nothing."""
@@ -156,8 +192,8 @@ class EngineScorer(ABC):
         return ids[:end]
 
     @abstractmethod
-    def _ask(self, ids: list[list[int]], state: FittedState) -> tuple[ChannelScores, Floats, NDArray[np.bool_]]:
-        """Raw scores, rewards (n,), and whether each reward is not that of its vector, (n,), of one request."""
+    def _ask(self, ids: list[list[int]], state: FittedState) -> EngineReply:
+        """The reply to one request, read and checked."""
 
     def _post(self, path: str, body: dict[str, Any], ids: list[list[int]], numbers: int) -> dict[str, Any]:
         """The reply to a request, which is to hold at most `numbers` numbers per item."""
@@ -193,7 +229,7 @@ class SGLangScorer(EngineScorer):
         self._head = None if head is None else read_head(head, guard.state)
         super().__init__(url, guard, tokenizer, **options)
 
-    def _ask(self, ids: list[list[int]], state: FittedState) -> tuple[ChannelScores, Floats, NDArray[np.bool_]]:
+    def _ask(self, ids: list[list[int]], state: FittedState) -> EngineReply:
         # The engine reads query + item for each item: with an empty query that is the item, and its own prefix cache finds
         # what items share.
         body = {
@@ -223,7 +259,7 @@ class SGLangScorer(EngineScorer):
             # What is not finite has its own reason.
             finite = np.isfinite(final.numpy()).all(1) & np.isfinite(rewards)
             wrong = self._head.disagrees(final, torch.from_numpy(rewards)).numpy() & finite
-        return state.score({FINAL: final}, rewards), rewards, wrong
+        return EngineReply(state.score({FINAL: final}, rewards), rewards, wrong, final)
 
 
 class VLLMScorer(EngineScorer):
@@ -233,7 +269,7 @@ class VLLMScorer(EngineScorer):
     which has to be the same fit (the reply says which it is). Takes the arguments of `EngineScorer`.
     """
 
-    def _ask(self, ids: list[list[int]], state: FittedState) -> tuple[ChannelScores, Floats, NDArray[np.bool_]]:
+    def _ask(self, ids: list[list[int]], state: FittedState) -> EngineReply:
         detector = state.detectors[FINAL]
         columns = (*distance_columns(detector), "guard", "reward")
         reply = self._post("/classify", {"input": ids, "use_activation": False}, ids, _ITEM_BYTES)
@@ -255,7 +291,7 @@ class VLLMScorer(EngineScorer):
         whole = ((distances >= 0) & (distances < UNSCORABLE)).all(1, keepdims=True)
         distances = np.where(whole, distances, np.inf)
         rewards = table[:, -1]
-        return state.score_distances({FINAL: distances}, rewards), rewards, np.zeros(len(ids), dtype=bool)
+        return EngineReply(state.score_distances({FINAL: distances}, rewards), rewards, np.zeros(len(ids), dtype=bool))
 
 
 def _check_servable(state: FittedState) -> None:

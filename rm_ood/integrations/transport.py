@@ -20,15 +20,17 @@ from rm_ood.errors import EngineError, InputError, UnavailableError
 _BUSY = (429, 503)
 _FIRST_WAIT_S = 0.25
 _LONGEST_WAIT_S = 30.0
+_TOO_LONG = "took longer than the timeout. Raise timeout=, or send fewer items at once (batch_size=)."
 
 
 class JsonClient:
-    """POSTs JSON to one server; safe to share between threads, and pickled with its headers.
+    """Asks one server for JSON; safe to share between threads, and pickled with its headers.
 
     Args:
         url: the server's address, `http://host:port`, before any path such as `/v1`.
         headers: sent with every request, such as `{"Authorization": "Bearer ..."}`.
         timeout: seconds to connect, and to wait for any next part of the reply.
+        whole_s: seconds in which the whole of a reply has to come, or little more; None: as long as it takes.
         retries: further tries after a lost connection, or a 503 that names no time to come back, with doubling waits; other
             errors are final.
         patience: seconds to wait in all, in one request, for a server that says it is busy: a 429, or a 503 with
@@ -45,6 +47,7 @@ class JsonClient:
         *,
         headers: Mapping[str, str] | None = None,
         timeout: float = 60.0,
+        whole_s: float | None = None,
         retries: int = 3,
         patience: float = 600.0,
         server: str = "engine",
@@ -65,13 +68,17 @@ class JsonClient:
             raise InputError(f"url: expected http://host:port or https://..., got the scheme {parsed.scheme!r}")
         self.retries, self.patience = retries, patience
         self._server = server
-        self._url, self._headers, self._timeout = url, dict(headers or {}), timeout
+        self._url, self._headers, self._timeout, self._whole_s = url, dict(headers or {}), timeout, whole_s
         self._base = parsed
         # A redirect would carry the text to a server that nobody named.
         # Without TLS no certificates are read, which takes most of a second.
         self._client = httpx2.Client(
             headers=self._headers, timeout=timeout, follow_redirects=False, verify=parsed.scheme == "https"
         )
+
+    def get(self, path: str, limit: int) -> dict[str, Any]:
+        """The JSON object that the server answers to a GET; raises as `post`."""
+        return self._ask("GET", path, None, limit)
 
     def post(self, path: str, body: Mapping[str, Any], limit: int) -> dict[str, Any]:
         """The JSON object that the server answers.
@@ -85,6 +92,9 @@ class JsonClient:
                 500.
             EngineError: another status than 200, too much of it, or no JSON object.
         """
+        return self._ask("POST", path, body, limit)
+
+    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None, limit: int) -> dict[str, Any]:
         import httpx2
 
         target = self._base.copy_with(path=self._base.path.rstrip("/") + path)
@@ -94,17 +104,19 @@ class JsonClient:
         while True:
             cause: Exception | None = None
             try:
-                with self._client.stream("POST", target, json=body) as reply:
+                with self._client.stream(method, target, json=body) as reply:
                     asked = reply.headers.get("retry-after")
                     if reply.status_code not in _BUSY:
                         _check_status(where, reply.status_code, self._server)
-                        return _parse(where, _read(where, reply, limit))
+                        return _parse(where, _read(where, reply, limit, self._whole_s))
                     problem = f"answered {reply.status_code}, busy"
                     if reply.status_code == 429 or asked is not None:
                         if waited >= self.patience:
                             raise UnavailableError(
                                 f"{where} {problem}, for {waited:.0f} seconds of waiting: more is asked of it than it can do. "
-                                f"Ask less at once, or raise patience= ({self.patience:g} seconds)."
+                                f"Ask less at once, or raise patience= ({self.patience:g} seconds).",
+                                "busy",
+                                _asked_wait(asked, wait),
                             )
                         pause = min(_asked_wait(asked, wait), self.patience - waited)
                         waited += pause
@@ -112,9 +124,7 @@ class JsonClient:
                         lost, pause = lost + 1, wait
             except httpx2.TimeoutException as error:
                 if not isinstance(error, httpx2.ConnectTimeout):
-                    raise UnavailableError(
-                        f"{where} took longer than the timeout. Raise timeout=, or send fewer items at once (batch_size=)."
-                    ) from error
+                    raise UnavailableError(f"{where} {_TOO_LONG}", "timeout") from error
                 problem, cause = "did not take the connection in time", error
                 lost, pause = lost + 1, wait
             except (httpx2.NetworkError, httpx2.RemoteProtocolError) as error:
@@ -127,7 +137,8 @@ class JsonClient:
                 ) from error
             if lost > self.retries:
                 raise UnavailableError(
-                    f"{where} {problem}; {self.retries + 1} tries. Is the {self._server} running there?"
+                    f"{where} {problem}; {self.retries + 1} tries. Is the {self._server} running there?",
+                    "unreachable",
                 ) from cause
             # Beside the connection, which other threads want meanwhile.
             time.sleep(pause)
@@ -139,7 +150,7 @@ class JsonClient:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy in another process makes its own connections.
-        own = {name: getattr(self, f"_{name}") for name in ("url", "headers", "timeout", "server")}
+        own = {name: getattr(self, f"_{name}") for name in ("url", "headers", "timeout", "whole_s", "server")}
         return {**own, "retries": self.retries, "patience": self.patience}
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
@@ -192,10 +203,13 @@ def _check_status(where: str, status: int, server: str) -> None:
     raise kind(f"{where} answered {status}. {hints.get(status // 100, 'Expected 200.')}")
 
 
-def _read(where: str, reply: Any, limit: int) -> bytes:
-    parts, size = [], 0
+def _read(where: str, reply: Any, limit: int, whole_s: float | None) -> bytes:
+    parts, size, begun = [], 0, time.monotonic()
     for part in reply.iter_bytes():
         size += len(part)
+        # Each part in time, and never the last one.
+        if whole_s is not None and time.monotonic() - begun > whole_s:
+            raise UnavailableError(f"{where} {_TOO_LONG}", "timeout")
         if size > limit:
             raise EngineError(
                 f"{where} answered more than the {limit} bytes that a reply of this many items can take: is it another "
