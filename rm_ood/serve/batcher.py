@@ -1,4 +1,4 @@
-"""Micro-batches of items of like length, from a bounded queue, one at a time through the model.
+"""Micro-batches of items of like length, from a bounded queue through the model: one at a time, or a few in flight.
 
 The oldest item is in every batch, and those whose length is nearest to its own fill it: little padding, and no item waits
 for ever. Work that nobody waits for any more never reaches the model.
@@ -51,8 +51,9 @@ class Batcher:
     """A bounded queue before a model.
 
     Args:
-        score: (key, works) -> one outcome per work; called in a thread of its own.
+        score: (key, works) -> one outcome per work; called in threads of its own.
         batch_size: items in one call.
+        concurrency: calls at once, each in its own thread.
         max_queue: items that may wait, those being tokenised included.
         wait_s: how long an idle model waits for a batch to fill.
         observe: told of each batch.
@@ -65,6 +66,7 @@ class Batcher:
         batch_size: int,
         max_queue: int,
         wait_s: float,
+        concurrency: int = 1,
         observe: Callable[[Ran], None] = lambda ran: None,
     ) -> None:
         self._score = score
@@ -75,11 +77,17 @@ class Batcher:
         self._queue: list[Job] = []
         self._reserved = 0
         self._arrived = asyncio.Event()
-        self._worker = Worker("rm-ood-model")
+        self._workers = [Worker("rm-ood-model") for _ in range(concurrency)]
+        self._free: asyncio.Queue[Worker] = asyncio.Queue()
+        # What runs: since when, and with which key.
+        self._calls: dict[asyncio.Task[None], tuple[float, Any]] = {}
         self._task: asyncio.Task[None] | None = None
         self._item_s = 0.01
-        self._running: Any = None
-        self.busy_since: float | None = None
+
+    @property
+    def busy_since(self) -> float | None:
+        """When the call began that has been running for the longest; None: none runs."""
+        return min((since for since, _ in self._calls.values()), default=None)
 
     @property
     def waiting(self) -> int:
@@ -89,21 +97,26 @@ class Batcher:
     @property
     def alive(self) -> bool:
         """Whether batches are still taken."""
-        return self._worker.alive and self._task is not None and not self._task.done()
+        is_running = self._task is not None and not self._task.done()
+        return is_running and all(worker.alive for worker in self._workers)
 
     def start(self) -> None:
         """Take batches from now on; in the event loop."""
+        for worker in self._workers:
+            self._free.put_nowait(worker)
         self._task = asyncio.get_running_loop().create_task(self._run(), name="rm-ood-batcher")
 
     async def stop(self) -> None:
         """Take no more batches; what waits is cancelled."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        tasks = [*([] if self._task is None else [self._task]), *self._calls]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         for job in self._queue:
             job.result.cancel()
         self._queue.clear()
-        self._worker.stop()
+        for worker in self._workers:
+            worker.stop()
 
     def reserve(self, n: int) -> None:
         """Hold n places, for `put` or `release`.
@@ -128,7 +141,7 @@ class Batcher:
 
     def runs(self, key: Any) -> bool:
         """Whether a batch with this key is in the model."""
-        return self._running is key
+        return any(one is key for _, one in self._calls.values())
 
     def _drop_cancelled(self) -> None:
         self._queue[:] = [job for job in self._queue if not job.result.done()]
@@ -136,17 +149,25 @@ class Batcher:
     async def _run(self) -> None:
         while True:
             await self._arrived.wait()
+            # A batch fills while it waits for its turn.
+            worker = await self._free.get()
             self._arrived.clear()
             self._drop_cancelled()
-            if not self._queue:
-                continue
-            await self._fill()
+            if self._queue:
+                await self._fill()
             self._drop_cancelled()
             batch = self._take()
             if batch:
-                await self._call(batch)
+                task = asyncio.get_running_loop().create_task(self._call(worker, batch), name="rm-ood-batch")
+                self._calls[task] = time.monotonic(), batch[0].key
+                task.add_done_callback(self._ended)
+            else:
+                self._free.put_nowait(worker)
             if self._queue:
                 self._arrived.set()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        del self._calls[task]
 
     async def _fill(self) -> None:
         """Wait for a full batch, but not longer than the oldest job may."""
@@ -170,11 +191,10 @@ class Batcher:
         self._queue[:] = [job for job in self._queue if id(job) not in taken]
         return batch
 
-    async def _call(self, batch: list[Job]) -> None:
-        start = self.busy_since = time.monotonic()
-        self._running = batch[0].key
+    async def _call(self, worker: Worker, batch: list[Job]) -> None:
+        start = time.monotonic()
         try:
-            outcomes = await self._worker.run(self._score, batch[0].key, [job.work for job in batch])
+            outcomes = await worker.run(self._score, batch[0].key, [job.work for job in batch])
             pairs = list(zip(batch, outcomes, strict=True))
         except Exception as error:
             for job in batch:
@@ -182,9 +202,9 @@ class Batcher:
                     job.result.set_exception(error)
             return
         finally:
-            self.busy_since = self._running = None
+            self._free.put_nowait(worker)
         took = time.monotonic() - start
-        self._item_s += _SMOOTHING * (took / len(batch) - self._item_s)
+        self._item_s += _SMOOTHING * (took / len(batch) / len(self._workers) - self._item_s)
         longest = max(job.length for job in batch)
         waited = start - min(job.since for job in batch)
         self._observe(Ran(len(batch), sum(job.length for job in batch), longest * len(batch), waited, took))

@@ -67,6 +67,7 @@ class Service:
             batch_size=scorer.batch_size,
             max_queue=settings.max_queue,
             wait_s=settings.batch_wait_s,
+            concurrency=scorer.concurrency,
             observe=self.metrics.ran,
         )
         self._tokenizer = Worker("rm-ood-tokenizer")
@@ -117,8 +118,8 @@ class Service:
         """Verdicts on the queries of one request, in their order.
 
         Raises:
-            Refusal: the queue is full (429), a text cannot be encoded (422), the model is too slow (504), or it failed on
-                every item (500).
+            Refusal: the queue is full (429), a text cannot be encoded (422), the model is too slow (504), it failed on every
+                item (500), or the scorer's own.
         """
         served, n = self.served, len(queries)
         self.batcher.reserve(n)
@@ -144,11 +145,11 @@ class Service:
             for job in jobs:
                 job.result.cancel()
         if all(outcome.failed for outcome in outcomes):
-            raise internal()
+            raise served.scorer.failure()
         return outcomes
 
     def _score(self, served: Served, works: Sequence[Work]) -> list[Outcome]:
-        """One batch, in the model's thread; an item that the model fails on is flagged, and spoils no other."""
+        """One batch, in a thread of the model's; an item that the model fails on is flagged, and spoils no other."""
         outcomes: list[Outcome] = []
         for part, decisions, failed in _isolated(served.scorer, works):
             self.metrics.scored(decisions)
@@ -204,7 +205,8 @@ class Service:
             "model does not answer": stuck,
             "traffic alarm": self.settings.unready_on_alarm and self.served.traffic.state.alarm,
         }
-        return [reason for reason, holds in found.items() if holds]
+        problem = self.scorer.problem
+        return [*([] if problem is None else [problem]), *(reason for reason, holds in found.items() if holds)]
 
     def refresh(self) -> None:
         """Set the gauges that nobody counts up and down."""
@@ -218,6 +220,9 @@ def _isolated(scorer: Scorer, works: Sequence[Work]) -> list[tuple[Sequence[Work
     """A batch in pieces, each scored or failed: a piece that raises is halved until the item that does it is alone."""
     try:
         return [(works, scorer.score(works), False)]
+    except Refusal:
+        # Of all items, whichever they are.
+        raise
     except Exception as error:
         log("scoring_failed", level="error", error=type(error).__name__, items=len(works))
         if len(works) == 1:

@@ -1,8 +1,9 @@
-"""The traffic monitor of a server: fed in the model's thread, told in replies and metrics, saved now and then."""
+"""The traffic monitor of a server: fed where batches are scored, told in replies and metrics, saved now and then."""
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ class Traffic:
     def __init__(self, scorer: Scorer, settings: ServeSettings, metrics: Metrics, *, resume: bool) -> None:
         self._path = settings.monitor_state
         self._metrics = metrics
+        self._lock = threading.Lock()
         self.monitor, self._saved = self._open(scorer, resume)
         self.state: MonitorState = self.monitor.state
         self._worker = Worker("rm-ood-monitor")
@@ -58,12 +60,14 @@ class Traffic:
     def watch(self, works: Sequence[Work], decisions: Decisions) -> None:
         """Count a batch's verdicts; what goes wrong here spoils no reply."""
         try:
-            state = self.monitor.watch(decisions, [work.query.session for work in works])
+            # Batches may end together: the state of the later one stays.
+            with self._lock:
+                state = self.monitor.watch(decisions, [work.query.session for work in works])
+                before, self.state = self.state, state
         except OODGuardError as error:
             self._metrics.monitor_failures.labels("watch").inc()
             log("monitor_failed", level="error", error=type(error).__name__)
             return
-        before, self.state = self.state, state
         if (state.alarm and not before.alarm) or state.recurring_alarms > before.recurring_alarms:
             log("traffic_alarm", level="warning", message=state.message)
 
