@@ -1,4 +1,7 @@
-"""Prometheus metrics: few, with labels from fixed sets only, so that no client can make series."""
+"""Prometheus metrics: few, with labels from fixed sets only, so that no client can make series.
+
+Every series is there from the start, at 0: `increase()` and `rate()` do not see an event that makes its own series.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,18 @@ from rm_ood.serve.scorer import Scorer
 SCORING = ("/v1/score", "/get_reward", "/classify")
 OTHER = "other"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0)
-_WAITS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0, 30.0)
+_WAITS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 1.0, 5.0, 30.0)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
-_P_VALUES = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
+_P_VALUES = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
 _SCORES = (-2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 10.0, 20.0)
 _REWARDS = (-20.0, -10.0, -5.0, -2.0, -1.0, 0.0, 1.0, 2.0, 5.0, 10.0, 20.0)
 # What stands first among the reasons of an item without a usable score.
-_UNSCORED = frozenset({"non_finite", "read_out_mismatch", "scoring_failed"})
-_STATUSES = frozenset({200, 400, 401, 404, 405, 408, 413, 415, 422, 429, 431, 499, 500, 503, 504})
+_UNSCORED = ("non_finite", "read_out_mismatch", "scoring_failed")
+# What the scoring endpoints, and all others together, can be answered.
+_EVERYWHERE = (200, 400, 401, 405, 408, 413, 421, 499, 500, 503)
+_STATUSES = {**dict.fromkeys(SCORING, (*_EVERYWHERE, 415, 422, 429, 504)), OTHER: (*_EVERYWHERE, 404, 431)}
+RELOADS = ("replaced", "rolled_back")
+MONITOR_CALLS = ("watch", "save")
 
 
 class Metrics:
@@ -39,7 +46,9 @@ class Metrics:
         def make(kind: Any, name: str, text: str, labels: tuple[str, ...] = (), **more: Any) -> Any:
             return kind(f"rm_ood_{name}", text, labels, registry=self.registry, **more)
 
-        self.requests = make(Counter, "requests", "Requests by endpoint and status.", ("endpoint", "status"))
+        self.requests = make(
+            Counter, "requests", "Requests by endpoint (scoring ones, other) and status.", ("endpoint", "status")
+        )
         self.duration = make(
             Histogram,
             "request_duration_seconds",
@@ -73,13 +82,20 @@ class Metrics:
         self.recurring = make(Gauge, "monitor_recurring_alarms", "Recurring alarms so far.")
         self.flag_rate = make(Gauge, "monitor_flag_rate", "Share of the counted items that is flagged.")
         self.monitor_failures = make(Counter, "monitor_failures", "What the monitor could not do.", ("what",))
-        for decision in ("in", "ood"):
-            self.items.labels(decision)
+        for labelled, values in (
+            (self.items, ("in", "ood")), (self.unscored, _UNSCORED), (self.tokens, ("text", "padding")),
+            (self.reloads, RELOADS), (self.monitor_failures, MONITOR_CALLS), (self.duration, SCORING),
+        ):  # fmt: skip
+            for value in values:
+                labelled.labels(value)
+        for endpoint, statuses in _STATUSES.items():
+            for status in statuses:
+                self.requests.labels(endpoint, str(status))
 
     def answered(self, endpoint: str, status: int, seconds: float) -> None:
-        """Count a request."""
-        label = str(status) if status in _STATUSES else OTHER
-        self.requests.labels(endpoint, label).inc()
+        """Count a request; those to other endpoints than the scoring ones together."""
+        kept = endpoint if endpoint in SCORING else OTHER
+        self.requests.labels(kept, str(status) if status in _STATUSES[kept] else OTHER).inc()
         if endpoint in SCORING:
             self.duration.labels(endpoint).observe(seconds)
 

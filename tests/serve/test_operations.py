@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from serving import Client, FaultyScorer, serving
 
 from rm_ood import OODGuard
 from rm_ood.cli import _parser
+from rm_ood.serve.metrics import Metrics
 from rm_ood.serve.server import Server
 
 DEPLOY = Path(__file__).resolve().parents[2] / "rm_ood/serve/deploy"
@@ -36,8 +39,6 @@ def served(minilm_guard: OODGuard) -> Iterator[tuple[Client, Server]]:
         client.post("/v1/score", {"prompt": "a question", "response": "explode"})
         client.post("/v1/score", b"{")
         client.get("/nothing")
-        server.service.metrics.reloads.labels("rolled_back").inc(0)
-        server.service.metrics.monitor_failures.labels("save").inc(0)
         yield client, server
 
 
@@ -68,6 +69,20 @@ def test_the_metrics_have_the_documented_names_and_fixed_labels(served: tuple[Cl
     assert client.metric("rm_ood_reward_count") == len(ROWS) + 1
     assert client.metric('rm_ood_requests_total{endpoint="/v1/score",status="400"}') == 1
     assert client.metric('rm_ood_requests_total{endpoint="other",status="404"}') == 1
+
+
+def series(text: bytes) -> set[tuple[str, tuple[tuple[str, str], ...]]]:
+    found = text_string_to_metric_families(text.decode())
+    return {(one.name, tuple(sorted(one.labels.items()))) for family in found for one in family.samples}
+
+
+def test_every_series_is_there_before_its_first_event(served: tuple[Client, Server]) -> None:
+    client, _ = served
+    at_start = series(Metrics().text("")[0])
+    # The guard's own name and labels are known once there is a guard.
+    at_start |= {one for one in series(client.get("/metrics").body) if one[0] == "rm_ood_detector_info"}
+    assert series(client.get("/metrics").body) == at_start
+    assert len(at_start) <= 200
 
 
 def test_clients_cannot_make_series(served: tuple[Client, Server]) -> None:
@@ -108,10 +123,12 @@ def test_dashboard_and_alerts_ask_for_what_there_is(served: tuple[Client, Server
     client, _ = served
     there = families(client)
     names = samples(client)
-    labels: dict[str, set[str]] = {}
+    labels: dict[str, dict[str, set[str]]] = {}
     for family in there.values():
         for sample in family.samples:
-            labels.setdefault(sample.name, set()).update(sample.labels)
+            known = labels.setdefault(sample.name, {})
+            for label, value in sample.labels.items():
+                known.setdefault(label, set()).add(value)
     # Prometheus adds these itself.
     target = {"job", "instance"}
     asked = set()
@@ -121,17 +138,114 @@ def test_dashboard_and_alerts_ask_for_what_there_is(served: tuple[Client, Server
         assert used <= names, where
         asked |= used
         for name, matchers in re.findall(r"((?:rm_ood|process)_[a-z_]+)\{([^}]*)\}", expression):
-            for label in re.findall(r"(\w+)=~?\"", matchers):
-                assert label in labels[name] | target, (where, label)
+            for label, wanted in re.findall(r"(\w+)(?:=~?|!=)\"([^\"]*)\"", matchers):
+                assert label in labels[name].keys() | target, (where, label)
+                if label not in target:
+                    assert set(wanted.split("|")) <= labels[name][label], (where, label)
         for group in re.findall(r"by \(([^)]*)\)", expression):
-            known = set().union(*(labels[name] for name in used)) | target
-            assert {label.strip() for label in group.split(",")} <= known, where
+            grouped = set().union(*(labels[name] for name in used)) | target
+            assert {label.strip() for label in group.split(",")} <= grouped, where
         assert expression.count("(") == expression.count(")")
     # Every metric of ours is shown somewhere.
     ours = {name for name in names if name.startswith("rm_ood_")}
     assert {re.sub(r"_(bucket|sum|count)$", "", n) for n in ours} == {
         re.sub(r"_(bucket|sum|count)$", "", n) for n in asked if n.startswith("rm_ood_")
     }
+
+
+# Debian's package `prometheus` has it, which `.ci/run` installs.
+PROMTOOL = shutil.which("promtool")
+needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="no promtool: install Debian's package prometheus")
+
+
+def promtool(*arguments: str | Path, folder: Path) -> None:
+    assert PROMTOOL is not None
+    ran = subprocess.run([PROMTOOL, *arguments], cwd=folder, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+@needs_promtool
+def test_prometheus_reads_the_alerts_and_the_dashboards_queries(tmp_path: Path) -> None:
+    promtool("check", "rules", DEPLOY / "prometheus-alerts.yml", folder=tmp_path)
+    queries = [expression for expression in expressions().values() if not expression.startswith("label_values(")]
+    rules = [{"record": f"panel:{i}", "expr": expression} for i, expression in enumerate(queries)]
+    (tmp_path / "panels.yml").write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
+    promtool("check", "rules", "panels.yml", folder=tmp_path)
+
+
+TARGET = 'job="guard",instance="a"'
+
+
+def counter(name: str, values: str, labels: str = "") -> dict[str, str]:
+    return {"series": f"rm_ood_{name}{{{TARGET}{labels and f',{labels}'}}}", "values": values}
+
+
+# Alert -> series, a value a minute, and whether it sounds at their end.
+FIRST, CALM = "0x20 1x20", "0x40"
+TRAFFIC = counter("requests_total", "0+60x40", 'endpoint="/v1/score",status="200"')
+ALERTS = {
+    "a first unscored item": (
+        "RmOodUnscored", [counter("unscored_items_total", "0x30 1x10", 'reason="scoring_failed"')], True,
+    ),
+    "a first roll-back": ("RmOodGuardRolledBack", [counter("guard_reloads_total", FIRST, 'outcome="rolled_back"')], True),
+    "a first failure of the monitor": ("RmOodMonitorFails", [counter("monitor_failures_total", "0x30 1x10", 'what="save"')], True),
+    "no roll-back": ("RmOodGuardRolledBack", [counter("guard_reloads_total", CALM, 'outcome="rolled_back"')], False),
+    "a server that is gone": (
+        "RmOodDown", [counter("ready", "1x20 _x20"), {"series": f"up{{{TARGET}}}", "values": "1x20 0x20"}], True,
+    ),
+    "a server that is not ready": (
+        "RmOodDown", [counter("ready", "0x40"), {"series": f"up{{{TARGET}}}", "values": "1x40"}], False,
+    ),
+    "another program that is gone": ("RmOodDown", [{"series": f"up{{{TARGET}}}", "values": "1x20 0x20"}], False),
+    "one scoring request in fifty fails, among many scrapes": (
+        "RmOodErrors",
+        [
+            TRAFFIC,
+            counter("requests_total", "0+1.2x40", 'endpoint="/v1/score",status="500"'),
+            counter("requests_total", "0+6000x40", 'endpoint="other",status="200"'),
+        ],
+        True,
+    ),
+    "probes of a server that drains": (
+        "RmOodOverloaded",
+        [TRAFFIC, counter("requests_total", "0+60x40", 'endpoint="other",status="503"')],
+        False,
+    ),
+    "one scoring request in ten turned away": (
+        "RmOodOverloaded", [TRAFFIC, counter("requests_total", "0+6x40", 'endpoint="/classify",status="429"')], True,
+    ),
+}  # fmt: skip
+
+
+@needs_promtool
+def test_alerts_sound_when_they_should(tmp_path: Path) -> None:
+    rules = yaml.safe_load((DEPLOY / "prometheus-alerts.yml").read_text())
+    told = {rule["alert"]: rule for group in rules["groups"] for rule in group["rules"]}
+    cases = []
+    for name, (alert, given, sounds) in ALERTS.items():
+        by = (
+            {"job": "guard", "instance": "a"}
+            if alert != "RmOodErrors" and alert != "RmOodOverloaded"
+            else {"job": "guard"}
+        )
+        if alert in ("RmOodUnscored", "RmOodMonitorFails", "RmOodGuardRolledBack"):
+            own = re.search(r',(\w+)="(\w+)"\}', given[0]["series"])
+            assert own is not None
+            by |= {own[1]: own[2]}
+        if alert == "RmOodUnscored":
+            del by["instance"]
+        reason = by.get("reason", by.get("what", ""))
+        notes = {
+            key: re.sub(r"\{\{ .labels.\w+ \}\}", reason, text) for key, text in told[alert]["annotations"].items()
+        }
+        expected = [{"exp_labels": by | told[alert]["labels"], "exp_annotations": notes}] if sounds else []
+        one = {"eval_time": "38m", "alertname": alert, "exp_alerts": expected}
+        cases.append({"name": name, "interval": "1m", "input_series": given, "alert_rule_test": [one]})
+    (tmp_path / "rules.yml").write_text((DEPLOY / "prometheus-alerts.yml").read_text())
+    (tmp_path / "cases.yml").write_text(
+        yaml.safe_dump({"rule_files": ["rules.yml"], "evaluation_interval": "1m", "tests": cases})
+    )
+    promtool("test", "rules", "cases.yml", folder=tmp_path)
 
 
 def test_the_image_starts_the_server_with_options_that_there_are() -> None:
