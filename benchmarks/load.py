@@ -28,7 +28,7 @@ def body(items: Sequence[tuple[str, str]]) -> bytes:
 def request(path: str, content: Any) -> bytes:
     """A POST with its head."""
     data = json.dumps(content).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     return head.encode() + data
 
 

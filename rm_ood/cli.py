@@ -286,6 +286,11 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     # Absent unless given: the defaults are ServeSettings'.
     add = partial(parser.add_argument, default=argparse.SUPPRESS)
     add(
+        "--allowed-host", type=lambda text: tuple(text.split(",")), dest="allowed_hosts", metavar="NAME,NAME",
+        help="names that requests may be for, beside this machine's own, such as *.example.com; * is any (default: any "
+        "with a key, none without)",
+    )  # fmt: skip
+    add(
         "--mode", choices=["shadow", "warn", "enforce"],
         help="what becomes of a flagged item's reward: nothing; a header counts it too (default); it is withheld",
     )  # fmt: skip

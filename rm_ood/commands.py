@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import threading
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,6 +131,13 @@ def study(a: argparse.Namespace) -> dict[str, Any]:
 
 
 def serve(a: argparse.Namespace) -> dict[str, Any]:
+    from rm_ood.serve.hangup import hangups
+
+    with hangups() as asked:
+        return _serve(a, asked)
+
+
+def _serve(a: argparse.Namespace, asked: threading.Event) -> dict[str, Any]:
     from rm_ood.guard import OODGuard
 
     try:
@@ -151,7 +159,7 @@ def serve(a: argparse.Namespace) -> dict[str, Any]:
 
     scorer = GuardScorer(guard, settings.batch_size)
     logs.configure()
-    server = Server(scorer, settings, a.host, a.port, load)
+    server = Server(scorer, settings, a.host, a.port, load, asked)
     server.serve_forever()
     return {"json": server.summary(), "text": ""}
 

@@ -38,8 +38,8 @@ LINES = (
     "study.cache study.scorer study.judged study.numbers study.scored_rows study.study study.vector_baselines",
     "study.command study.terminal study",
     "choice doctor batch demo",
-    "serve serve.settings serve.refusal serve.worker serve.batcher serve.scorer serve.schemas serve.reading serve.policy",
-    "serve.logs serve.metrics serve.traffic serve.tracing serve.service serve.gate serve.openapi serve.app",
+    "serve serve.hangup serve.settings serve.refusal serve.worker serve.batcher serve.scorer serve.schemas serve.reading",
+    "serve.policy serve.logs serve.metrics serve.traffic serve.tracing serve.service serve.gate serve.openapi serve.app",
     "serve.protocol serve.server",
 )
 ORDER = " ".join(LINES).split()

@@ -17,12 +17,13 @@ from rm_ood.serve.metrics import OTHER
 from rm_ood.serve.refusal import (
     Refusal,
     body_too_large,
+    other_host,
     slow_request,
     too_many_connections,
     unauthorized,
 )
 from rm_ood.serve.service import Service, refusal_of
-from rm_ood.serve.settings import key_digest
+from rm_ood.serve.settings import host_name, is_allowed_host, key_digest
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -114,6 +115,10 @@ class Gate:
         if "content-length" in headers and "transfer-encoding" in headers:
             raise Refusal(400, "ambiguous_length", "both Content-Length and Transfer-Encoding: send one", close=True)
         if scope["path"] != OPEN:
+            if settings.allowed_hosts and not is_allowed_host(
+                host_name(headers.get("host", "")), settings.allowed_hosts
+            ):
+                raise other_host()
             self._authorize(headers)
         if scope["method"] != "POST":
             await self._app(scope, receive, reply)

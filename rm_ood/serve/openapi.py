@@ -75,6 +75,7 @@ _REFUSALS = {
     408: "the request did not arrive in time",
     413: "the body is too large",
     415: "not application/json",
+    421: "for another host than this server answers for",
     422: "not of the schema, a text that the guard does not take, or past a limit",
     429: "the queue is full: Retry-After says when to try again",
     500: "the items could not be scored",
@@ -138,7 +139,9 @@ def _document(app: FastAPI, settings: ServeSettings, allow_empty: bool) -> dict[
                 unready = {} if statuses else {"503": refusals[503]}
                 if path == "/metrics":
                     operation["responses"] = {"200": {"description": "as it is", "content": {"text/plain": {}}}}
-                operation["responses"] |= {"401": refusals[401], **unready} if path != "/livez" else {}
+                operation["responses"] |= (
+                    {"401": refusals[401], "421": refusals[421], **unready} if path != "/livez" else {}
+                )
             operation["security"] = [] if path == "/livez" else [{"key": []}]
     if settings.api_key is not None:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}

@@ -35,12 +35,12 @@ class DeadlineProtocol(H11Protocol):
     Attributes:
         request_timeout_s: to receive a request's head, and for a reader to take a reply.
         max_connections: open at once.
-        refused: told the status of what is refused here, before the application sees it.
+        refused: told of what is refused here, before the application sees it; gives the reply's request id.
     """
 
     request_timeout_s = 10.0
     max_connections = 128
-    refused: Callable[[int], None] = staticmethod(lambda status: None)
+    refused: Callable[[Refusal], str] = staticmethod(lambda refusal: "")
 
     _timer: asyncio.TimerHandle | None = None
     _writing: asyncio.TimerHandle | None = None
@@ -129,9 +129,10 @@ class DeadlineProtocol(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.abort()
             return
-        self.refused(refusal.status)
-        body = json.dumps(refusal.body("")).encode()
+        request_id = self.refused(refusal)
+        body = json.dumps(refusal.body(request_id)).encode()
         headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+        headers.append((b"x-request-id", request_id.encode()))
         headers.append((b"content-length", str(len(body)).encode()))
         for event in (
             h11.Response(status_code=refusal.status, headers=headers, reason=b""),

@@ -44,6 +44,14 @@ def unauthorized() -> Refusal:
     return Refusal(401, "unauthorized", "an API key is needed: send the header Authorization: Bearer KEY")
 
 
+def other_host() -> Refusal:
+    return Refusal(
+        421,
+        "other_host",
+        "the request's Host is none of this server's names: ask for 127.0.0.1 or localhost, or start it with --allowed-host NAME",
+    )
+
+
 def overloaded(waiting: int, retry_after_s: float) -> Refusal:
     return Refusal(429, "overloaded", f"{waiting} items wait for the model already: try again later", retry_after_s)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -17,6 +19,7 @@ from rm_ood.serve.app import build_app
 from rm_ood.serve.logs import log
 from rm_ood.serve.metrics import OTHER
 from rm_ood.serve.protocol import HEAD_BYTES, DeadlineProtocol
+from rm_ood.serve.refusal import Refusal
 from rm_ood.serve.scorer import Scorer
 from rm_ood.serve.service import Service
 from rm_ood.serve.settings import ServeSettings, check_host
@@ -30,6 +33,7 @@ class Server(uvicorn.Server):
         settings: limits, mode, key.
         host, port: where; port 0 takes a free one.
         load: makes the scorer anew on SIGHUP; None: SIGHUP changes nothing.
+        asked: set where a SIGHUP came before (see `rm_ood.serve.hangup`).
 
     Raises:
         InputError: an address that other machines reach, and no key. OSError: the port is taken.
@@ -42,10 +46,14 @@ class Server(uvicorn.Server):
         host: str = "127.0.0.1",
         port: int = 8000,
         load: Callable[[], Scorer] | None = None,
+        asked: threading.Event | None = None,
     ) -> None:
         check_host(host, settings.api_key)
+        if settings.allowed_hosts or settings.api_key is None:
+            settings = replace(settings, allowed_hosts=(*settings.allowed_hosts, host))
         self.service = Service(scorer, settings)
         self.service.load = load
+        self._asked = threading.Event() if asked is None else asked
         self._reloads: set[asyncio.Task[bool]] = set()
         self.service.connections = lambda: len(self.server_state.connections)
         protocol = type(
@@ -54,7 +62,7 @@ class Server(uvicorn.Server):
             {
                 "request_timeout_s": settings.request_timeout_s,
                 "max_connections": settings.max_connections,
-                "refused": staticmethod(lambda status: self.service.metrics.answered(OTHER, status, 0.0)),
+                "refused": staticmethod(self._refused),
             },
         )
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -82,6 +90,13 @@ class Server(uvicorn.Server):
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}"
 
+    def _refused(self, refusal: Refusal) -> str:
+        """Count and log what no route sees; its request id."""
+        request_id = secrets.token_hex(16)
+        self.service.metrics.answered(OTHER, refusal.status, 0.0)
+        log("refused", request_id=request_id, status=refusal.status, error=refusal.kind)
+        return request_id
+
     def summary(self) -> dict[str, Any]:
         """What was served, JSON-able."""
         return {"guard": self.service.scorer.digest, "requests": self.server_state.total_requests}
@@ -106,6 +121,9 @@ class Server(uvicorn.Server):
             loop = asyncio.get_running_loop()
             handlers[signal.SIGHUP] = lambda *_: loop.call_soon_threadsafe(self.reload)
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        if self._asked.is_set():
+            log("hangup_kept")
+            self.reload()
         try:
             yield
         finally:

@@ -6,6 +6,8 @@ import hashlib
 import ipaddress
 import math
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from rm_ood.errors import InputError
 
 MODES = ("shadow", "warn", "enforce")
 KEY_VARIABLE = "RM_OOD_API_KEY"
+_HOST = re.compile(r"\*|(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _SHORTEST_KEY, _LONGEST_KEY = 16, 512
 
 
@@ -23,6 +26,10 @@ class ServeSettings:
     Attributes:
         mode: what becomes of a flagged item's reward (see `rm_ood.serve.policy`).
         api_key: SHA-256 of the key that every route but `/livez` asks for; None: no key.
+        allowed_hosts: names that a request's `Host` may have, beside this machine's own; `*.example.com` is every name below
+            it, `*` any. Without any, every name is taken with a key, and in an application of one's own; `rm-ood serve` without
+            a key takes this machine's own names alone, since a page in a browser here can give a name of its own this
+            machine's address, and then ask and read.
         max_body_bytes: of a request. max_items: answers in a request. max_chars: characters of one text.
         max_queue: items that wait for the model; more are answered 429.
         max_connections: open at once; more are answered 503.
@@ -38,6 +45,7 @@ class ServeSettings:
 
     mode: str = "warn"
     api_key: bytes | None = field(default=None, repr=False)
+    allowed_hosts: tuple[str, ...] = ()
     max_body_bytes: int = 2**20
     max_items: int = 32
     max_chars: int = 20_000
@@ -70,6 +78,11 @@ class ServeSettings:
             raise InputError(
                 f"max_items={self.max_items}, max_queue={self.max_queue}: a full request would never fit into the queue"
             )
+        for name in self.allowed_hosts:
+            if not (_HOST.fullmatch(name) or _is_address(name)):
+                raise InputError(
+                    f"allowed_hosts={name!r}: expected a name without scheme and port, *. and a domain, an address, or *"
+                )
         if self.withheld_reward is not None and not math.isfinite(self.withheld_reward):
             raise InputError(f"withheld_reward={self.withheld_reward!r}: expected a finite number")
 
@@ -106,12 +119,30 @@ def key_digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
 
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach the address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return ipaddress.ip_address(host).is_loopback if _is_address(host) else host == "localhost"
+
+
+def host_name(header: str) -> str:
+    """The name in a `Host` header, without its port."""
+    name = header.rpartition("]")[0].removeprefix("[") if header.startswith("[") else header.partition(":")[0]
+    return name.rstrip(".").lower()
+
+
+def is_allowed_host(name: str, allowed: Sequence[str]) -> bool:
+    """Whether requests may be for this name: one of this machine's own, or a pattern of `ServeSettings.allowed_hosts`."""
+    return is_loopback(name) or any(
+        name.endswith(one[1:]) if one.startswith("*") else name == one for one in (p.lower() for p in allowed)
+    )
 
 
 def check_host(host: str, api_key: bytes | None) -> None:

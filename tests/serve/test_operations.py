@@ -188,7 +188,9 @@ ALERTS = {
         "RmOodUnscored", [counter("unscored_items_total", "0x30 1x10", 'reason="scoring_failed"')], True,
     ),
     "a first roll-back": ("RmOodGuardRolledBack", [counter("guard_reloads_total", FIRST, 'outcome="rolled_back"')], True),
-    "a first failure of the monitor": ("RmOodMonitorFails", [counter("monitor_failures_total", "0x30 1x10", 'what="save"')], True),
+    "a first failure of the monitor": (
+        "RmOodMonitorFails", [counter("monitor_failures_total", "0x30 1x10", 'what="save"')], True,
+    ),
     "no roll-back": ("RmOodGuardRolledBack", [counter("guard_reloads_total", CALM, 'outcome="rolled_back"')], False),
     "a server that is gone": (
         "RmOodDown", [counter("ready", "1x20 _x20"), {"series": f"up{{{TARGET}}}", "values": "1x20 0x20"}], True,

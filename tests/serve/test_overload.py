@@ -115,7 +115,7 @@ def test_work_that_nobody_waits_for_never_reaches_the_model(
         sender = socket.create_connection(("127.0.0.1", client.port))
         body = b'{"prompt": "a question", "response": "gone %d"}' % i
         sender.sendall(
-            b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+            b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
             % len(body)
             + body
         )

@@ -153,6 +153,22 @@ def _ask_until_refused(client: Client, answered: list[int]) -> None:
         answered.append(status)
 
 
+def test_a_hangup_while_the_model_is_loaded_is_kept(tmp_path: Path, minilm_guard: OODGuard) -> None:
+    minilm_guard.save_pretrained(tmp_path / "guard")
+    minilm_guard.model.save_pretrained(tmp_path / "model")
+    minilm_guard.tokenizer.save_pretrained(tmp_path / "model")
+    os.mkfifo(tmp_path / "key")
+    with command(tmp_path, "--api-key-file", "key") as served:
+        # It waits for its key, before it loads anything.
+        with (tmp_path / "key").open("w") as key:
+            os.kill(served.process.pid, signal.SIGHUP)
+            key.write("correct-horse-battery-staple")
+        served.client()
+        wait_until(lambda: served.find("guard_replaced"), 60)
+        assert [event["event"] for event in served.events[:2]] == ["listening", "hangup_kept"]
+        assert served.end(signal.SIGTERM)[0] == 0
+
+
 def test_a_port_that_is_taken_and_a_guard_that_is_none_are_told(tmp_path: Path, capsys: Any) -> None:
     from rm_ood.cli import main
 

@@ -48,7 +48,9 @@ def test_every_route_but_livez_asks_for_the_key(served: tuple[Client, Server]) -
 
 def test_the_key_is_asked_for_before_the_body_is_read(served: tuple[Client, Server]) -> None:
     client, _ = served
-    reply = client.raw(b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\nConnection: close\r\n\r\n")
+    reply = client.raw(
+        b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\nConnection: close\r\n\r\n"
+    )
     assert reply.startswith(b"HTTP/1.1 401")
 
 
@@ -93,10 +95,10 @@ def test_what_is_sent_comes_out_nowhere(
         client.post("/v1/score", ITEM, headers={"content-type": words("type")}, key=KEY),
     ]
     raw = [
-        client.raw(b"GET /" + words("a").encode() + b" HTTP/1.1\nHost: x\n\n"),
+        client.raw(b"GET /" + words("a").encode() + b" HTTP/1.1\nHost: localhost\n\n"),
         client.raw(words("line").encode() + b"\r\n\r\n"),
         client.raw(
-            f"POST /v1/score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 99\r\n\r\n".encode(),
+            f"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 99\r\n\r\n".encode(),
             words("half").encode(),
         ),
     ]

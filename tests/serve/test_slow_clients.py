@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import logging
+import re
 import socket
 import struct
 import threading
@@ -20,7 +22,7 @@ from rm_ood.serve.server import Server
 LIMIT_S = 0.6
 GOOD = {"prompt": "question about the river", "response": "the answer is small"}
 BODY = json.dumps(GOOD).encode()
-HEAD = b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+HEAD = b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,21 @@ def test_half_requests_are_dropped_at_the_deadline(served: tuple[Client, Server]
             half.close()
 
 
+@pytest.mark.parametrize(("sent", "kind"), [(b"GET /livez\r\n\r\n", "invalid_http"), (b"GET /li", "request_timeout")])
+def test_what_no_route_sees_has_a_request_id_in_reply_and_log(
+    served: tuple[Client, Server], sent: bytes, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    client, _ = served
+    with caplog.at_level(logging.INFO, "rm_ood.serve"):
+        head, _, body = client.raw(sent).partition(b"\r\n\r\n")
+    reply = json.loads(body)
+    assert reply["type"] == kind
+    assert re.fullmatch("[0-9a-f]{32}", reply["request_id"])
+    assert f"x-request-id: {reply['request_id']}".encode() in head.lower()
+    (line,) = (record.fields for record in caplog.records if record.msg == "refused")  # type: ignore[attr-defined]
+    assert line == {"request_id": reply["request_id"], "status": status(head), "error": kind}
+
+
 def test_a_drip_fed_body_ends_at_the_deadline(served: tuple[Client, Server]) -> None:
     client, _ = served
     start = time.monotonic()
@@ -67,7 +84,7 @@ def test_a_reader_that_stops_is_let_go(served: tuple[Client, Server], minilm_gua
     stuck.connect(("127.0.0.1", client.port))
     try:
         # Replies pile up until the sender's buffers are full.
-        asks = b"GET /v1/guard HTTP/1.1\r\nHost: x\r\n\r\n" * 3000
+        asks = b"GET /v1/guard HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3000
 
         def send() -> None:
             with contextlib.suppress(OSError):
@@ -114,15 +131,15 @@ def test_a_refused_body_that_never_ends_is_let_go(served: tuple[Client, Server])
 @pytest.mark.parametrize(
     "data",
     [
-        b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
-        b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\nhello",
-        b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        b"POST /v1/score HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+        b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
+        b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\nhello",
+        b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
         b"POST /v1/score HTTP/1.1\r\nHost : x\r\nContent-Length: 5\r\n\r\nhello",
-        b"GET /livez HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 70_000 + b"\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 70_000 + b"\r\n\r\n",
         b"GET /livez\r\n\r\n",
-        b"GET /livez HTTP/1.1\nHost: x\n\n",
-        b"GET /livez HTTP/1.1\r\nHost: x\r\nX: a\nY: b\r\n\r\n",
+        b"GET /livez HTTP/1.1\nHost: localhost\n\n",
+        b"GET /livez HTTP/1.1\r\nHost: localhost\r\nX: a\nY: b\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(200)),
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     ],
@@ -143,7 +160,7 @@ def test_what_is_no_plain_http_is_refused(served: tuple[Client, Server], data: b
 def test_a_connection_carries_several_requests(served: tuple[Client, Server]) -> None:
     client, _ = served
     one = HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
-    reply = client.raw(one + one + one.replace(b"Host: x", b"Host: x\r\nConnection: close"))
+    reply = client.raw(one + one + one.replace(b"Host: localhost", b"Host: localhost\r\nConnection: close"))
     assert reply.count(b"HTTP/1.1 200") == 3
 
 
