@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
 # Entering a context costs as much as the arithmetic of a short row.
 AS_IS: AbstractContextManager[object] = nullcontext()
+# Held here: each attribute on the way to a setting costs as much as a small sum.
+_CPU: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+_CUDA: Any = torch.backends.cuda.matmul
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
@@ -22,5 +26,5 @@ def exact_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
     """
     if dtype != torch.float32:
         return dtype
-    backend = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
-    return dtype if backend.matmul.fp32_precision in ("none", "ieee") else torch.float64
+    products = _CUDA if device_type == "cuda" else _CPU
+    return dtype if products.fp32_precision in ("none", "ieee") else torch.float64

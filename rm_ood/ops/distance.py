@@ -18,7 +18,7 @@ from rm_ood.ops.triangle import Triangle
 # Rows of x at a time, by the most columns: z stays in the cache of a core while it is summed.
 _CHUNKS = ((1024, 1024), (math.inf, 512))
 # Rows times classes times columns up to which the differences of all classes at once are fastest: they stay in cache.
-_DIFFERENCES = 2**17
+_DIFFERENCES = 2**16
 # Least share of |z|^2 + |t_c|^2 that a distance from their expansion may have: what cancels then costs one bit.
 _UNCANCELLED = 0.5
 
@@ -53,12 +53,12 @@ def _forward(x: Tensor, whitening: Tensor, center: Tensor, class_offsets: Tensor
     exact = exact_dtype(x.device.type, whitening.dtype)
     with torch.no_grad():
         triangle = Triangle(whitening.to(exact))
-        sq = triangle_sq_distance(x, triangle, center, class_offsets.to(exact)).to(whitening.dtype)
+        sq = triangle_sq_distance(x, triangle, center, class_offsets.to(exact)).to(whitening.dtype).contiguous()
         return sq, sq.amin(1), sq.argmin(1)
 
 
 def triangle_sq_distance(x: Tensor, whitening: Triangle, center: Tensor, class_offsets: Tensor) -> Tensor:
-    """The distances alone, with W held ready in the dtype of `class_offsets`; no tensor may ask for a gradient."""
+    """The distances alone, of any strides, with W held ready in the dtype of the offsets; no tensor may ask for a gradient."""
     if torch.is_autocast_enabled(x.device.type):
         with without_autocast(x.device.type):
             return triangle_sq_distance(x, whitening, center, class_offsets)
@@ -80,8 +80,8 @@ def triangle_sq_distance(x: Tensor, whitening: Triangle, center: Tensor, class_o
 
 def _squares(z: Tensor, class_offsets: Tensor) -> Tensor:
     if z.numel() * class_offsets.shape[0] <= _DIFFERENCES:
-        lengths = torch.linalg.vector_norm(z.unsqueeze(1) - class_offsets, dim=2)
-        squares: Tensor = lengths.mul_(lengths)
+        apart = z.unsqueeze(1) - class_offsets
+        squares: Tensor = torch.linalg.vecdot(apart, apart)
         return squares
     # Which rows need their differences is a question to the device: not asked where the answer has to be waited for.
     return _expanded(z, class_offsets) if z.is_cpu else _by_class(z, class_offsets)
@@ -93,14 +93,18 @@ def _by_class(z: Tensor, class_offsets: Tensor) -> Tensor:
 
 def _expanded(z: Tensor, class_offsets: Tensor) -> Tensor:
     """|z|^2 + |t|^2 - 2 z t, and by differences the pairs that this would cancel too much of, or that it overflows for."""
-    apart = torch.linalg.vector_norm(z, dim=1).square_()[:, None] + class_offsets.square().sum(1)
-    sq = torch.addmm(apart, z, class_offsets.T, alpha=-2)
-    cancelled = ~(sq >= _UNCANCELLED * apart)
-    if cancelled.any():
-        for pairs in torch.split(cancelled.nonzero(), max(1, _DIFFERENCES // z.shape[1])):
-            rows, classes = pairs.unbind(1)
-            sq[rows, classes] = torch.linalg.vector_norm(z[rows] - class_offsets[classes], dim=1).square_()
-    return sq
+    # Classes by rows: the product of so few columns is several times as slow the other way round.
+    least = torch.linalg.vector_norm(z, dim=1).square_() + class_offsets.square().sum(1, keepdim=True)
+    sq = torch.addmm(least, class_offsets, z.T, alpha=-2)
+    uncancelled = sq >= least.mul_(_UNCANCELLED)
+    if not uncancelled.all():
+        n, d = z.shape
+        cancelled = uncancelled.logical_not_().view(-1).nonzero().view(-1)
+        for pairs in torch.split(cancelled, max(1, _DIFFERENCES // d)):
+            classes = pairs.div(n, rounding_mode="floor")
+            differences = z.index_select(0, pairs - n * classes).sub_(class_offsets.index_select(0, classes))
+            sq.view(-1).index_copy_(0, pairs, torch.linalg.vector_norm(differences, dim=1).square_())
+    return sq.T
 
 
 _operator = torch.library.custom_op("rm_ood::whitened_sq_distance", _forward, mutates_args=())
