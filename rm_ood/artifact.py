@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from rm_ood.atomic import locked_folder, remove_temporaries, sync_folder, write_temporary
+from rm_ood.atomic import locked_folder, refuse_other_than_file, remove_temporaries, sync_folder, write_temporary
 from rm_ood.errors import FormatError, InputError, IntegrityError, SaveError
 from rm_ood.strict_json import canonical_json, parse_json
 
@@ -276,8 +276,7 @@ def _save(folder: Path, blob: bytes, envelope: Mapping[str, Any], overwrite: boo
 
 def _refuse_target(folder: Path) -> None:
     for name in (GUARD_FILE, CONFIG_FILE):
-        if (folder / name).is_symlink():
-            raise SaveError(f"{folder / name} is a symbolic link; a guard is saved to files of its own")
+        refuse_other_than_file(folder / name)
     model = folder / "config.json"
     if model.is_file():
         with model.open("rb") as file:

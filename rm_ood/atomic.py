@@ -1,17 +1,40 @@
-"""Pieces of an atomic save: a lock on the folder, temporary files beside the target, a synced folder."""
+"""Pieces of an atomic save: a lock on the folder, what may be replaced, temporary files beside the target, a synced folder."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import secrets
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from rm_ood.errors import SaveError
+
+
+def refuse_other_than_file(path: Path) -> None:
+    """Replace no device or pipe, and nothing by way of a link: only a regular file, or nothing yet.
+
+    Raises:
+        SaveError: something else is there.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
+        what = "a symbolic link" if stat.S_ISLNK(mode) else "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
+        raise SaveError(f"{path} is {what}, and is not replaced: what is saved here is a file of its own")
+
 
 def write_temporary(folder: Path, name: str, data: bytes, cleanup: contextlib.ExitStack) -> Path:
-    """Write and sync a file beside `name`, for `os.replace`; `cleanup` removes it if it is still there."""
+    """Write and sync a file beside `name`, for `os.replace`; `cleanup` removes it if it is still there.
+
+    Raises:
+        SaveError: `name` is not a regular file. OSError: the disk refuses.
+    """
+    refuse_other_than_file(folder / name)
     path = folder / f".{name}.{secrets.token_hex(8)}.tmp"
     with path.open("xb") as file:
         cleanup.callback(path.unlink, missing_ok=True)

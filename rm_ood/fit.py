@@ -97,7 +97,7 @@ class Fitter:
         return "fit" if self.share < 1 else "calibrate"
 
     def task(self, dataset: Any, *, labelled: bool) -> dict[str, str]:
-        """Digests of all that the result of a pass depends on; that of the data is of samples."""
+        """Digests of all that the result of a pass depends on."""
         identity = Identity.of(self.embedder, replace(self.config, text_format="plain"), "weights")
         # The settings have what the text's contract depends on; a commit is not known of a local folder.
         fields = {name: value for name, value in identity.fields.items() if name not in ("text", "commit")}

@@ -7,10 +7,12 @@ is pickled. A process that fails says so in the store, and one that dies falls s
 
 from __future__ import annotations
 
+import itertools
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -71,7 +73,7 @@ class Gang(Workers):
         self._wire = "cpu" if "cpu:" in backends else cuda
         self._sums = cuda if cuda and "nccl" in backends else "cpu"
         self._meetings = 0
-        self._beats, self._told, self._listened = 0, -_BEAT_S, time.monotonic()
+        self._beats, self._told, self._listened = itertools.count(1), -_BEAT_S, time.monotonic()
         self._heard: dict[int, tuple[bytes, float]] = {}
 
     def __enter__(self) -> Self:
@@ -92,9 +94,8 @@ class Gang(Workers):
         if now - self._told < _BEAT_S:
             return
         self._told = now
-        self._beats += 1
         with self._storing():
-            self._store.set(f"beat/{self.rank}", str(self._beats))
+            self._store.set(f"beat/{self.rank}", str(next(self._beats)))
             if self._store.check([_FAILED]):
                 raise WorkerError(f"rank {self.rank} stopped: {self._store.get(_FAILED).decode()}")
             if now - self._listened >= self.timeout / 10:
@@ -172,8 +173,11 @@ class Gang(Workers):
         return whole
 
     def from_first(self, make: Callable[[], T], pack: Callable[[T], Saved], unpack: Callable[..., T]) -> T:
-        made = make() if self.is_first else None
-        data = b"" if made is None else seal(*pack(made))
+        made, data = None, b""
+        if self.is_first:
+            with self._working():
+                made = make()
+                data = seal(*pack(made))
         # A meeting first: who waits in a broadcast hears of no failure.
         self._meet("")
         with self._together("sending the result"):
@@ -211,6 +215,25 @@ class Gang(Workers):
                 time.sleep(wait)
                 wait = min(2 * wait, _POLL_S)
             return [self._store.get(key) for key in keys]
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """Signs of life by a thread, while this one is in work that cannot stop to give any: others wait for it."""
+        done = threading.Event()
+
+        def tell() -> None:
+            # Without the store there is nobody to tell; who works learns of it at the next meeting.
+            with suppress(RuntimeError):
+                while not done.wait(_BEAT_S):
+                    self._store.set(f"beat/{self.rank}", str(next(self._beats)))
+
+        teller = threading.Thread(target=tell, name="rm-ood-beat", daemon=True)
+        teller.start()
+        try:
+            yield
+        finally:
+            done.set()
+            teller.join()
 
     def _listen(self, now: float) -> None:
         """Look for signs of life of the others."""

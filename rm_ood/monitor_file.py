@@ -27,7 +27,7 @@ def write_monitor(path: Path, content: Callable[[], Mapping[str, Any]]) -> None:
     Args:
         content: gives the state; called once it is this saver's turn, so that a later state never gives way to an earlier.
     Raises:
-        SaveError: the disk refuses, or another process has been saving here for a minute.
+        SaveError: the path is no regular file, the disk refuses, or another process has been saving here for a minute.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

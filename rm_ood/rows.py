@@ -14,9 +14,6 @@ from typing import IO, Any, cast
 
 from rm_ood.errors import InputError
 
-# Pieces of a file that `data_digest` reads, evenly spread, the first and the last among them.
-_SAMPLES, _SAMPLE_BYTES = 64, 65_536
-
 
 def iter_rows(dataset: Any) -> Iterator[Mapping[str, Any]]:
     """The rows of a dataset in any accepted form, one pass, without asking for its length.
@@ -69,29 +66,25 @@ def is_one_pass(dataset: Any) -> bool:
 
 
 def data_digest(dataset: Any) -> str:
-    """SHA-256 that tells most data sets apart without reading them: size and samples of a file, number, first and last of
-    rows that can be asked; empty for an iterable."""
+    """SHA-256 of a file's bytes, or of every row in its order; empty for what can be read only once, or is not there."""
     if isinstance(dataset, (str, os.PathLike)):
-        return _file_digest(Path(dataset)) if Path(dataset).is_file() else ""
-    if isinstance(dataset, (NumberedRows, Mapping)) or not hasattr(dataset, "__getitem__") or not len(dataset):
+        path = Path(dataset)
+        if not path.is_file():
+            return ""
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    rows = dataset.pairs if isinstance(dataset, NumberedRows) else dataset
+    if is_one_pass(rows) or isinstance(rows, Mapping) or not isinstance(rows, Iterable):
         return ""
-    ends = [len(dataset), dataset[0], dataset[len(dataset) - 1]]
-    return hashlib.sha256(row_bytes(ends)).hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    size = path.stat().st_size
-    sha = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        for i in range(_SAMPLES):
-            file.seek(i * max(size - _SAMPLE_BYTES, 0) // (_SAMPLES - 1))
-            sha.update(file.read(_SAMPLE_BYTES))
+    sha = hashlib.sha256()
+    for row in rows:
+        sha.update(row_bytes(row))
     return sha.hexdigest()
 
 
 def row_bytes(row: Any) -> bytes:
-    """A row, or any plain value, as bytes that are the same in every process."""
-    return json.dumps(row, default=repr).encode()
+    """A row, or any plain value, as bytes that are the same in every process, and end where the next one's begin."""
+    return json.dumps(row, default=repr).encode() + b"\n"
 
 
 def dataset_length(dataset: Any) -> int | None:

@@ -77,6 +77,15 @@ def main(rank: int, folder: Path) -> None:
     run("order", lambda gang: guard().fit(swapped, progress=False, workers=gang))
     run("few", lambda gang: guard(alpha=0.001).fit(rows, progress=False, workers=gang))
 
+    def slowly() -> str:
+        time.sleep(6)
+        return "made"
+
+    def slow(gang: Gang) -> str:
+        return gang.from_first(slowly, lambda made: ({}, {"made": made}), lambda tensors, config: str(config["made"]))
+
+    run("slow", slow, timeout=2)
+
     def failing() -> Iterator[Any]:
         yield from rows[:100]
         if rank == 1:

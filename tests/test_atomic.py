@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 import sys
 import threading
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from rm_ood import SaveError
 from rm_ood.atomic import locked_folder, remove_temporaries, sync_folder, write_temporary
 
 
@@ -28,6 +30,32 @@ def test_temporary_that_was_moved_stays_where_it_is(tmp_path: Path) -> None:
     with contextlib.ExitStack() as cleanup:
         os.replace(write_temporary(tmp_path, "guard", b"bytes", cleanup), tmp_path / "guard")
     assert [p.name for p in tmp_path.iterdir()] == ["guard"]
+
+
+_AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes devices")
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "folder", "pipe", pytest.param("device", marks=_AS_ROOT)])
+def test_only_a_file_of_its_own_is_replaced(tmp_path: Path, kind: str) -> None:
+    target = tmp_path / "guard"
+    (tmp_path / "other").write_bytes(b"precious")
+    if kind == "device":
+        os.mknod(target, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    elif kind == "pipe":
+        os.mkfifo(target)
+    elif kind == "folder":
+        target.mkdir()
+    else:
+        target.symlink_to(tmp_path / ("other" if kind == "link" else "none"))
+    before = target.lstat()
+    what = {"folder": "a folder", "pipe": "a device or a pipe", "device": "a device or a pipe"}.get(
+        kind, "a symbolic link"
+    )
+    with contextlib.ExitStack() as cleanup, pytest.raises(SaveError, match=f"guard is {what}, and is not replaced"):
+        write_temporary(tmp_path, "guard", b"bytes", cleanup)
+    assert (target.lstat().st_mode, target.lstat().st_ino) == (before.st_mode, before.st_ino)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["guard", "other"]
+    assert (tmp_path / "other").read_bytes() == b"precious"
 
 
 def test_temporary_is_removed_when_it_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

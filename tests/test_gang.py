@@ -122,6 +122,10 @@ def test_an_error_of_the_first_is_told_to_the_others(together: Path) -> None:
     assert second == f"WorkerError: rank 1 stopped: rank 0 failed: {first}"
 
 
+def test_a_first_process_that_works_longer_than_the_others_wait_is_alive(together: Path) -> None:
+    assert said(together, "slow") == ["made", "made"]
+
+
 def test_a_process_that_fails_stops_the_others_in_the_middle_of_their_data(together: Path) -> None:
     assert said(together, "failing") == [
         "WorkerError: rank 0 stopped: rank 1 failed: OSError: the disk is gone",

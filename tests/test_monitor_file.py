@@ -53,6 +53,14 @@ def test_every_truncation_and_flipped_bit_is_refused(path: Path) -> None:
     assert TrafficMonitor.load(path, CALIBRATION).state.counted == 20
 
 
+def test_a_device_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "null")
+    monitor = TrafficMonitor(CALIBRATION, ratios=(4,))
+    with pytest.raises(SaveError, match="null is a device or a pipe, and is not replaced"):
+        monitor.save(tmp_path / "null")
+    assert (tmp_path / "null").is_fifo()
+
+
 def test_another_spelling_of_a_number_is_a_change(path: Path) -> None:
     text = path.read_text(encoding="ascii")
     assert "100.0" in text

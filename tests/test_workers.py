@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from conftest import preference_rows
@@ -181,12 +182,40 @@ def test_what_a_digest_of_data_sees(tmp_path: Path) -> None:
     file.write_bytes(os.urandom(10_000_000))
     first = data_digest(file)
     assert first == data_digest(str(file))
-    with file.open("r+b") as changed:
-        changed.seek(-1, 2)
-        changed.write(b"?")
-    assert data_digest(file) != first
-    assert data_digest(ROWS) != data_digest(ROWS[:-1]) != data_digest(ROWS[1:])
-    assert data_digest(iter(ROWS)) == data_digest([]) == data_digest(tmp_path / "none") == ""
+    for place in (-1, 5_000_001):
+        with file.open("r+b") as changed:
+            changed.seek(place, 2 if place < 0 else 0)
+            changed.write(b"?!"[place > 0 :][:1])
+        assert data_digest(file) != first
+        first = data_digest(file)
+    middle = len(ROWS) // 2
+    other = [*ROWS[:middle], {**ROWS[middle], "chosen": "something else"}, *ROWS[middle + 1 :]]
+    swapped = [ROWS[0], ROWS[2], ROWS[1], *ROWS[3:]]
+    dataset = datasets.Dataset.from_list(ROWS)
+    seen = [
+        ROWS,
+        ROWS[:-1],
+        ROWS[1:],
+        other,
+        swapped,
+        [{"a": 1}, {"b": 2}],
+        [{"a": 1}],
+        [],
+        NumberedRows(list(enumerate(ROWS))),
+    ]
+    assert len({data_digest(rows) for rows in seen}) == len(seen)
+    assert data_digest(dataset) == data_digest(dataset.to_iterable_dataset()) == data_digest(list(dataset))
+    assert data_digest(dataset) != data_digest(dataset.select(range(len(ROWS) - 1)))
+    assert data_digest(iter(ROWS)) == data_digest({"train": ROWS}) == data_digest(tmp_path / "none") == ""
+
+
+def test_finished_shards_of_data_that_changed_in_the_middle_are_not_taken(model: Any, tmp_path: Path) -> None:
+    folder = ShardFolder(tmp_path, resume=True)
+    made(model).fit(ROWS, calibration=0.75, progress=False, workers=Workers(shards=2, folder=folder))
+    middle = len(ROWS) // 2
+    other = [*ROWS[:middle], {**ROWS[middle], "chosen": "something else"}, *ROWS[middle + 1 :]]
+    with pytest.raises(MismatchError, match="other data: --resume"):
+        made(model).fit(other, calibration=0.75, progress=False, workers=Workers(shards=2, folder=folder))
 
 
 def test_unreadable_rows_and_rows_of_other_shards_are_counted_once(model: Any) -> None:
