@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import textwrap
@@ -254,11 +255,11 @@ def _study_arguments(parser: argparse.ArgumentParser) -> None:
         f"default: {', '.join(DEFAULT_SHIFTS)}",
     )  # fmt: skip
     add("--words", choices=WORDS, default="rows", help="where word noise draws from (default: the words of the rows)")
-    add("--limit", type=int, metavar="N", help="the first N rows only")
+    add("--limit", type=whole_number, metavar="N", help="the first N rows only")
     add("--subset", metavar="COLUMN", help="also tell accuracy, ECE and flags by the values of this column")
     add(
         "--examples",
-        type=int,
+        type=partial(whole_number, low=0),
         default=0,
         metavar="N",
         help="show N flagged texts per shift in the report (default: none)",
@@ -266,7 +267,13 @@ def _study_arguments(parser: argparse.ArgumentParser) -> None:
     add("--fit-data", metavar="PATH|ID", help="what the guard was fitted on: fits the literature's detectors beside it")
     add("--background", metavar="PATH|ID", help="general text, for the relative Mahalanobis distance (with --fit-data)")
     add("--cache", metavar="FILE", help="scores by content, no texts (default: scores.sqlite in --output)")
-    add("--bootstrap", type=int, default=1000, metavar="N", help="draws for the intervals (default: 1000; 0: none)")
+    add(
+        "--bootstrap",
+        type=partial(whole_number, low=0),
+        default=1000,
+        metavar="N",
+        help="draws for the intervals (default: 1000; 0: none)",
+    )
     add("--seed", type=int, default=0, help="of the shifts, the draws and the bootstrap (default: %(default)s)")
 
 
@@ -364,6 +371,38 @@ class _KeyOnTheCommandLine(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         parser.error("a key on the command line is seen by every user of this machine: use --api-key-file FILE")
+
+
+def whole_number(text: str, low: int = 1) -> int:
+    """An argument that counts something.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not a whole number from `low`.
+    """
+    try:
+        value = int(text)
+    except ValueError:
+        value = low - 1
+    if value < low:
+        raise argparse.ArgumentTypeError(f"expected a whole number from {low}, got {text!r}")
+    return value
+
+
+def amount(text: str, *, zero: bool = False) -> float:
+    """An argument that measures something.
+
+    Args:
+        zero: whether it may be 0.
+    Raises:
+        argparse.ArgumentTypeError: it is not a finite number above 0, or from 0.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and (value > 0 or (zero and value == 0))):
+        raise argparse.ArgumentTypeError(f"expected a number {'from' if zero else 'above'} 0, got {text!r}")
+    return value
 
 
 def _confidence(text: str) -> float | None:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from rm_ood import commands
-from rm_ood.cli import add_command, carry_out, fit_arguments
+from rm_ood.cli import add_command, amount, carry_out, fit_arguments, whole_number
 from rm_ood.collected import Shard
 from rm_ood.errors import InputError
 from rm_ood.fit import Fitter
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     fit_arguments(fit)
     group = fit.add_argument_group("processes")
-    group.add_argument("--shards", type=int, metavar="N", help="parts of the data (default: one a process)")
+    group.add_argument("--shards", type=whole_number, metavar="N", help="parts of the data (default: one a process)")
     group.add_argument(
         "--shard-dir", metavar="DIR", help="keep each finished shard here, in a folder that all processes see"
     )
@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--timeout",
-        type=float,
+        type=amount,
         default=TIMEOUT_S,
         metavar="S",
         help="seconds of silence after which a process counts as lost (default: %(default)g)",
@@ -151,7 +151,7 @@ def _local_gpu() -> int:
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    return [whole_number(part, low=0) for part in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -15,13 +15,14 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rm_ood import commands, errors
 from rm_ood.batch import judged_axes, verdict_rows
 from rm_ood.channels import Channel
-from rm_ood.cli import add_command, carry_out, guard_arguments
+from rm_ood.cli import add_command, amount, carry_out, guard_arguments, whole_number
 from rm_ood.errors import InputError, SaveError, WorkerError
 from rm_ood.fitting import WINDOW_BATCHES
 from rm_ood.guard import OODGuard
@@ -115,7 +116,7 @@ def verdicts(
     """A Ray data set of rows to one of verdicts, lazily.
 
     Args:
-        dataset: rows as `rm-ood check` takes them, each with an id.
+        dataset: rows as `rm-ood check` takes them, each with an id of its own (`check_parquet` looks, this does not).
         guard, model: folders or Hub ids that every machine sees.
         actors: how many, or the least and the most. gpus: of each.
         cpus: of each; by default 1, or as much less as leaves one of the cluster's to read and write with.
@@ -144,6 +145,11 @@ def verdicts(
         "options": options,
     }
     low, high = (actors, actors) if isinstance(actors, int) else actors
+    if not 1 <= low <= high or (batch_size is not None and batch_size < 1):
+        raise InputError(
+            f"actors={actors}, batch_size={batch_size}: expected at least 1 actor, no more of them at most than at least, and "
+            "at least 1 row in a batch"
+        )
     total = float(ray.cluster_resources().get("CPU", 1))
     cpus = min(1.0, max(total - 1, 0.5) / high) if cpus is None else cpus
     if low * cpus >= total:
@@ -175,14 +181,43 @@ def check_parquet(data: str, output: str, *, overwrite: bool = False, **options:
     Returns:
         Counts as of `rm-ood check`: items, and flagged items in all and by axis.
     Raises:
-        InputError: an unusable row. SaveError: the folder is there. WorkerError: an actor died.
+        InputError: an unusable row, or two with one id. SaveError: the folder is there. WorkerError: an actor died.
     """
     import ray.data
 
     axes = judged_axes(OODGuard.from_pretrained(options["guard"]))
     with _failures(), _whole(output, overwrite, data) as target:
-        verdicts(ray.data.read_parquet(data), **options).write_parquet(target, min_rows_per_file=_ROWS_PER_FILE)
+        rows = ray.data.read_parquet(data)
+        checked = verdicts(rows, **options)
+        _check_ids(rows, options.get("id_column", "id"))
+        checked.write_parquet(target, min_rows_per_file=_ROWS_PER_FILE)
     return {**_counts(output, axes), "output": output}
+
+
+def _check_ids(dataset: Any, column: str) -> None:
+    """Read the ids, and keep eight bytes of each.
+
+    Raises:
+        InputError: two rows have one id; names it.
+    """
+    import numpy as np
+    from pandas.util import hash_array
+
+    def hashed() -> Iterator[tuple[Any, Any]]:
+        for batch in dataset.select_columns([column]).iter_batches(batch_format="pyarrow", batch_size=_ROWS_PER_FILE):
+            # One that is null is refused by who reads the row.
+            ids = np.array([str(name) for name in batch[column].to_pylist() if name is not None], dtype=object)
+            yield ids, hash_array(ids, categorize=False)
+
+    sorted_ = np.sort(np.concatenate([np.empty(0, np.uint64), *(hashes for _, hashes in hashed())]))
+    repeated = sorted_[1:][sorted_[1:] == sorted_[:-1]]
+    if len(repeated):
+        names = (ids[hashes == repeated[0]] for ids, hashes in hashed())
+        name = next(found[0] for found in names if len(found))
+        raise InputError(
+            f"rows[id={name}]: another row has this id, and verdicts come in any order: nobody could tell which is whose. Give "
+            "each row an id of its own, or name another column with --id-column"
+        )
 
 
 def _counts(folder: str, axes: Sequence[str]) -> dict[str, Any]:
@@ -271,10 +306,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", required=True, metavar="DIR", help="folder of Parquet files with the verdicts")
     add("--overwrite", action="store_true", help="replace a folder that is there")
     add("--id-column", default="id", metavar="NAME", help="column with each row's own id (default: %(default)s)")
-    add("--actors", type=int, default=1, metavar="N", help="reward models side by side (default: %(default)s)")
-    add("--gpus-per-actor", type=float, metavar="X", help="default: 1 where the cluster has GPUs")
-    add("--cpus-per-actor", type=float, metavar="X", help="default: 1, or as much less as leaves one to read with")
-    add("--batch-size", type=int, metavar="N", help="rows that an actor sorts by length at once (default: 512)")
+    add("--actors", type=whole_number, default=1, metavar="N", help="reward models side by side (default: %(default)s)")
+    add("--gpus-per-actor", type=partial(amount, zero=True), metavar="X", help="default: 1 where the cluster has GPUs")
+    add("--cpus-per-actor", type=amount, metavar="X", help="default: 1, or as much less as leaves one to read with")
+    add(
+        "--batch-size", type=whole_number, metavar="N", help="rows that an actor sorts by length at once (default: 512)"
+    )
     add("--address", help="a Ray cluster, such as auto; default: RAY_ADDRESS, or one on this machine")
     return parser
 

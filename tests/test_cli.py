@@ -62,6 +62,16 @@ def test_help_shows_a_working_example(command: str, capsys: pytest.CaptureFixtur
     assert f"rm-ood {command}" in text.partition("examples:")[2]
 
 
+@pytest.mark.parametrize("ids", [["a", "a"], ["1", None], ["\ud800", "\ud800"]])
+def test_two_verdicts_with_one_id_are_refused(
+    place: Path, tmp_path: Path, ids: list[str | None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": "a question", "response": f"answer {i}", "id": name} for i, name in enumerate(ids)]
+    assert check(place, write(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl", "--no-progress") == 1
+    assert "rows[1].response: its verdict would have the id of one before it" in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["fit"], ["check", "--guard", "g"]])
 def test_wrong_usage_exits_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:

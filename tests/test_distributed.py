@@ -66,6 +66,16 @@ def test_options_that_do_not_go_together(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--shards=0", "--timeout=0", "--timeout=nan", "--only=-1", "--only=a"])
+def test_counts_that_are_none_are_an_error_of_usage(
+    option: str, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command, option])
+    assert ended.value.code == 2
+    assert f"argument {option.partition('=')[0]}: expected a" in capsys.readouterr().err
+
+
 def test_torchrun(command: list[str], tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--log-dir", str(tmp_path)]
     done = subprocess.run(

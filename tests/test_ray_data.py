@@ -144,6 +144,28 @@ def test_a_bad_row_ends_the_command_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_two_rows_with_one_id_are_refused_before_any_is_scored(
+    place: Path, cluster: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{**row, "id": i} for i, row in enumerate(ROWS)]
+    pq.write_table(pa.Table.from_pylist([*rows, {**rows[0], "id": 7}]), place / "repeated.parquet")
+    assert main(arguments(place, tmp_path / "verdicts", data="repeated.parquet")) == 1
+    assert "rows[id=7]: another row has this id" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "option", ["--actors=0", "--actors=-1", "--batch-size=0", "--cpus-per-actor=0", "--gpus-per-actor=-1"]
+)
+def test_counts_that_are_none_are_an_error_of_usage(
+    place: Path, tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments(place, tmp_path / "verdicts", option))
+    assert ended.value.code == 2
+    assert f"argument {option.partition('=')[0]}: expected a" in capsys.readouterr().err
+
+
 def test_what_is_known_before_an_actor_starts(place: Path, cluster: Any, tmp_path: Path) -> None:
     names = {"guard": str(place / "guard"), "model": str(place / "model")}
     data = cluster.data.from_items(ROWS)

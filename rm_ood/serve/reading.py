@@ -122,7 +122,7 @@ def score_queries(data: bytes, rules: TextRules, limit: int) -> list[Query]:
     """Queries of `POST /v1/score`.
 
     Raises:
-        Refusal: as `parse`, or texts or counts past the limits (422).
+        Refusal: as `parse`, or texts or counts past the limits, or an id that another item has (422).
     """
     request = parse(data, SCORE, limit)
     items = request.items if isinstance(request, Batch) else [request]
@@ -132,7 +132,22 @@ def score_queries(data: bytes, rules: TextRules, limit: int) -> list[Query]:
     for i, item in enumerate(items):
         where = f"items[{i}]." if isinstance(request, Batch) else ""
         found += _of_item(item, str(i) if item.id is None else item.id, where, rules)
+    _check_names(found)
     return found
+
+
+def _check_names(queries: Sequence[Query]) -> None:
+    """Raises Refusal (422) where two rows of the reply would have one id."""
+    first: dict[str, str] = {}
+    for query in queries:
+        other = first.setdefault(query.name, query.where)
+        if other != query.where:
+            raise Refusal(
+                422,
+                "invalid_request",
+                f"{query.where}.id: the reply would name {other} so too (an item without an id has its number, one of several "
+                "answers id#0, id#1, ...): give each item an id of its own",
+            )
 
 
 def check_count(count: int, rules: TextRules) -> None:

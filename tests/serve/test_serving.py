@@ -65,8 +65,17 @@ def test_a_batch_and_nested_answers_keep_their_order_and_ids(client: Client, min
         ({"prompt": [{"role": "user", "content": "a"}], "response": "b"}, 422, "chat template"),
         ({"items": [{"prompt": "a", "responses": ["b"] * 20}] * 2}, 422, "40 answers"),
         ({"prompt": "a" * 20_001, "response": "b"}, 422, "20001 characters"),
+        (
+            {"items": [{"prompt": "a", "response": "b"}, *[{"id": "x", "prompt": "a", "response": "b"}] * 2]},
+            422, "items[2].id: the reply would name items[1] so too",
+        ),
+        ({"items": [{"id": "1", "prompt": "a", "response": "b"}, {"prompt": "a", "response": "b"}]}, 422, "items[1].id"),
+        (
+            {"items": [{"id": "x", "prompt": "a", "responses": ["b"]}, {"id": "x#0", "prompt": "a", "response": "b"}]},
+            422, "items[1].id",
+        ),
     ],
-)
+)  # fmt: skip
 def test_a_bad_request_is_refused_by_name(client: Client, body: Any, status: int, words: str) -> None:
     answer = client.post("/v1/score", body)
     assert answer.status == status
