@@ -311,6 +311,10 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-chars", type=int, metavar="N", help="characters of a text (default: 20000)")
     add("--max-body-bytes", type=int, metavar="N", help="of a request (default: 1 MiB)")
     add("--max-queue", type=int, metavar="N", help="items that wait for the model (default: 64)")
+    add(
+        "--max-wait", type=float, dest="max_wait_s", metavar="S",
+        help="expected until an item has its scores; more is turned away (default: --model-timeout)",
+    )  # fmt: skip
     add("--max-connections", type=int, metavar="N", help="open at once (default: 128)")
     add("--request-timeout", type=float, dest="request_timeout_s", metavar="S", help="to receive one (default: 10)")
     add("--model-timeout", type=float, dest="model_timeout_s", metavar="S", help="to score one (default: 30)")

@@ -1,21 +1,23 @@
 """Micro-batches of items of like length, from a bounded queue through the model: one at a time, or a few in flight.
 
-The oldest item is in every batch, and those whose length is nearest to its own fill it: little padding, and no item waits
-for ever. Work that nobody waits for any more never reaches the model.
+The oldest item is in every batch, and those whose length is nearest to its own fill it, out of twice as many; what is passed
+over once is in the next: little padding, and no item waits more than one batch longer than in the order of arrival. Work that
+nobody waits for any more never reaches the model.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rm_ood.serve.refusal import overloaded
+from rm_ood.serve.refusal import no_model, overloaded
 from rm_ood.serve.worker import Worker
 
-# Weight of the newest batch in the time that an item is expected to take.
+# Weight of the newest batch in the time that one is expected to take.
 _SMOOTHING = 0.2
 
 
@@ -27,6 +29,7 @@ class Job:
         work: what the model call takes. length: of the item, in tokens.
         key: jobs of one batch have the same.
         result: settled with the job's own outcome; cancelled by whoever no longer waits for it.
+        passed_over: whether a batch was made of others that might have held it.
     """
 
     work: Any
@@ -34,6 +37,7 @@ class Job:
     key: Any
     result: asyncio.Future[Any]
     since: float = field(default_factory=time.monotonic)
+    passed_over: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class Batcher:
         batch_size: items in one call.
         concurrency: calls at once, each in its own thread.
         max_queue: items that may wait, those being tokenised included.
+        max_wait_s: what an item may be expected to wait for its outcome, by the time that batches took lately; more are not
+            taken while the model has others. An idle model takes what it is given.
         wait_s: how long an idle model waits for a batch to fill.
         observe: told of each batch.
     """
@@ -65,6 +71,7 @@ class Batcher:
         *,
         batch_size: int,
         max_queue: int,
+        max_wait_s: float,
         wait_s: float,
         concurrency: int = 1,
         observe: Callable[[Ran], None] = lambda ran: None,
@@ -72,6 +79,7 @@ class Batcher:
         self._score = score
         self.batch_size = batch_size
         self._max_queue = max_queue
+        self._max_wait_s = max_wait_s
         self._wait_s = wait_s
         self._observe = observe
         self._queue: list[Job] = []
@@ -82,7 +90,7 @@ class Batcher:
         # What runs: since when, and with which key.
         self._calls: dict[asyncio.Task[None], tuple[float, Any]] = {}
         self._task: asyncio.Task[None] | None = None
-        self._item_s = 0.01
+        self._batch_s = 0.0
 
     @property
     def busy_since(self) -> float | None:
@@ -122,12 +130,31 @@ class Batcher:
         """Hold n places, for `put` or `release`.
 
         Raises:
-            Refusal: the queue has no room for them (429).
+            Refusal: see `check`.
         """
-        self._drop_cancelled()
-        if self.waiting + n > self._max_queue:
-            raise overloaded(self.waiting, self.waiting * self._item_s)
+        self.check(n)
         self._reserved += n
+
+    def check(self, n: int) -> None:
+        """Whether n more items would be taken now.
+
+        Raises:
+            Refusal: the queue has no room for them, or they would wait too long (429); there is no thread to score them (503).
+        """
+        if not self.alive:
+            raise no_model()
+        self._drop_cancelled()
+        waiting = self.waiting
+        idle = not waiting and len(self._calls) < len(self._workers)
+        if waiting + n > self._max_queue or (not idle and self.wait_s(waiting + n) > self._max_wait_s):
+            raise overloaded(waiting, self.wait_s(waiting))
+
+    def wait_s(self, n: int) -> float:
+        """Seconds until n waiting items are expected to have their outcomes, the batches before them done first."""
+        left = 0.0
+        if (busy := self.busy_since) is not None and len(self._calls) == len(self._workers):
+            left = max(0.0, busy + self._batch_s - time.monotonic())
+        return left + math.ceil(n / self.batch_size / len(self._workers)) * self._batch_s
 
     def release(self, n: int) -> None:
         """Give n reserved places back."""
@@ -184,9 +211,11 @@ class Batcher:
         if not self._queue:
             return []
         oldest = self._queue[0]
-        alike = [job for job in self._queue if job.key is oldest.key]
-        nearest = sorted(alike, key=lambda job: abs(job.length - oldest.length))
-        batch = nearest[: self.batch_size]
+        alike = [job for job in self._queue if job.key is oldest.key][: 2 * self.batch_size]
+        alike.sort(key=lambda job: (not job.passed_over, abs(job.length - oldest.length)))
+        batch = alike[: self.batch_size]
+        for job in alike[self.batch_size :]:
+            job.passed_over = True
         taken = set(map(id, batch))
         self._queue[:] = [job for job in self._queue if id(job) not in taken]
         return batch
@@ -204,7 +233,7 @@ class Batcher:
         finally:
             self._free.put_nowait(worker)
         took = time.monotonic() - start
-        self._item_s += _SMOOTHING * (took / len(batch) / len(self._workers) - self._item_s)
+        self._batch_s += (_SMOOTHING if self._batch_s else 1.0) * (took - self._batch_s)
         longest = max(job.length for job in batch)
         waited = start - min(job.since for job in batch)
         self._observe(Ran(len(batch), sum(job.length for job in batch), longest * len(batch), waited, took))

@@ -13,8 +13,9 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from rm_ood.serve.logs import log
-from rm_ood.serve.metrics import OTHER
+from rm_ood.serve.metrics import OTHER, SCORING
 from rm_ood.serve.refusal import (
+    EXCESS,
     Refusal,
     body_too_large,
     other_host,
@@ -110,7 +111,8 @@ class Gate:
         self, scope: MutableMapping[str, Any], headers: dict[str, str], receive: Receive, reply: _Reply
     ) -> None:
         settings = self._service.settings
-        if self._service.connections() > settings.max_connections and scope["path"] != OPEN:
+        crowded = self._service.connections() > settings.max_connections
+        if crowded and scope["state"].get(EXCESS) and scope["path"] != OPEN:
             raise too_many_connections()
         if "content-length" in headers and "transfer-encoding" in headers:
             raise Refusal(400, "ambiguous_length", "both Content-Length and Transfer-Encoding: send one", close=True)
@@ -123,6 +125,9 @@ class Gate:
         if scope["method"] != "POST":
             await self._app(scope, receive, reply)
             return
+        if scope["path"] in SCORING:
+            # What would be turned away is not worth the reading.
+            self._service.batcher.check(1)
         body = await self._body(headers, receive)
         await _while_connected(lambda again: self._app(scope, again, reply), body, receive)
 

@@ -77,9 +77,9 @@ _REFUSALS = {
     415: "not application/json",
     421: "for another host than this server answers for",
     422: "not of the schema, a text that the guard does not take, or past a limit",
-    429: "the queue is full: Retry-After says when to try again",
+    429: "too much waits for the model: Retry-After says when to try again",
     500: "the items could not be scored",
-    503: "too many connections: Retry-After says when to try again",
+    503: "too many connections, or nothing to score with: Retry-After says when to try again",
     504: "the model did not answer in time",
 }
 

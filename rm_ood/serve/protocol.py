@@ -16,7 +16,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from rm_ood.serve.refusal import Refusal, slow_request
+from rm_ood.serve.refusal import EXCESS, Refusal, slow_request
 
 HEAD_BYTES = 64 * 1024
 # A line feed without carriage return: lenient parsers behind a proxy and strict ones before it tell requests apart
@@ -54,6 +54,9 @@ class DeadlineProtocol(H11Protocol):
         if len(self.connections) > _FLOOD * self.max_connections:
             transport.abort()
             return
+        if len(self.connections) > self.max_connections:
+            # Those that were there before go on.
+            self.app_state = {**self.app_state, EXCESS: True}
         self._expect(self.request_timeout_s, self._slow_head)
 
     def connection_lost(self, exc: Exception | None) -> None:

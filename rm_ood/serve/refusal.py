@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+# In the state of a request whose connection was one past the limit when it was made.
+EXCESS = "rm_ood_excess"
+
 
 @dataclass(eq=False)
 class Refusal(Exception):
@@ -54,6 +57,10 @@ def other_host() -> Refusal:
 
 def overloaded(waiting: int, retry_after_s: float) -> Refusal:
     return Refusal(429, "overloaded", f"{waiting} items wait for the model already: try again later", retry_after_s)
+
+
+def no_model() -> Refusal:
+    return Refusal(503, "no_model", "the thread of the reward model has ended: the server must be started again", 1.0)
 
 
 def too_many_connections() -> Refusal:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import secrets
 import signal
 import socket
@@ -103,6 +104,7 @@ class Server(uvicorn.Server):
 
     def serve_forever(self) -> None:
         """Serve until SIGTERM or SIGINT, then answer what was accepted."""
+        _freeze()
         log("listening", url=self.url, guard=self.service.scorer.digest[:12], mode=self.service.settings.mode)
         self.run(sockets=[self.socket])
         log("stopped")
@@ -132,11 +134,25 @@ class Server(uvicorn.Server):
 
     def reload(self) -> None:
         """Load the guard anew and put it in the place of this one; in the event loop."""
-        task = asyncio.get_running_loop().create_task(self.service.reload(), name="rm-ood-reload")
+        task = asyncio.get_running_loop().create_task(self._reload(), name="rm-ood-reload")
         self._reloads.add(task)
         task.add_done_callback(self._reloads.discard)
+
+    async def _reload(self) -> bool:
+        replaced = await self.service.reload()
+        if gc.get_freeze_count():
+            gc.unfreeze()
+            _freeze()
+        return replaced
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain; a second SIGINT does not wait."""
         self.service.draining = True
         super().handle_exit(sig, frame)
+
+
+def _freeze() -> None:
+    """Leave what is loaded out of garbage collections: of a model and its libraries one takes a tenth of a second and more,
+    in which nobody is answered."""
+    gc.collect()
+    gc.freeze()

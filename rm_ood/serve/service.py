@@ -66,6 +66,7 @@ class Service:
             self._score,
             batch_size=scorer.batch_size,
             max_queue=settings.max_queue,
+            max_wait_s=settings.model_timeout_s if settings.max_wait_s is None else settings.max_wait_s,
             wait_s=settings.batch_wait_s,
             concurrency=scorer.concurrency,
             observe=self.metrics.ran,
@@ -118,8 +119,8 @@ class Service:
         """Verdicts on the queries of one request, in their order.
 
         Raises:
-            Refusal: the queue is full (429), a text cannot be encoded (422), the model is too slow (504), it failed on every
-                item (500), or the scorer's own.
+            Refusal: too much waits (429), a text cannot be encoded (422), the model is too slow (504), it failed on every item
+                (500), there is no thread for it (503), or the scorer's own.
         """
         served, n = self.served, len(queries)
         self.batcher.reserve(n)
@@ -202,6 +203,7 @@ class Service:
         found = {
             "draining": self.draining,
             "model thread ended": not self.batcher.alive,
+            "tokenizer thread ended": not self._tokenizer.alive,
             "model does not answer": stuck,
             "traffic alarm": self.settings.unready_on_alarm and self.served.traffic.state.alarm,
         }

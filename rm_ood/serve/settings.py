@@ -31,7 +31,8 @@ class ServeSettings:
             a key takes this machine's own names alone, since a page in a browser here can give a name of its own this
             machine's address, and then ask and read.
         max_body_bytes: of a request. max_items: answers in a request. max_chars: characters of one text.
-        max_queue: items that wait for the model; more are answered 429.
+        max_queue: items that wait for the model; more are answered 429. max_wait_s: so is what would get its scores later than
+            this, by the time that batches take; None: than `model_timeout_s`.
         max_connections: open at once; more are answered 503.
         request_timeout_s: to receive a request, and for a reader to take a reply. model_timeout_s: from its receipt to its
             scores. drain_timeout_s: to finish what was accepted after SIGTERM.
@@ -50,6 +51,7 @@ class ServeSettings:
     max_items: int = 32
     max_chars: int = 20_000
     max_queue: int = 64
+    max_wait_s: float | None = None
     max_connections: int = 128
     request_timeout_s: float = 10.0
     model_timeout_s: float = 30.0
@@ -71,6 +73,8 @@ class ServeSettings:
                 raise InputError(f"{name}={value!r}: expected a whole number from 1")
         for name in (f.name for f in fields(self) if f.name.endswith("_s")):
             value = getattr(self, name)
+            if name == "max_wait_s" and value is None:
+                continue
             lowest_ok = value >= 0 if name == "batch_wait_s" else value > 0
             if not (lowest_ok and math.isfinite(value)):
                 raise InputError(f"{name}={value!r}: expected seconds above 0")

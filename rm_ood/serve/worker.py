@@ -11,6 +11,10 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
+class WorkerEnded(Exception):
+    """There is no thread any more to make a call in."""
+
+
 class Worker:
     """One thread, which never keeps the process alive: a call that hangs must not keep a server from ending.
 
@@ -20,6 +24,7 @@ class Worker:
 
     def __init__(self, name: str) -> None:
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._ended = False
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
@@ -27,7 +32,12 @@ class Worker:
         """The result of `call(*args)`, made in the thread; its exception is raised here.
 
         A cancelled wait does not stop a call that has begun; one that has not is left out.
+
+        Raises:
+            WorkerEnded: the thread has ended, or ends in this call.
         """
+        if self._ended:
+            raise WorkerEnded
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
@@ -42,14 +52,20 @@ class Worker:
         def work() -> None:
             if future.cancelled():
                 return
-            result, failure = None, None
+            result: T | None = None
+            failure: BaseException | None = None
             try:
                 result = call(*args)
             except Exception as error:
                 failure = error
-            # The loop may have ended while the call ran.
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(settle, result, failure)
+            except BaseException:
+                self._ended = True
+                failure = WorkerEnded()
+                raise
+            finally:
+                # The loop may have ended while the call ran.
+                if not loop.is_closed():
+                    loop.call_soon_threadsafe(settle, result, failure)
 
         self._calls.put(work)
         return await future
@@ -61,7 +77,7 @@ class Worker:
     @property
     def alive(self) -> bool:
         """Whether the thread still takes calls."""
-        return self._thread.is_alive()
+        return not self._ended and self._thread.is_alive()
 
     def _work(self) -> None:
         while (work := self._calls.get()) is not None:

@@ -1,0 +1,92 @@
+"""Threads that end, memory that is let go, a process that is killed while it saves."""
+
+from __future__ import annotations
+
+import gc
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import FaultyScorer, guard_scorer, serving, wait_until
+
+from rm_ood import OODGuard
+from rm_ood.serve.scorer import GuardScorer
+from rm_ood.serve.server import Server
+from rm_ood.serve.settings import ServeSettings
+
+ITEM = {"prompt": "question about the river", "response": "the answer is small"}
+
+
+class Dying(FaultyScorer):
+    """Ends its thread on a word, as an exit within a native library does."""
+
+    def encode(self, queries: Any) -> Any:
+        if any("end of the tokenizer" in str(query.response) for query in queries):
+            raise SystemExit
+        return super().encode(queries)
+
+    def score(self, works: Any) -> Any:
+        if any("end of the model" in str(work.query.response) for work in works):
+            raise SystemExit
+        return super().score(works)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize(("thread", "later"), [("model", 503), ("tokenizer", 500)])
+def test_a_thread_that_ends_is_told_within_a_second(minilm_guard: OODGuard, thread: str, later: int) -> None:
+    with serving(Dying(minilm_guard), drain_timeout_s=1.0) as (client, _):
+        assert client.post("/v1/score", ITEM).status == 200
+        start = time.monotonic()
+        assert client.post("/v1/score", {**ITEM, "response": f"the end of the {thread}"}).status == 500
+        ready = client.get("/readyz")
+        assert time.monotonic() - start < 1
+        assert (ready.status, ready.json["reasons"]) == (503, [f"{thread} thread ended"])
+        assert client.metric("rm_ood_ready") == 0
+        # Nobody waits for what cannot come.
+        start = time.monotonic()
+        answer = client.post("/v1/score", ITEM)
+        assert time.monotonic() - start < 1
+        assert answer.status == later
+        assert client.get("/livez").status == 200
+
+
+def test_what_is_loaded_is_left_out_of_collections_until_it_is_replaced(
+    minilm_guard: OODGuard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    minilm_guard.save_pretrained(tmp_path / "guard")
+
+    def again() -> GuardScorer:
+        return GuardScorer(OODGuard.from_pretrained(tmp_path / "guard", minilm_guard.model, minilm_guard.tokenizer))
+
+    frozen = []
+    monkeypatch.setattr(Server, "run", lambda self, sockets: frozen.append(gc.get_freeze_count()))
+    server = Server(guard_scorer(minilm_guard), ServeSettings(), port=0)
+    server.socket.close()
+    try:
+        server.serve_forever()
+        assert frozen[0] > 10_000
+        monkeypatch.undo()
+        gc.unfreeze()
+        with serving(again()) as (client, server):
+            gc.freeze()
+            server.service.load = again
+            loop = server.service.batcher._task.get_loop()  # type: ignore[union-attr]
+
+            def replaced(times: int) -> weakref.ref[Any]:
+                loop.call_soon_threadsafe(server.reload)
+                wait_until(lambda: client.metric('rm_ood_guard_reloads_total{outcome="replaced"}') == times)
+                wait_until(lambda: not server._reloads)
+                assert gc.get_freeze_count() > 10_000
+                scorer = server.service.scorer
+                # A cycle, as modules and hooks make them.
+                scorer.me = scorer  # type: ignore[attr-defined]
+                return weakref.ref(scorer)
+
+            second = replaced(1)
+            assert second() is not None
+            replaced(2)
+            assert second() is None
+    finally:
+        gc.unfreeze()
