@@ -82,6 +82,17 @@ class FittedState:
         """Columns of the calibration matrix: every channel that was fitted, then the reward."""
         return (*fitted_channels(self.detectors), REWARD)
 
+    @property
+    def reward_floor(self) -> float:
+        """A number for rewards that are not given out, no higher than any calibration prompt's reward.
+
+        As far below the mean reward of the fit data as the calibration prompts' lie on either side of it at most, and three
+        standard deviations at least.
+        """
+        table = self.table
+        farthest = 0.0 if table is None else float(table.scores[:, table.channels.index(REWARD)].max())
+        return self.reward_mean - max(3.0, farthest) * self.reward_sd
+
     def with_table(self, table: CalibrationTable, record: Mapping[str, Any]) -> FittedState:
         """The same fit with another calibration. What the doctor found of the old one goes."""
         kept = {name: value for name, value in self.record.items() if name != "doctor"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -81,8 +82,6 @@ def test_precision_of_a_device_is_kept_where_there_is_none(state: FittedState) -
 
 
 def test_state_without_calibration_comes_back(state: FittedState) -> None:
-    import dataclasses
-
     bare = dataclasses.replace(state, table=None, heldout=None)
     back = FittedState.from_saved(*bare.to_saved())
     assert back.table is None
@@ -92,6 +91,18 @@ def test_state_without_calibration_comes_back(state: FittedState) -> None:
 def test_reward_score_is_the_absolute_standardised_reward(state: FittedState) -> None:
     scored = state.score({"final": torch.zeros(3, 3)}, np.array([4.5, -1.5, np.nan]))
     assert scored.scores[:, 1].tolist() == [2.0, 1.0, np.inf]
+
+
+def test_what_stands_for_a_withheld_reward_is_below_all_that_calibration_saw(state: FittedState) -> None:
+    assert state.table is not None
+    for farthest in (7.5, 2.0):
+        scores = state.table.scores.copy()
+        scores[:, 2] = np.linspace(0, farthest, len(scores))
+        # Lowest of the rewards with these distances from the mean.
+        lowest = state.reward_mean - farthest * state.reward_sd
+        known = dataclasses.replace(state, table=dataclasses.replace(state.table, scores=scores))
+        assert known.reward_floor == min(lowest, 0.5 - 3 * 2.0)
+    assert dataclasses.replace(state, table=None).reward_floor == 0.5 - 3 * 2.0
 
 
 def test_unknown_channel_is_a_mismatch(state: FittedState) -> None:

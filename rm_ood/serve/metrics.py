@@ -80,6 +80,11 @@ class Metrics:
         self.evidence = make(Gauge, "monitor_e_value", "Evidence that the traffic has changed.")
         self.threshold = make(Gauge, "monitor_threshold", "Evidence at which it alarms.")
         self.recurring = make(Gauge, "monitor_recurring_alarms", "Recurring alarms so far.")
+        self.uncounted = make(
+            Gauge,
+            "monitor_uncounted_items",
+            "Items in a row that the monitor did not count: their sessions had counted.",
+        )
         self.flag_rate = make(Gauge, "monitor_flag_rate", "Share of the counted items that is flagged.")
         self.monitor_failures = make(Counter, "monitor_failures", "What the monitor could not do.", ("what",))
         for labelled, values in (

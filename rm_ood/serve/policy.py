@@ -5,7 +5,10 @@
 - `enforce`: the reward is withheld: null, with the reason `withheld`.
 
 A reward that is not a finite number is never given out, in no mode. Where a protocol has no null (`/get_reward`,
-`/classify`), `--withheld-reward` takes its place: by default three standard deviations below the fit data's mean.
+`/classify`), one number stands for all of them: by default the guard's `reward_floor`, no higher than the reward of any
+calibration prompt, and at least three standard deviations below the fit data's mean. It says nothing of an item's own reward,
+so it may lie above one that is lower than any calibration prompt's: where a policy must never gain by being flagged, whatever
+it writes, pass a `--withheld-reward` below all that the reward model gives.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ class StateScorer(ABC):
         self._read_back = ReadBack(tokenizer, state.config.text_format)
         self.digest = guard_digest(*state.to_saved())
         self.card = guard.report()
-        self.withheld_reward = state.reward_mean - 3 * state.reward_sd
+        self.withheld_reward = state.reward_floor
 
     def split(self, text: str, prompt: str | None, where: str) -> tuple[Text, str]:
         """See `Scorer`."""

@@ -38,8 +38,7 @@ class ServeSettings:
             scores. drain_timeout_s: to finish what was accepted after SIGTERM.
         batch_size: items in one forward; None: the guard's own.
         batch_wait_s: how long an idle model waits for a batch to fill.
-        withheld_reward: what replies that need a number say for a withheld reward; None: three standard deviations below the
-            mean reward of the fit data.
+        withheld_reward: what replies that need a number say for a withheld reward; None: `FittedState.reward_floor`.
         monitor_state: file in which the traffic monitor outlives the process. monitor_save_s: how often it is written.
         unready_on_alarm: not ready once the traffic monitor has alarmed.
     """

@@ -19,9 +19,16 @@ from rm_ood.serve.scorer import Scorer, Work
 from rm_ood.serve.settings import ServeSettings
 from rm_ood.serve.worker import Worker
 
+# Items in a row of which none counted, after which the log says that the monitor hears nothing.
+_QUIET = 10_000
+
 
 class Traffic:
     """An alarm on one guard's traffic.
+
+    The monitor counts one item of each session, so that traffic of sessions that it knows, such as that of a sender who gives
+    every item the same one, can change without an alarm. How many items in a row did not count is a gauge, and the log tells
+    of 10,000.
 
     Args:
         scorer: whose verdicts are watched.
@@ -41,6 +48,7 @@ class Traffic:
         self._lock = threading.Lock()
         self.monitor, self._saved = self._open(scorer, resume)
         self.state: MonitorState = self.monitor.state
+        self.uncounted = 0
         self._worker = Worker("rm-ood-monitor")
         self.show()
 
@@ -64,12 +72,20 @@ class Traffic:
             with self._lock:
                 state = self.monitor.watch(decisions, [work.query.session for work in works])
                 before, self.state = self.state, state
+                self._hear(before, state)
         except OODGuardError as error:
             self._metrics.monitor_failures.labels("watch").inc()
             log("monitor_failed", level="error", error=type(error).__name__)
             return
         if (state.alarm and not before.alarm) or state.recurring_alarms > before.recurring_alarms:
             log("traffic_alarm", level="warning", message=state.message)
+
+    def _hear(self, before: MonitorState, now: MonitorState) -> None:
+        """Count what came without counting; of a batch that counts, nothing does."""
+        silent = self.uncounted
+        self.uncounted = 0 if now.counted > before.counted else silent + now.requests - before.requests
+        if silent < _QUIET <= self.uncounted:
+            log("monitor_hears_nothing", level="warning", items=self.uncounted, counted=now.counted)
 
     def show(self) -> None:
         """Set the gauges."""
@@ -78,6 +94,7 @@ class Traffic:
         m.evidence.set(state.e_value)
         m.threshold.set(state.threshold)
         m.recurring.set(state.recurring_alarms)
+        m.uncounted.set(self.uncounted)
         m.flag_rate.set(math.nan if state.flag_rate is None else state.flag_rate.rate)
 
     def row(self) -> dict[str, Any]:

@@ -224,3 +224,21 @@ def test_batches_hold_items_of_like_length_and_one_guard(minilm_guard: OODGuard)
         assert max(abs(len(t) - own) for t in first) <= min(abs(len(t) - own) for t in second)
         padded = client.metric('rm_ood_tokens_total{kind="padding"}')
         assert padded < 0.5 * client.metric('rm_ood_tokens_total{kind="text"}')
+
+
+def test_a_monitor_that_hears_nothing_is_told_once(
+    minilm_guard: OODGuard, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("rm_ood.serve.traffic._QUIET", 10)
+    same = {"items": [{**item, "session": "s"} for item in items(4)["items"]]}
+    with serving(guard_scorer(minilm_guard)) as (client, _):
+
+        def ask(body: Any) -> tuple[float, int]:
+            assert client.post("/v1/score", body).status == 200
+            told = [record for record in caplog.records if record.msg == "monitor_hears_nothing"]
+            return client.metric("rm_ood_monitor_uncounted_items"), len(told)
+
+        # The first counts, and then no other of its session.
+        assert [ask(same) for _ in range(5)] == [(0, 0), (4, 0), (8, 0), (12, 1), (16, 1)]
+        assert ask(items(1)) == (0, 1)
+        assert [ask(same) for _ in range(3)] == [(4, 1), (8, 1), (12, 2)]
