@@ -161,10 +161,12 @@ def _parser() -> argparse.ArgumentParser:
         rm-ood serve --guard guard --model my-reward-model
         rm-ood serve --guard guard --model my-reward-model --mode enforce --monitor-state monitor.json
         rm-ood serve --guard guard --model my-reward-model --host 0.0.0.0 --api-key-file key
+        rm-ood serve --guard guard --model my-reward-model --channels final --engine http://127.0.0.1:30000
         """,
     )  # fmt: skip
     guard_arguments(serve)
     _serve_arguments(serve)
+    _engine_arguments(serve)
 
     scores = add_command(
         parsers, "study-scores", commands.study_scores,
@@ -304,6 +306,7 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     add("--withheld-reward", type=float, metavar="X", help="the number for it, where a protocol needs one")
     add("--monitor-state", type=Path, metavar="FILE", help="where the traffic monitor outlives the server")
     add("--monitor-save", type=float, dest="monitor_save_s", metavar="S", help="how often it is written (default: 10)")
+    add("--channels", help="join these of the guard's channels alone, such as final (default: as saved)")
     add("--unready-on-alarm", action="store_true", help="/readyz fails once the traffic monitor has alarmed")
     add("--batch-size", type=int, metavar="N", help="items in one forward, at most the guard's own (default)")
     add("--batch-wait", type=float, dest="batch_wait_s", metavar="S", help="for an idle batch to fill (default: 0.002)")
@@ -319,6 +322,26 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     add("--request-timeout", type=float, dest="request_timeout_s", metavar="S", help="to receive one (default: 10)")
     add("--model-timeout", type=float, dest="model_timeout_s", metavar="S", help="to score one (default: 30)")
     add("--drain-timeout", type=float, dest="drain_timeout_s", metavar="S", help="after SIGTERM (default: 30)")
+
+
+def _engine_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "inference engine",
+        "in place of the reward model in this process; of --model only tokenizer, limit and head are read",
+    )
+    group.add_argument(
+        "--engine", metavar="URL", help="SGLang or vLLM (with the plugin) that serves --model: http://host:port"
+    )
+    # Absent unless given: the defaults are EngineSettings'.
+    add = partial(group.add_argument, default=argparse.SUPPRESS)
+    add("--engine-kind", choices=["auto", "sglang", "vllm"], help="default: auto, as it says itself")
+    add("--engine-model", metavar="NAME", help="name that it serves the model under (default: its only one)")
+    add("--engine-key-file", metavar="FILE", help="file with its key; or the environment variable RM_OOD_ENGINE_KEY")
+    group.add_argument("--engine-key", action=_KeyOnTheCommandLine, nargs="?", dest="key", help=argparse.SUPPRESS)
+    add("--engine-timeout", type=float, dest="engine_timeout_s", metavar="S", help="for one answer (default: 20)")
+    add("--engine-retries", type=int, metavar="N", help="further tries after a lost connection (default: 2)")
+    add("--engine-concurrency", type=int, metavar="N", help="requests in flight (default: 4)")
+    add("--engine-probe", type=float, dest="engine_probe_s", metavar="S", help="between canary texts (default: 10)")
 
 
 def _settings(parser: argparse.ArgumentParser) -> None:
@@ -374,7 +397,9 @@ class _KeyOnTheCommandLine(argparse.Action):
     """A refusal that does not repeat the key."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        parser.error("a key on the command line is seen by every user of this machine: use --api-key-file FILE")
+        parser.error(
+            "a key on the command line is seen by every user of this machine: use --api-key-file or --engine-key-file"
+        )
 
 
 def whole_number(text: str, low: int = 1) -> int:

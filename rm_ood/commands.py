@@ -16,7 +16,12 @@ from rm_ood.errors import InputError, SaveError
 from rm_ood.workers import ALONE, Workers
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rm_ood.guard import OODGuard
+    from rm_ood.serve.engine import EngineBackend
+    from rm_ood.serve.scorer import Scorer
+    from rm_ood.serve.settings import ServeSettings
 
 
 def demo(a: argparse.Namespace) -> dict[str, Any]:
@@ -151,17 +156,59 @@ def _serve(a: argparse.Namespace, asked: threading.Event) -> dict[str, Any]:
     given = {f.name: getattr(a, f.name) for f in fields(ServeSettings) if hasattr(a, f.name)}
     settings = ServeSettings(**given, api_key=read_api_key(a.api_key_file))
     check_host(a.host, settings.api_key)
-    guard = _load(a)
+    scorer: Scorer
+    load: Callable[[], Scorer]
+    if _asks_engine(a):
+        load = engine = _engine_loader(a, settings)
+        scorer = backend = engine()
+        logs.configure()
+        backend.tell()
+    else:
+        guard = _load(a)
 
-    def load() -> GuardScorer:
-        again = OODGuard.from_pretrained(a.guard, guard.model, guard.tokenizer, allow_dtype_change=a.allow_dtype_change)
-        return GuardScorer(again, settings.batch_size)
+        def load() -> GuardScorer:
+            options = {"allow_dtype_change": a.allow_dtype_change, "channels": getattr(a, "channels", None)}
+            return GuardScorer(
+                OODGuard.from_pretrained(a.guard, guard.model, guard.tokenizer, **options), settings.batch_size
+            )
 
-    scorer = GuardScorer(guard, settings.batch_size)
-    logs.configure()
+        scorer = GuardScorer(guard, settings.batch_size)
+        logs.configure()
     server = Server(scorer, settings, a.host, a.port, load, asked)
     server.serve_forever()
     return {"json": server.summary(), "text": ""}
+
+
+def _asks_engine(a: argparse.Namespace) -> bool:
+    """Whether `serve` has an engine; its other options need one, and those of a model here are then nobody's."""
+    given = sorted(name for name in vars(a) if name.startswith("engine_"))
+    if a.engine is None and given:
+        raise InputError(f"--{given[0].removesuffix('_s').replace('_', '-')} needs --engine URL")
+    if a.engine is not None and (a.device is not None or a.dtype != "auto"):
+        raise InputError("--device and --dtype are the engine's own settings: leave them out beside --engine")
+    return a.engine is not None
+
+
+def _engine_loader(a: argparse.Namespace, settings: ServeSettings) -> Callable[[], EngineBackend]:
+    from rm_ood.guard import OODGuard
+    from rm_ood.integrations.model_files import model_files
+    from rm_ood.serve.engine import EngineSettings, load_backend
+    from rm_ood.serve.settings import read_engine_key
+
+    names = {f.name: f"engine_{f.name}" for f in fields(EngineSettings)}
+    given = {name: getattr(a, option) for name, option in names.items() if hasattr(a, option)}
+    engine = EngineSettings(url=a.engine, key=read_engine_key(getattr(a, "engine_key_file", None)), **given)
+    if engine.timeout_s >= settings.model_timeout_s:
+        raise InputError(
+            f"--engine-timeout {engine.timeout_s:g}: expected less than --model-timeout ({settings.model_timeout_s:g}), which a "
+            "request has in all"
+        )
+    OODGuard.from_pretrained(a.guard)  # a broken guard is told before anything else is read
+    files = model_files(a.model, trust_remote_code=a.trust_remote_code)
+    return lambda: load_backend(
+        a.guard, files, engine, settings.batch_size,
+        channels=getattr(a, "channels", None), allow_dtype_change=a.allow_dtype_change,
+    )  # fmt: skip
 
 
 def report(a: argparse.Namespace) -> dict[str, Any]:
@@ -229,7 +276,8 @@ def _load(a: argparse.Namespace) -> Any:
 
     OODGuard.from_pretrained(a.guard)  # a broken guard is told before a model is loaded
     model, tokenizer = load_reward_model(a.model, **model_options(a))
-    return OODGuard.from_pretrained(a.guard, model, tokenizer, allow_dtype_change=a.allow_dtype_change)
+    options = {"allow_dtype_change": a.allow_dtype_change, "channels": getattr(a, "channels", None)}
+    return OODGuard.from_pretrained(a.guard, model, tokenizer, **options)
 
 
 def model_options(a: argparse.Namespace) -> dict[str, Any]:

@@ -28,6 +28,7 @@ LINES = (
     "card_values markup card_page card",
     "calls outputs inputs scoring turns recalibration suspects guard penalty selection",
     "integrations.transport replies client integrations.read_out integrations.vllm_plugin integrations.engines",
+    "integrations.engine_check integrations.model_files",
     "integrations.judges integrations.processes integrations.passes integrations.trl_callbacks integrations.trl",
     "integrations.together integrations.rollout_reward integrations.openrlhf integrations.verl",
     "integrations",
@@ -40,7 +41,7 @@ LINES = (
     "choice doctor batch demo",
     "serve serve.hangup serve.settings serve.refusal serve.worker serve.batcher serve.scorer serve.schemas serve.reading",
     "serve.policy serve.logs serve.metrics serve.traffic serve.tracing serve.service serve.gate serve.openapi serve.app",
-    "serve.protocol serve.server",
+    "serve.protocol serve.server serve.engine",
 )
 ORDER = " ".join(LINES).split()
 # The package's own names come from all of the above; the command line is their reader.

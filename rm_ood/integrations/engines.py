@@ -25,7 +25,7 @@ from rm_ood.embed import Embedded, merge, span_facts
 from rm_ood.errors import EngineError, InputError, MismatchError
 from rm_ood.fingerprint import text_fingerprint
 from rm_ood.guard import OODGuard
-from rm_ood.integrations.read_out import read_head
+from rm_ood.integrations.read_out import RewardHead, read_head
 from rm_ood.integrations.transport import JsonClient, number_rows
 from rm_ood.integrations.vllm_plugin import UNSCORABLE, distance_columns, guard_number
 from rm_ood.reward_model import reward_column
@@ -102,7 +102,7 @@ class EngineScorer(ABC):
         self.model = model
         self.batch_size = batch_size
         self._cut_id = _cut_id(state, tokenizer, pad_id)
-        self._text = _text(state, tokenizer, max_length)
+        self.text = _text(state, tokenizer, max_length)
         ends = state.record.get("ends")
         self._ends = None if ends is None else EndsCheck(ends, tokenizer, state.config.text_format)
         self._client = JsonClient(url, headers=headers, **client)
@@ -155,7 +155,7 @@ class EngineScorer(ABC):
         Raises:
             InputError: an item that cannot be encoded; names it as `items[i]`.
         """
-        encoded = [self._text.encode(prompt, response, f"items[{i}]") for i, (prompt, response) in enumerate(items)]
+        encoded = [self.text.encode(prompt, response, f"items[{i}]") for i, (prompt, response) in enumerate(items)]
         if self._ends is None:
             return encoded
         notes = self._ends.encoded(encoded)
@@ -218,15 +218,16 @@ class SGLangScorer(EngineScorer):
     Takes the arguments of `EngineScorer`, and:
 
     Args:
-        head: `(weight, bias)` of the reward head, or a checkpoint folder with safetensors: every reward is then recomputed
-            from its vector, and an item whose reward is another one is flagged, with the reason `read_out_mismatch`.
+        head: `(weight, bias)` of the reward head, a checkpoint folder with safetensors, or what `read_head` made of one: every
+            reward is then recomputed from its vector, and an item whose reward is another one is flagged, with the reason
+            `read_out_mismatch`.
 
     Raises:
         InputError, MismatchError: as `EngineScorer`, and a head that cannot be read, or another one than was fitted on.
     """
 
     def __init__(self, url: str, guard: OODGuard, tokenizer: Any, *, head: Any = None, **options: Any) -> None:
-        self._head = None if head is None else read_head(head, guard.state)
+        self._head = head if head is None or isinstance(head, RewardHead) else read_head(head, guard.state)
         super().__init__(url, guard, tokenizer, **options)
 
     def _ask(self, ids: list[list[int]], state: FittedState) -> EngineReply:

@@ -29,7 +29,7 @@ _REWARDS = (-20.0, -10.0, -5.0, -2.0, -1.0, 0.0, 1.0, 2.0, 5.0, 10.0, 20.0)
 _UNSCORED = ("non_finite", "read_out_mismatch", "scoring_failed")
 # What the scoring endpoints, and all others together, can be answered.
 _EVERYWHERE = (200, 400, 401, 405, 408, 413, 421, 499, 500, 503)
-_STATUSES = {**dict.fromkeys(SCORING, (*_EVERYWHERE, 415, 422, 429, 504)), OTHER: (*_EVERYWHERE, 404, 431)}
+_STATUSES = {**dict.fromkeys(SCORING, (*_EVERYWHERE, 415, 422, 429, 502, 504)), OTHER: (*_EVERYWHERE, 404, 431)}
 RELOADS = ("replaced", "rolled_back")
 MONITOR_CALLS = ("watch", "save")
 

@@ -79,6 +79,7 @@ _REFUSALS = {
     422: "not of the schema, a text that the guard does not take, or past a limit",
     429: "too much waits for the model: Retry-After says when to try again",
     500: "the items could not be scored",
+    502: "the inference engine failed, or serves another reward model",
     503: "too many connections, or nothing to score with: Retry-After says when to try again",
     504: "the model did not answer in time",
 }

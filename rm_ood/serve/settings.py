@@ -15,6 +15,7 @@ from rm_ood.errors import InputError
 
 MODES = ("shadow", "warn", "enforce")
 KEY_VARIABLE = "RM_OOD_API_KEY"
+ENGINE_KEY_VARIABLE = "RM_OOD_ENGINE_KEY"
 _HOST = re.compile(r"\*|(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _SHORTEST_KEY, _LONGEST_KEY = 16, 512
 
@@ -97,24 +98,34 @@ def read_api_key(file: str | None) -> bytes | None:
         InputError: both are given, or the key is shorter than 16 characters or not printable ASCII. Never tells the key.
         FileNotFoundError: no such file.
     """
-    given = os.environ.get(KEY_VARIABLE)
+    key = _read_key(file, "--api-key-file", KEY_VARIABLE, _SHORTEST_KEY)
+    return None if key is None else key_digest(key)
+
+
+def read_engine_key(file: str | None) -> str | None:
+    """The inference engine's key in a file, or in `RM_OOD_ENGINE_KEY`; raises as `read_api_key`, and takes short keys."""
+    return _read_key(file, "--engine-key-file", ENGINE_KEY_VARIABLE, 1)
+
+
+def _read_key(file: str | None, option: str, variable: str, shortest: int) -> str | None:
+    given = os.environ.get(variable)
     if file is not None and given is not None:
-        raise InputError(f"--api-key-file and {KEY_VARIABLE} are both given: leave one out")
+        raise InputError(f"{option} and {variable} are both given: leave one out")
     if file is not None:
         try:
             given = Path(file).read_text(encoding="utf-8").strip()
         except FileNotFoundError:
             raise
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--api-key-file: cannot be read ({type(error).__name__})") from error
+            raise InputError(f"{option}: cannot be read ({type(error).__name__})") from error
     if given is None:
         return None
-    if not _SHORTEST_KEY <= len(given) <= _LONGEST_KEY or not all("!" <= c <= "~" for c in given):
+    if not shortest <= len(given) <= _LONGEST_KEY or not all("!" <= c <= "~" for c in given):
         raise InputError(
-            f"API key of {len(given)} characters: expected {_SHORTEST_KEY} to {_LONGEST_KEY} printable ASCII characters "
-            "without spaces, such as from: openssl rand -hex 32"
+            f"{option}, {variable}: a key of {len(given)} characters; expected {shortest} to {_LONGEST_KEY} printable ASCII "
+            "characters without spaces, such as from: openssl rand -hex 32"
         )
-    return key_digest(given)
+    return given
 
 
 def key_digest(key: str) -> bytes:

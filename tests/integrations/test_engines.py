@@ -1,8 +1,4 @@
-"""SGLang and vLLM clients against a stand-in server that replays the documented JSON of SGLang 0.5.23 and vLLM 0.33.
-
-The stand-in pools the very last token it gets, as both engines do, so the verdicts agree with those of the same guard on
-the local model only if the client sends the right ids.
-"""
+"""SGLang and vLLM clients against a stand-in server that replays the documented JSON of SGLang 0.5.23 and vLLM 0.33."""
 
 from __future__ import annotations
 
@@ -13,7 +9,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import preference_rows
+from engine_server import Engine
 from safetensors.torch import save_file
 
 from rm_ood import Decision, Decisions, EngineError, InputError, MismatchError, NotFittedError, OODGuard
@@ -34,75 +30,6 @@ pytestmark = [
 ]
 
 MESSAGES = [{"role": "user", "content": "name a river"}, {"role": "assistant", "content": "the Elbe"}]
-REPLIES = {"sglang": "/v1/score", "vllm": "/classify"}
-
-
-class Engine:
-    """A stand-in for both engines: last-token pooling, their JSON, and a hook to spoil a reply."""
-
-    def __init__(self, model: Any, head: Any) -> None:
-        self.model, self.head = model, head
-        self.requests: list[tuple[str, dict[str, Any], dict[str, str]]] = []
-        # Statuses to answer before the first real answer.
-        self.statuses: list[int] = []
-        self.spoil: Callable[[dict[str, Any]], Any] = lambda reply: reply
-        self.raw: Callable[[BaseHTTPRequestHandler], bool] = lambda handler: False
-        engine = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                engine.requests.append((self.path, body, dict(self.headers)))
-                if engine.raw(self):
-                    return
-                status = engine.statuses.pop(0) if engine.statuses else 200
-                answer = engine.answer(self.path, body) if status == 200 else {"error": {"message": str(body)}}
-                self.reply(status, json.dumps(answer).encode())
-
-            def reply(self, status: int, data: bytes, **headers: str) -> None:
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                for name, value in headers.items():
-                    self.send_header(name.replace("_", "-"), value)
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        class Server(ThreadingHTTPServer):
-            def handle_error(self, *_: Any) -> None:
-                """A client that gave up is what some tests are about."""
-
-        self.server = Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-    def hidden(self, ids: list[int]) -> torch.Tensor:
-        with torch.inference_mode():
-            return self.model.model(torch.tensor([ids])).last_hidden_state[:, -1]
-
-    def answer(self, path: str, body: dict[str, Any]) -> Any:
-        items = [body["query"] + item for item in body["items"]] if path == REPLIES["sglang"] else body["input"]
-        hidden = [self.hidden(ids) for ids in items]
-        tokens = sum(map(len, items))
-        usage = {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0}
-        with torch.inference_mode():
-            rows = [self.head(h)[0].tolist() for h in hidden]
-        if path == REPLIES["sglang"]:
-            assert body["apply_softmax"] is body["item_first"] is False
-            reply: dict[str, Any] = {"scores": rows, "model": "rm", "usage": usage, "object": "scoring"}
-            reply["pooled_hidden_states"] = (
-                [h[0].tolist() for h in hidden] if body["return_pooled_hidden_states"] else None
-            )
-        else:
-            if body["use_activation"] is not False:
-                rows = [torch.tensor(row).sigmoid().tolist() for row in rows]
-            data = [{"index": i, "label": None, "probs": row, "num_classes": len(row)} for i, row in enumerate(rows)]
-            reply = {"id": "classify-1", "object": "list", "created": 1, "model": "rm", "data": data, "usage": usage}
-        return self.spoil(reply)
 
 
 @pytest.fixture(scope="module")
@@ -135,10 +62,8 @@ def vectors(folder: Path) -> OODGuard:
 
 @pytest.fixture
 def engine(shared_decoder: Any) -> Iterator[Engine]:
-    engine = Engine(shared_decoder, shared_decoder.score)
-    yield engine
-    engine.server.shutdown()
-    engine.server.server_close()
+    with Engine(shared_decoder, shared_decoder.score) as engine:
+        yield engine
 
 
 @pytest.fixture

@@ -1,0 +1,62 @@
+"""What a guard beside an engine needs of its reward model's files: tokenizer, limit and head; no weights are loaded."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rm_ood.errors import InputError
+
+_CHECKPOINTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Of one reward model.
+
+    Attributes:
+        tokenizer: its fast tokenizer.
+        max_length: the smaller of the tokenizer's and the model's own limit in tokens; None where neither is known.
+        head: folder of the checkpoint whose head can be read; None: there is no checkpoint here.
+    """
+
+    tokenizer: Any
+    max_length: int | None
+    head: Path | None
+
+
+def model_files(model_id: str, *, trust_remote_code: bool = False) -> ModelFiles:
+    """The files of a reward model in a folder or on the Hub, of which the weights are never fetched.
+
+    Args:
+        model_id: a folder with the tokenizer, and better with config.json and the checkpoint; or a Hub id.
+        trust_remote_code: run code that the repository ships; only ever the caller's choice.
+    Raises:
+        FileNotFoundError: no such folder. InputError: no tokenizer there.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    is_folder = os.path.isdir(model_id)
+    if not is_folder and model_id.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"no reward model folder at {model_id}")
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": is_folder}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_id, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{model_id}: no tokenizer can be loaded from there ({type(error).__name__}). Name the folder or Hub id of the "
+            "reward model that the engine serves."
+        ) from error
+    try:
+        config = AutoConfig.from_pretrained(model_id, **options).get_text_config()
+        positions = getattr(config, "max_position_embeddings", None)
+    except (OSError, ValueError):
+        # A folder of the tokenizer alone.
+        positions = None
+    limit = int(tokenizer.model_max_length)
+    limits = [limit, *([positions] if isinstance(positions, int) and positions > 0 else [])]
+    folder = Path(model_id)
+    has_checkpoint = is_folder and any((folder / name).is_file() for name in _CHECKPOINTS)
+    return ModelFiles(tokenizer, min(limits), folder if has_checkpoint else None)

@@ -1,0 +1,279 @@
+"""A server without the reward model: an inference engine gives rewards and vectors, the guard the verdicts.
+
+The engine is asked the canary texts of the guard before the first item, every `probe_s` seconds, and after every failure:
+as long as it does not answer them as the reward model of the fit did, nothing is scored.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rm_ood.channels import FINAL, REWARD
+from rm_ood.decision import Decisions
+from rm_ood.dialogue import Response, Text
+from rm_ood.errors import EngineError, InputError, MismatchError, UnavailableError
+from rm_ood.guard import OODGuard
+from rm_ood.integrations.engine_check import KINDS, canary_items, check_canaries, engine_kind
+from rm_ood.integrations.engines import EngineScorer
+from rm_ood.integrations.model_files import ModelFiles
+from rm_ood.integrations.read_out import read_head
+from rm_ood.serve.logs import log
+from rm_ood.serve.refusal import Refusal
+from rm_ood.serve.scorer import StateScorer, Work
+from rm_ood.text import Encoded
+
+# What a head in another dtype may round by, which an engine does not tell.
+_COARSE = torch.finfo(torch.bfloat16).eps
+# Between two questions whether an engine that was away is back.
+_HOLD_S = 1.0
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How an engine is asked.
+
+    Attributes:
+        url: its address, `http://host:port`.
+        kind: `"sglang"`, `"vllm"`, or `"auto"`: as it says itself.
+        model: name that it serves the reward model under; None for its only one.
+        key: sent as `Authorization: Bearer ...`; None: no key.
+        timeout_s: to connect, for any next part of a reply, and for the whole of it.
+        retries: further tries after a lost connection.
+        concurrency: requests in flight.
+        probe_s: how often the canary texts are asked.
+    """
+
+    url: str
+    kind: str = "auto"
+    model: str | None = None
+    key: str | None = field(default=None, repr=False)
+    timeout_s: float = 20.0
+    retries: int = 2
+    concurrency: int = 4
+    probe_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("auto", *KINDS):
+            raise InputError(f"kind={self.kind!r}: expected 'auto' or one of {list(KINDS)}")
+        for name, least in (("retries", 0), ("concurrency", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InputError(f"{name}={value!r}: expected a whole number from {least}")
+        for name in (f.name for f in fields(self) if f.name.endswith("_s")):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise InputError(f"{name}={value!r}: expected seconds above 0")
+
+
+class EngineBackend(StateScorer):
+    """A guard without its model, in front of an engine.
+
+    Args:
+        guard: calibrated, loaded without a model; its verdict joins `final`, and no other vector.
+        files: of the reward model that the engine serves.
+        settings: of the engine.
+        batch_size: items in one request; None: the guard's own.
+        allow_dtype_change: accept an engine that runs the model in another dtype than that of the fit.
+
+    Raises:
+        InputError: a guard that an engine cannot serve. NotFittedError: not fitted or not calibrated.
+        MismatchError: another tokenizer or limit, or another reward model behind the address.
+        EngineError: it does not answer, or not as documented.
+    """
+
+    def __init__(
+        self,
+        guard: OODGuard,
+        files: ModelFiles,
+        settings: EngineSettings,
+        batch_size: int | None = None,
+        *,
+        allow_dtype_change: bool = False,
+    ) -> None:
+        _check_channels(guard)
+        super().__init__(guard, guard.state, files.tokenizer, batch_size or guard.config.batch_size)
+        self.concurrency = settings.concurrency
+        headers = {} if settings.key is None else {"Authorization": f"Bearer {settings.key}"}
+        client: dict[str, Any] = {
+            "headers": headers,
+            "timeout": settings.timeout_s,
+            "whole_s": settings.timeout_s,
+            "patience": 0.0,
+        }
+        kind = settings.kind
+        if kind == "auto":
+            kind = engine_kind(settings.url, retries=settings.retries, **client)
+        options = {**client, "model": settings.model, "batch_size": self.batch_size}
+        if guard.config.max_length is None:
+            options["max_length"] = files.max_length
+        if kind == "sglang" and files.head is not None:
+            head = read_head(files.head, guard.state)
+            options["head"] = replace(head, eps=max(head.eps, _COARSE)) if allow_dtype_change else head
+
+        def connect(retries: int) -> EngineScorer:
+            return KINDS[kind](settings.url, guard, files.tokenizer, retries=retries, **options)
+
+        self._engine, self._asker = connect(settings.retries), connect(0)
+        self._canaries = canary_items(self._asker)
+        self._allow = allow_dtype_change
+        self._probe_s = settings.probe_s
+        self._outage: Refusal | None = None
+        self._asked_at = -math.inf
+        self._asking = threading.Lock()
+        self._wake, self._closed = threading.Event(), False
+        try:
+            self._compare()
+        except BaseException:
+            self.close()
+            raise
+        self._facts: dict[str, Any] = {"kind": kind, "head_checked": "head" in options}
+        threading.Thread(target=self._watch, name="rm-ood-engine", daemon=True).start()
+
+    def tell(self) -> None:
+        """Log which engine it is, and what is known of it."""
+        known = self._state.identity.canaries is not None
+        log("engine", **self._facts, canaries_compared=known, dtype_changed=bool(self._state.overrides))
+
+    def _encode(self, items: Sequence[tuple[Text, Response]]) -> list[Encoded]:
+        return self._engine.encode(items)
+
+    def score(self, works: Sequence[Work]) -> Decisions:
+        """See `Scorer`."""
+        if self._outage is not None and not self._serves():
+            raise self._told(self._outage)
+        try:
+            scored, part = self._engine.score([work.encoded for work in works], self._state)
+        except (EngineError, MismatchError) as error:
+            refusal = _refusal(error)
+            if refusal.kind in ("engine_failed", "engine_mismatch"):
+                # One item may have done it; an engine that still answers the canaries says so.
+                if self._serves():
+                    raise
+                raise self._told(self._outage or refusal) from None
+            if refusal.kind == "engine_unavailable":
+                self._down(refusal, error)
+            elif refusal.kind == "engine_timeout":
+                self._wake.set()
+            raise refusal from None
+        return self._decide(works, scored, part)
+
+    def failure(self) -> Refusal:
+        """See `Scorer`."""
+        return Refusal(
+            502, "engine_failed", "the inference engine failed on every item; the server's log has more", 1.0
+        )
+
+    def close(self) -> None:
+        """See `Scorer`."""
+        self._closed = True
+        self._wake.set()
+        for engine in (self._engine, self._asker):
+            engine.close()
+
+    # -- is it there, and is it the reward model of the fit
+
+    def _watch(self) -> None:
+        while not self._closed:
+            self._wake.wait(self._probe_s)
+            self._wake.clear()
+            if not self._closed:
+                self._serves()
+
+    def _serves(self) -> bool:
+        """Whether the engine answers the canaries as it should; sets the outage, or ends it.
+
+        While an outage lasts it is asked once a second at most, by one thread; the others take the answer of before.
+        """
+        if self._outage is not None and time.monotonic() - self._asked_at < min(_HOLD_S, self._probe_s):
+            return False
+        if not self._asking.acquire(blocking=self._outage is None):
+            return False
+        try:
+            self._compare()
+        except Exception as error:  # whatever it is: nothing is scored before it is known to be right again
+            refusal = _refusal(error)
+            if refusal.kind != "engine_busy":
+                self._down(refusal, error)
+            return False
+        finally:
+            self._asked_at = time.monotonic()
+            self._asking.release()
+        if self._outage is not None:
+            self._outage = self.problem = None
+            log("engine_back")
+        return True
+
+    def _compare(self) -> None:
+        overrides = check_canaries(self._asker, self._state, self._canaries, allow_dtype_change=self._allow)
+        if overrides != self._state.overrides:
+            self._state = replace(self._state, overrides=overrides)
+
+    def _down(self, refusal: Refusal, error: Exception) -> None:
+        before, self._outage = self._outage, refusal
+        self.problem = _PROBLEMS[refusal.kind]
+        self._asked_at = time.monotonic()
+        if before is None or before.kind != refusal.kind:
+            # A mismatch is told in numbers; other errors name the address.
+            told = {"message": str(error)} if isinstance(error, MismatchError) else {}
+            log("engine_away", level="error", why=refusal.kind, error=type(error).__name__, **told)
+
+    def _told(self, outage: Refusal | None) -> Refusal:
+        """A refusal of its own for each batch."""
+        return self.failure() if outage is None else replace(outage)
+
+
+_PROBLEMS = {
+    "engine_unavailable": "engine cannot be reached",
+    "engine_timeout": "engine does not answer in time",
+    "engine_failed": "engine fails",
+    "engine_mismatch": "engine serves another reward model",
+}
+
+
+def _refusal(error: Exception) -> Refusal:
+    """What the sender is told of an engine that gives nothing to score; never its address or its words."""
+    if isinstance(error, UnavailableError) and error.why == "busy":
+        asked = 1.0 if error.retry_after_s is None else error.retry_after_s
+        return Refusal(503, "engine_busy", "the inference engine is busy: try again later", asked)
+    if isinstance(error, UnavailableError) and error.why == "unreachable":
+        return Refusal(503, "engine_unavailable", "the inference engine cannot be reached: try again later", 5.0)
+    if isinstance(error, UnavailableError) and error.why == "timeout":
+        return Refusal(504, "engine_timeout", "the inference engine did not answer in time", 1.0)
+    if isinstance(error, MismatchError):
+        message = "the inference engine does not serve the reward model that the guard was fitted on"
+        return Refusal(502, "engine_mismatch", message, 5.0)
+    return Refusal(502, "engine_failed", "the inference engine failed, or its answer cannot be used", 5.0)
+
+
+def _check_channels(guard: OODGuard) -> None:
+    """Raises InputError for a guard whose verdict needs vectors that no engine gives."""
+    joined = guard.state.config.joined
+    lacking = [name for name in joined if name not in (FINAL, REWARD)]
+    if lacking or FINAL not in joined:
+        raise InputError(
+            f"this guard's verdict is joined from {list(joined)}, and an engine gives final vectors and rewards only"
+            f"{f', not {lacking}' if lacking else ''}. Serve it with --channels final, which is fitted and calibrated in "
+            "every guard, or fit one with: rm-ood fit --channels final --axes response"
+        )
+
+
+def load_backend(
+    guard: str | Path,
+    files: ModelFiles,
+    settings: EngineSettings,
+    batch_size: int | None,
+    *,
+    channels: Any = None,
+    allow_dtype_change: bool = False,
+) -> EngineBackend:
+    """A saved guard, loaded without its model, in front of an engine. Raises as `EngineBackend` and `from_pretrained`."""
+    loaded = OODGuard.from_pretrained(guard, channels=channels)
+    return EngineBackend(loaded, files, settings, batch_size, allow_dtype_change=allow_dtype_change)
