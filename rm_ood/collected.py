@@ -109,7 +109,7 @@ class Collected:
         tensors["kept.facts"] = _json_tensor([[k.key, k.response_hash, k.group, k.label, *k.lengths] for k in kept])
         tensors["kept.rewards"] = torch.tensor([k.reward for k in kept], dtype=torch.float64)
         for i, name in enumerate(names):
-            tensors[f"kept.{i}"] = torch.stack([k.vectors[name] for k in kept])
+            tensors[f"kept.{i}"] = torch.from_numpy(np.stack([k.vectors[name] for k in kept]))
         moments: list[tuple[str, str]] = []
         if with_moments:
             for kind, name, part in named_moments(self.moments):
@@ -148,12 +148,12 @@ class Collected:
         )
         self.ends.load(_json_of(tensors["ends"]))
         self.take_copies(_json_of(tensors["copies"]))
-        vectors = {name: tensors[f"kept.{i}"] for i, name in enumerate(config["kept"])}
+        vectors = {name: tensors[f"kept.{i}"].numpy() for i, name in enumerate(config["kept"])}
         facts, rewards = _json_of(tensors["kept.facts"]), tensors["kept.rewards"].tolist()
         for i, (key, response_hash, group, label, *lengths) in enumerate(facts):
-            own = {name: x[i] for name, x in vectors.items()}
+            rows = {name: x[i] for name, x in vectors.items()}
             self.reservoir.offer(
-                Kept(key, response_hash, group, label, own, rewards[i], (int(lengths[0]), int(lengths[1])))
+                Kept(key, response_hash, group, label, rows, rewards[i], (int(lengths[0]), int(lengths[1])))
             )
         for i, (kind, name) in enumerate(config["moments"]):
             prefix = f"moments.{i}."

@@ -23,6 +23,7 @@ from rm_ood.detectors.contrasted import ContrastedMahalanobis
 from rm_ood.detectors.mahalanobis import MahalanobisDetector
 from rm_ood.embed import Embedded, Embedder
 from rm_ood.errors import CalibrationError, CalibrationWarning
+from rm_ood.fitting import WINDOW_BATCHES, windows
 from rm_ood.identity import Identity
 from rm_ood.moments import ClassMoments
 from rm_ood.one_pass import Pass
@@ -124,12 +125,14 @@ class Fitter:
 
     def _copy(self, text: TextEncoder, progress: bool) -> None:
         """The noisy copies through the model, when it is known which texts they are of."""
-        encoded, turn = list(self.found.copies.encoded(text)), {"turn": self.workers.rank, "turns": self.workers.size}
-        with tqdm(total=len(encoded), desc="noisy copies", unit="item", disable=not progress or not encoded) as bar:
-            for index, part in self.embedder.batches(encoded, text, **turn) if encoded else ():
-                self._take_noise(part)
-                self.workers.beat()
-                bar.update(len(index))
+        turn, size = {"turn": self.workers.rank, "turns": self.workers.size}, self.config.batch_size * WINDOW_BATCHES
+        total = len(self.found.copies.drawn)
+        with tqdm(total=total, desc="noisy copies", unit="item", disable=not progress or not total) as bar:
+            for window in windows(self.found.copies.encoded(text), size):
+                for _, part in self.embedder.batches(window, text, **turn):
+                    self._take_noise(part)
+                    self.workers.beat()
+                bar.update(len(window))
 
     def _take_noise(self, part: Embedded) -> None:
         good = [i for i, failed in enumerate(part.failed) if failed is None]
@@ -248,7 +251,7 @@ class Fitter:
         kept = self.found.reservoir.items()
         if not kept:
             raise CalibrationError("no calibration prompts: pass more data, or a larger share for calibration")
-        vectors = {name: torch.stack([k.vectors[name] for k in kept]) for name in state.detectors}
+        vectors = {name: torch.from_numpy(np.stack([k.vectors[name] for k in kept])) for name in state.detectors}
         rewards = np.array([k.reward for k in kept])
         scored = state.score(vectors, rewards)
         keys = np.array([k.key for k in kept], dtype=np.uint64)

@@ -23,7 +23,10 @@ from rm_ood.vectors import unit_rows
 
 # Batches of items encoded ahead, so that batches hold items of like length.
 WINDOW_BATCHES = 32
-_CHUNK = 65_536
+# Keys that wait to be sorted in: so many, or a share of those that are, which keeps the sorting's cost a key the same.
+_RECENT, _RECENT_SHARE = 4_096, 1 / 16
+# Hashes that a sketch counts: the share of repeats is known to half a per cent.
+_SKETCH = 8_192
 T = TypeVar("T")
 
 
@@ -39,7 +42,7 @@ class KeySet:
         if key in self:
             return False
         self._recent.add(key)
-        if len(self._recent) >= _CHUNK:
+        if len(self._recent) >= max(_RECENT, _RECENT_SHARE * len(self._sorted)):
             self._sorted, self._recent = self.sorted(), set()
         return True
 
@@ -69,7 +72,8 @@ class Kept:
     response_hash: int
     group: str | None
     label: int | None
-    vectors: dict[str, Tensor]
+    # Arrays: of ten thousand tensors of a small model, most would be their own administration.
+    vectors: dict[str, NDArray[np.float32]]
     reward: float
     lengths: tuple[int, int]
 
@@ -152,7 +156,7 @@ class Reservoir(Generic[D]):
 class DuplicateSketch:
     """Share of repeated items, estimated from those whose hash falls in a shrinking range (bounded memory)."""
 
-    def __init__(self, size: int = _CHUNK) -> None:
+    def __init__(self, size: int = _SKETCH) -> None:
         self.size = size
         self._limit = 2**64
         self._counts: dict[int, int] = {}

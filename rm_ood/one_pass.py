@@ -197,7 +197,7 @@ class Pass:
                         response_hash=work[i].response_hash,
                         group=work[i].item.group,
                         label=work[i].item.label,
-                        vectors={name: x[i].float().cpu().clone() for name, x in part.vectors.items()},
+                        vectors={name: x[i].float().cpu().numpy().copy() for name, x in part.vectors.items()},
                         reward=float(part.rewards[i]),
                         lengths=(int(lengths[i, 0]), int(lengths[i, 1])),
                     )

@@ -28,7 +28,7 @@ def test_a_key_set_is_a_set(first: list[int], second: list[int], chunk: int) -> 
     keys = KeySet(np.array(first, dtype=np.uint64))
     expected = set(first)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitting, "_CHUNK", chunk)
+        patch.setattr(fitting, "_RECENT", chunk)
         for key in second:
             assert keys.add(key) == (key not in expected)
             expected.add(key)
