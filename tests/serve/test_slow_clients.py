@@ -168,13 +168,15 @@ def test_a_kept_connection_is_answered_without_delay(served: tuple[Client, Serve
     client, _ = served
     connection = http.client.HTTPConnection("127.0.0.1", client.port)
     took = []
-    for _ in range(15):
+    for _ in range(60):
         start = time.monotonic()
         connection.request("POST", "/v1/score", b"{}", {"content-type": "application/json"})
         assert connection.getresponse().read()
         took.append(time.monotonic() - start)
     connection.close()
-    assert sorted(took)[5] < 0.03
+    # A reply in two packets of which the second waited for the other side's word, some 40 ms, would be late every time, but
+    # for the first ones of a connection; a machine with other work is late now and then.
+    assert min(took[30:]) < 0.03
 
 
 def test_a_reset_leaves_nothing_behind(served: tuple[Client, Server]) -> None:
