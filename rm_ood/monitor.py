@@ -319,9 +319,10 @@ class TrafficMonitor:
         Raises:
             SaveError: the disk refuses, or another process has been saving here for a minute.
         """
-        write_monitor(Path(path), self._snapshot)
+        write_monitor(Path(path), self.content)
 
-    def _snapshot(self) -> dict[str, Any]:
+    def content(self) -> dict[str, Any]:
+        """What `save` writes: JSON-able, of this moment."""
         with self._lock:
             return self._content()
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from numpy.typing import ArrayLike, NDArray
 
+from rm_ood.errors import FormatError
+from rm_ood.flag_rate import FlagRate
 from rm_ood.monitor import TrafficMonitor
-from rm_ood.monitor_state import MonitorState
+from rm_ood.monitor_file import read_monitor, write_monitor
+from rm_ood.monitor_state import Change, MonitorState
 
 
 class PassMonitor:
@@ -31,7 +36,7 @@ class PassMonitor:
     belongs to must not depend on what the policy wrote.
 
     Args:
-        fresh: makes a monitor, given `lifetime=`.
+        fresh: makes a monitor, given `lifetime=`, and `path=` where it is to go on from what was saved there.
         lifetime: A, larger than 1; `fresh` may multiply it by its workers.
 
     Raises:
@@ -88,9 +93,50 @@ class PassMonitor:
             state = self._monitor.update(scores, sessions=sessions, flags=flags)
             return self._joined(state), state.counted - before
 
+    def save(self, path: str | os.PathLike[str], **beside: int) -> None:
+        """Write where all passes stand to a file, atomically.
+
+        Args:
+            beside: counts of the caller's that belong to it.
+        Raises:
+            SaveError: as `TrafficMonitor.save`.
+        """
+
+        def content() -> dict[str, Any]:
+            with self._lock:
+                passes = {"nth": self._nth, "number": self._number, "before": _told(self._before), "beside": beside}
+                return {**self._monitor.content(), "passes": passes}
+
+        write_monitor(Path(path), content)
+
+    def resume(self, path: str | os.PathLike[str]) -> dict[str, int]:
+        """Go on from what `save` wrote, in the place of what was seen here.
+
+        Returns:
+            The caller's counts.
+        Raises:
+            FileNotFoundError: no such file.
+            FormatError, IntegrityError: it is something else, or was cut or changed.
+            MismatchError: it is of another calibration, or other settings.
+        """
+        content = read_monitor(Path(path))
+        try:
+            passes = content["passes"]
+            nth, number = int(passes["nth"]), passes["number"]
+            before, beside = _before(passes["before"]), {name: int(count) for name, count in passes["beside"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FormatError(f"{path}: not the monitor of a training run ({type(error).__name__})") from error
+        monitor = self._fresh(path=path, lifetime=self._lifetime_of(nth))
+        with self._lock:
+            self._nth, self._number, self._before, self._monitor = nth, number, before, monitor
+        return beside
+
+    def _lifetime_of(self, nth: int) -> float:
+        return self._lifetime * nth * (nth + 1)
+
     def _start(self) -> None:
         self._nth += 1
-        self._monitor = self._fresh(lifetime=self._lifetime * self._nth * (self._nth + 1))
+        self._monitor = self._fresh(lifetime=self._lifetime_of(self._nth))
 
     def _joined(self, own: MonitorState) -> MonitorState:
         own = replace(own, e_value=own.e_value / (self._nth * (self._nth + 1)), threshold=self._threshold)
@@ -120,3 +166,21 @@ class PassMonitor:
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self.__dict__.update(saved)
         self._lock = threading.Lock()
+
+
+# Of the passes before this one the present one's own values stand for the rest.
+_KEPT = ("requests", "counted", "unscored", "e_value", "threshold", "alarm", "alarm_at", "alarm_of", "recurring_alarms",
+         "last_recurring_at", "last_recurring_of", "flag_rate")  # fmt: skip
+
+
+def _told(state: MonitorState | None) -> dict[str, Any] | None:
+    return None if state is None else {name: value for name, value in asdict(state).items() if name in _KEPT}
+
+
+def _before(saved: Mapping[str, Any] | None) -> MonitorState | None:
+    if saved is None:
+        return None
+    changes = {name: saved[name] and Change(*saved[name]) for name in ("alarm_of", "last_recurring_of")}
+    flags = saved["flag_rate"] and FlagRate(**saved["flag_rate"])
+    rest = {"recurring_value": 0.0, "recurring_threshold": 0.0, "recurring_alarm": False, "axes": {}}
+    return MonitorState(**{**{name: saved[name] for name in _KEPT}, **rest, **changes, "flag_rate": flags})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -217,6 +218,29 @@ class OODReward:
     def alarmed(self) -> bool:
         """This process' monitor has alarmed (its lifetime alarm)."""
         return self.monitor is not None and self.monitor.state.alarm
+
+    def save_monitor(self, path: str | os.PathLike[str]) -> None:
+        """Keep this process' monitor and count of calls in a file, where there is a monitor; `alarm_callback` does it.
+
+        Raises:
+            SaveError: the disk refuses.
+        """
+        with self._lock:
+            monitor, calls = self.monitor, self.calls
+        if monitor is not None:
+            monitor.save(path, calls=calls)
+
+    def resume_monitor(self, path: str | os.PathLike[str]) -> None:
+        """Go on from what `save_monitor` kept.
+
+        Raises:
+            FileNotFoundError, FormatError, IntegrityError: there is no such file, or it is something else.
+            MismatchError: the guard's calibration, the settings or the number of processes are others.
+        """
+        monitor = self._new_monitor()
+        calls = monitor.resume(path).get("calls", 0)
+        with self._lock:
+            self.monitor, self.calls = monitor, calls
 
     # -- inside
 

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Protocol
 
-from rm_ood.errors import CalibrationWarning, InputError
+from rm_ood.errors import CalibrationWarning, InputError, OODGuardError, OODGuardWarning, SaveError
 from rm_ood.guard import OODGuard
 from rm_ood.integrations.passes import PassMonitor
 from rm_ood.integrations.processes import gather
@@ -18,6 +18,7 @@ ACTIONS = ("stop", "warn")
 class Watched(Protocol):
     """What is read of an `OODReward`."""
 
+    __name__: str
     calls: int
     monitor: PassMonitor | None
 
@@ -25,11 +26,22 @@ class Watched(Protocol):
     def alarmed(self) -> bool:
         """This process' monitor has alarmed."""
 
+    def save_monitor(self, path: Path) -> None:
+        """Keep the monitor in a file."""
+
+    def resume_monitor(self, path: Path) -> None:
+        """Go on from there."""
+
 
 def alarm_callback(reward: Watched, action: str = "stop") -> Any:
     """A callback that ends training, or warns, at the step at which the reward's monitor alarms on any process.
 
     All processes stop at the same step: they agree on it by a collective call at each step's end.
+
+    Each checkpoint has the monitors of all processes (`<reward's name>_monitor_<process>.json`), and a run that goes on from
+    one goes on with them: its promise is for the whole run. Where that cannot be, as without the file, with another
+    calibration or another number of processes, a warning says that the monitor begins anew. The checkpoint is looked for
+    where the trainer's arguments say (`resume_from_checkpoint`), else in their `output_dir`.
 
     Args:
         reward: the one among `reward_funcs`.
@@ -49,6 +61,29 @@ def alarm_callback(reward: Watched, action: str = "stop") -> Any:
         """See `alarm_callback`."""
 
         warned = False
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            """Go on with the monitor of the checkpoint that the run goes on from."""
+            if not state.global_step:
+                return
+            files = [folder / _file(reward, args) for folder in _checkpoints(args, state)]
+            try:
+                reward.resume_monitor(next((file for file in files if file.exists()), files[0]))
+            except (FileNotFoundError, OODGuardError) as error:
+                # One that has lived on in this process has seen what came before.
+                if reward.monitor is None:
+                    warnings.warn(
+                        f"the run goes on at step {state.global_step}, and its monitor begins anew: {error}",
+                        CalibrationWarning,
+                        stacklevel=2,
+                    )
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            """Put the monitor beside the checkpoint."""
+            try:
+                reward.save_monitor(_checkpoints(args, state)[-1] / _file(reward, args))
+            except SaveError as error:  # No reason to lose the run.
+                warnings.warn(str(error), OODGuardWarning, stacklevel=2)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
             """Stop or warn."""
@@ -74,6 +109,16 @@ def alarm_callback(reward: Watched, action: str = "stop") -> Any:
             return control
 
     return AlarmCallback()
+
+
+def _checkpoints(args: Any, state: Any) -> list[Path]:
+    """Folders that may hold the checkpoint of this step; that of this run is the last."""
+    own, asked = Path(args.output_dir) / f"checkpoint-{state.global_step}", args.resume_from_checkpoint
+    return [Path(asked), own] if isinstance(asked, str) else [own]
+
+
+def _file(reward: Watched, args: Any) -> str:
+    return f"{reward.__name__}_monitor_{args.process_index}.json"
 
 
 def guard_at_end(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pickle
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from rm_ood import InputError
+from rm_ood import FormatError, InputError, MismatchError
 from rm_ood.integrations.passes import PassMonitor
 from rm_ood.monitor import TrafficMonitor
 
@@ -56,6 +58,53 @@ def test_each_pass_is_heard_and_costs_more() -> None:
     play(monitor, clean, 6)
     assert (monitor.state.alarm_at, monitor.state.alarm_of) == (state.alarm_at, state.alarm_of)
     assert monitor.state.counted == 450
+
+
+def fresh(calibration: np.ndarray) -> Any:
+    def make(path: Path | None = None, **settings: Any) -> TrafficMonitor:
+        return TrafficMonitor.open(path, calibration, **settings)
+
+    return make
+
+
+@pytest.mark.parametrize("hacked_in", [0, 1, 2])
+def test_a_saved_alarm_goes_on_as_if_it_had_never_stopped(hacked_in: int, tmp_path: Path) -> None:
+    rng, path = np.random.default_rng(2), tmp_path / "monitor.json"
+    make = fresh(rng.normal(size=400))
+    passes = [rng.normal(3.0 * (number == hacked_in), size=150) for number in range(3)]
+    flags = rng.random(150) < 0.2
+    kept, asked = PassMonitor(make), 0
+    for number, scores in enumerate(passes):
+        for half in (slice(0, 75), slice(75, 150)):
+            kept.save(path, calls=asked)
+            other = PassMonitor(make)
+            assert other.resume(path) == {"calls": asked}
+            told = [
+                one.update({"all": scores[half]}, number=number, sessions=KEYS[half], flags=flags[half])
+                for one in (kept, other)
+            ]
+            assert told[0] == told[1]
+            # Those of half the pass were seen before.
+            assert told[0][1] == 75
+            asked += 1
+            kept = other
+    assert kept.state.alarm
+    assert kept.state.counted == 450
+
+
+def test_what_is_no_saved_alarm_is_refused(tmp_path: Path) -> None:
+    calibration = np.random.default_rng(3).normal(size=100)
+    monitor = PassMonitor(fresh(calibration))
+    with pytest.raises(FileNotFoundError):
+        monitor.resume(tmp_path / "none")
+    TrafficMonitor(calibration).save(tmp_path / "one")
+    with pytest.raises(FormatError, match="not the monitor of a training run"):
+        monitor.resume(tmp_path / "one")
+    monitor.save(tmp_path / "saved")
+    for other in (PassMonitor(fresh(calibration + 1)), PassMonitor(fresh(calibration), lifetime=50)):
+        with pytest.raises(MismatchError):
+            other.resume(tmp_path / "saved")
+        assert other.state.requests == 0
 
 
 def test_a_lifetime_is_refused_as_it_is_given() -> None:

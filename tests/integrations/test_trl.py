@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import pickle
 import random
@@ -516,6 +517,44 @@ def test_the_callback_may_only_warn_and_refuses_a_reward_nobody_calls(guard: OOD
     # Once.
     callback.on_step_end(None, TrainerState(global_step=2), control)
     assert not control.should_training_stop
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_goes_on_with_its_monitor(guard: OODGuard, tmp_path: Path) -> None:
+    def run(steps: int, reward: OODReward, start: bool) -> Any:
+        one = trainer(
+            "GRPO", guard, reward, tmp_path, prompts(40), callbacks=[alarm_callback(reward)], max_steps=steps,
+            save_strategy="steps", save_steps=2,
+        )  # fmt: skip
+        one.train(resume_from_checkpoint=None if start else True)
+        assert reward.monitor is not None
+        return reward.monitor.state
+
+    first, other = OODReward(guard, session="call"), OODReward(guard, session="call")
+    before = run(2, first, True)
+    assert (tmp_path / "checkpoint-2" / "ood_reward_monitor_0.json").is_file()
+    after = run(3, other, False)
+    assert other.calls == first.calls + 1
+    assert after.requests == before.requests + 8
+    # Prompts of a later call count again.
+    assert after.counted == before.counted + 2
+    (tmp_path / "checkpoint-2" / "ood_reward_monitor_0.json").unlink()
+    (tmp_path / "checkpoint-3").rename(tmp_path / "elsewhere")
+    with pytest.warns(CalibrationWarning, match="goes on at step 2, and its monitor begins anew"):
+        anew = run(3, OODReward(guard, session="call"), False)
+    assert anew.requests == 8
+
+
+def test_a_monitor_that_cannot_be_saved_does_not_end_the_run(guard: OODGuard, tmp_path: Path) -> None:
+    reward, callback = OODReward(guard), alarm_callback(OODReward(guard))
+    args, state = argparse.Namespace(output_dir=tmp_path, resume_from_checkpoint=None, process_index=1), TrainerState()
+    state.global_step = 5
+    # Nothing was watched yet.
+    callback.on_save(args, state, TrainerControl())
+    assert not (tmp_path / "checkpoint-5").exists()
+    reward(*rollouts(2, 0, ""))
+    (tmp_path / "checkpoint-5" / "ood_reward_monitor_1.json").mkdir(parents=True)
+    with pytest.warns(OODGuardWarning, match="is a folder, and is not replaced"):
+        alarm_callback(reward).on_save(args, state, TrainerControl())
 
 
 def test_two_processes_take_one_baseline_and_stop_at_the_same_step(own_guard: OODGuard, tmp_path: Path) -> None:
