@@ -207,7 +207,7 @@ def _requests(call: Call, keys: list[dict[str, str]], size: int) -> Iterator[tup
             items, ids, before = [], [], None
         run = (int(call.prompt_index[i]), keys[i])
         if run != before:
-            items.append({"id": str(i), "prompt": _sent(prompt, i), "responses": [], **keys[i]})
+            items.append({"id": str(i), **_sent(prompt), "responses": [], **keys[i]})
             before = run
         answers = items[-1]["responses"]
         ids.append(f"{items[-1]['id']}#{len(answers)}")
@@ -215,9 +215,9 @@ def _requests(call: Call, keys: list[dict[str, str]], size: int) -> Iterator[tup
     yield items, ids
 
 
-def _sent(prompt: Text, i: int) -> str | list[dict[str, Any]]:
+def _sent(prompt: Text) -> dict[str, Any]:
+    """The fields of an item that are its prompt's."""
     if not isinstance(prompt, Dialogue):
-        return prompt
-    if prompt.tools or prompt.template_kwargs:
-        raise InputError(f"items[{i}].prompt: a served guard takes no tools and no chat_template_kwargs; use OODGuard")
-    return prompt.messages
+        return {"prompt": prompt}
+    beside = {"tools": prompt.tools, "chat_template_kwargs": prompt.template_kwargs}
+    return {"prompt": prompt.messages, **{name: value for name, value in beside.items() if value}}

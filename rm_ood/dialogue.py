@@ -41,6 +41,7 @@ _NO_TEMPLATE_KWARGS = frozenset(
     {
         "conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "padding",
         "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+        "sanitize_control_tokens",
     }
 )  # fmt: skip
 

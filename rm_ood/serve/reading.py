@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from rm_ood.dialogue import Response, Text, check_prompt, check_response, messages_of
+from rm_ood.dialogue import Response, Text, check_dialogue, check_prompt, check_response, messages_of
 from rm_ood.errors import FormatError, InputError
 from rm_ood.preferences import prompt_key
 from rm_ood.serve.refusal import Refusal
@@ -174,12 +174,20 @@ def _of_item(item: Any, name: str, where: str, rules: TextRules) -> Iterator[Que
     else:
         prompt, answers = item.prompt, [("response", item.response)]
     asked = "messages" if isinstance(item, Conversation) else "prompt"
-    text = read_prompt(prompt, f"{where}{asked}", rules)
+    text = _beside(read_prompt(prompt, f"{where}{asked}", rules), item, where, rules)
     session = prompt_session(text) if item.session is None else ("session", item.session)
     for j, (field, answer) in enumerate(answers):
         label = f"{name}#{j}" if isinstance(item, PromptResponses) else name
         response = read_response(answer, f"{where}{field}", rules)
         yield Query(label, text, response, session, item.group, where.rstrip(".") or "item")
+
+
+def _beside(prompt: Text, item: Any, where: str, rules: TextRules) -> Text:
+    """The prompt with its tools and template keywords. Raises Refusal (422)."""
+    try:
+        return check_dialogue(prompt, item.tools, item.chat_template_kwargs, where, max_chars=rules.max_chars)
+    except InputError as error:
+        raise text_refusal(error) from None
 
 
 Split = Callable[[str, str | None, str], tuple[Text, str]]

@@ -64,10 +64,16 @@ Response = Annotated[
 ]
 
 
+# What a prompt's chat template renders beside its messages; the names of a row of data. Their text counts as a text's.
+Keyword = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")]
+
+
 class _Item(Strict):
     id: Name | None = None
     session: Name | None = None
     group: Name | None = None
+    tools: Annotated[list[dict[str, Any]], Field(max_length=128)] | None = None
+    chat_template_kwargs: Annotated[dict[Keyword, Any], Field(max_length=32)] | None = None
 
 
 class PromptResponse(_Item):
