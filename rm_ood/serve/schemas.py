@@ -45,8 +45,10 @@ class Message(Strict):
     tool_call_id: Name | None = None
 
 
+# Where each turn ends is asked of the chat template, so that a dialogue's cost grows with the square of its turns.
+MOST_TURNS = 256
 # Tags begin with ~, so that no error names one as a field.
-Messages = Annotated[list[Message], Field(min_length=1)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MOST_TURNS)]
 OneMessage = Annotated[list[Message], Field(min_length=1, max_length=1)]
 
 
@@ -93,7 +95,7 @@ class PromptResponses(_Item):
 class Conversation(_Item):
     """Messages whose last one, of the assistant, is the response."""
 
-    messages: Annotated[list[Message], Field(min_length=2)]
+    messages: Annotated[list[Message], Field(min_length=2, max_length=MOST_TURNS)]
 
 
 def _shape(value: Any) -> str:
@@ -141,7 +143,7 @@ class ClassifyTexts(_Classify):
 class ClassifyMessages(_Classify):
     """vLLM's request on messages whose last one, of the assistant, is the response."""
 
-    messages: Annotated[list[Message], Field(min_length=2)]
+    messages: Annotated[list[Message], Field(min_length=2, max_length=MOST_TURNS)]
     add_generation_prompt: Off | None = None
     continue_final_message: Off | None = None
 

@@ -110,6 +110,18 @@ def test_what_is_beside_a_prompt_is_bounded(client: Client, beside: dict[str, An
     assert "sekret" not in answer.body.decode()
 
 
+def test_a_dialogue_has_so_many_turns_at_most(client: Client) -> None:
+    turns = [{"role": "user", "content": "a"}] * 256
+    bodies = [
+        {"prompt": [*turns, turns[0]], "response": "b"},
+        {"messages": [*turns, {"role": "assistant", "content": "b"}]},
+    ]
+    for body in bodies:
+        answer = client.post("/v1/score", body)
+        assert (answer.status, "at most 256 items" in answer.json["error"]) == (422, True)
+    assert client.post("/v1/score", {"prompt": turns, "response": "b"}).status == 200
+
+
 def test_a_template_that_does_not_render_tools_refuses_them(minilm_guard: OODGuard) -> None:
     with serving(guard_scorer(minilm_guard)) as (client, _):
         answer = client.post("/v1/score", {"prompt": "a question", "response": "b", "tools": TOOLS})
