@@ -17,9 +17,6 @@ from rm_ood.ops.streams import capturing, settle
 from rm_ood.ops.triangle import Triangle
 from rm_ood.vectors import unit_rows
 
-# Widths up to which a second copy of W, column by column, is worth its memory: up to 1 MiB of float32.
-_COPIED = 512
-
 # Why vectors went to PyTorch on a device that has a kernel, or to another mode than the recorded one, in this process.
 fallbacks: set[str] = set()
 
@@ -112,8 +109,7 @@ class Metric:
         if not first.is_cpu or INTERPRETED or exact_dtype("cpu", first.dtype) is not first.dtype:
             return None
         if self._triangles is None:
-            whitenings = (g.whitening for g in self._gaussians)
-            self._triangles = [Triangle(w.T.contiguous().T if len(w) <= _COPIED else w) for w in whitenings]
+            self._triangles = [Triangle(g.whitening, pack=True) for g in self._gaussians]
         x = x if x.is_cpu else x.cpu()
         rows = unit_rows(x) if self._unit else x
         pairs = zip(self._triangles, self._gaussians, strict=True)
