@@ -25,23 +25,29 @@ def body(items: Sequence[tuple[str, str]]) -> bytes:
     return request("/v1/score", {"items": [{"prompt": p, "response": r} for p, r in items]})
 
 
-def request(path: str, content: Any) -> bytes:
-    """A POST with its head."""
+def request(path: str, content: Any, more: str = "") -> bytes:
+    """A POST with its head; `more` are header lines."""
     data = json.dumps(content).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-    return head.encode() + data
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n"
+    )
+    return f"{head}{more}\r\n".encode() + data
 
 
 class Connections:
-    """Kept connections to a port, opened as needed."""
+    """Connections to a port, opened as needed, and kept or closed after each reply."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, keep: bool = True) -> None:
         self._port = port
+        self._keep = keep
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def ask(self, data: bytes, due: float) -> Shot:
         """Send a request; its time counts from when it was due."""
-        pair = self._idle.pop() if self._idle else await asyncio.open_connection("127.0.0.1", self._port)
+        try:
+            pair = self._idle.pop() if self._idle else await asyncio.open_connection("127.0.0.1", self._port)
+        except OSError:
+            return Shot(0, time.perf_counter() - due, False)
         reader, writer = pair
         try:
             writer.write(data)
@@ -51,7 +57,7 @@ class Connections:
         except (OSError, asyncio.IncompleteReadError):
             writer.close()
             return Shot(0, time.perf_counter() - due, False)
-        if b"connection: close" in head:
+        if not self._keep or b"connection: close" in head:
             writer.close()
         else:
             self._idle.append(pair)
@@ -82,11 +88,11 @@ def closed(port: int, bodies: Iterator[bytes], seconds: float, clients: int) -> 
     return asyncio.run(run())
 
 
-def opened(port: int, bodies: Iterator[bytes], seconds: float, rate: float) -> list[Shot]:
-    """Evenly spaced requests that wait for no answer, `rate` a second."""
+def opened(port: int, bodies: Iterator[bytes], seconds: float, rate: float, keep: bool = True) -> list[Shot]:
+    """Evenly spaced requests that wait for no answer, `rate` a second; on kept connections, or each on a new one."""
 
     async def run() -> list[Shot]:
-        connections = Connections(port)
+        connections = Connections(port, keep)
         start = time.perf_counter()
         tasks = []
         for i in itertools.count():

@@ -1,10 +1,11 @@
-"""A server whose model takes a fixed time a batch, for what is the server's own: `stub_server.py GUARD MODEL MILLISECONDS`."""
+"""A server whose model takes a fixed time a batch: `stub_server.py GUARD MODEL MILLISECONDS [SETTING=NUMBER ...]`."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rm_ood import OODGuard
 from rm_ood.decision import Decisions
@@ -14,7 +15,9 @@ from rm_ood.serve.scorer import GuardScorer, Work
 from rm_ood.serve.server import Server
 from rm_ood.serve.settings import ServeSettings
 
-BATCH = 2
+BATCH = 4
+# Not twice what the slowest hundredth takes at half the load: two batches and a little, with what the server adds to them.
+MAX_WAIT_S = 0.09
 
 
 class StubScorer(GuardScorer):
@@ -29,12 +32,14 @@ class StubScorer(GuardScorer):
 
 
 def main() -> None:
-    folder, model, milliseconds = sys.argv[1:]
+    folder, model, milliseconds, *options = sys.argv[1:]
     StubScorer.seconds = float(milliseconds) / 1000
     guard = OODGuard.from_pretrained(folder, *load_reward_model(model))
     logs.configure()
-    # Small batches, so that a small machine can send three times what the stub can do; a queue of four, as by default.
-    settings = ServeSettings(batch_size=BATCH, max_queue=4 * BATCH, max_items=4 * BATCH)
+    # Small batches, so that a small machine can send three times what the stub can do.
+    settings = ServeSettings(batch_size=BATCH, max_wait_s=MAX_WAIT_S)
+    for name, _, value in (option.partition("=") for option in options):
+        settings = replace(settings, **{name: type(getattr(settings, name))(value)})
     Server(StubScorer(guard, BATCH), settings, port=0).serve_forever()
 
 

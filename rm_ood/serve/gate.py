@@ -85,11 +85,9 @@ class Gate:
                 reply.status = reply.status or CLIENT_GONE
                 raise
             except Exception as error:
-                refusal = refusal_of(error)
                 notes["error"] = error.kind if isinstance(error, Refusal) else type(error).__name__
                 if not reply.status:
-                    response = JSONResponse(refusal.body(request_id), refusal.status, refusal.headers())
-                    await response(scope, receive, reply)
+                    await _answer(error, request_id)(scope, receive, reply)
             finally:
                 took = time.monotonic() - start
                 span.answered(reply.status)
@@ -163,6 +161,12 @@ class Gate:
             raise slow_request(timeout_s) from None
 
 
+def _answer(error: Exception, request_id: str) -> JSONResponse:
+    """The reply to an error; whose frames, with the body in them, nobody holds once it is sent."""
+    refusal = refusal_of(error)
+    return JSONResponse(refusal.body(request_id), refusal.status, refusal.headers())
+
+
 # Asked every few seconds; only what goes wrong is worth a line.
 _QUIET = frozenset({"/livez", "/readyz", "/health", "/healthz", "/metrics"})
 _METHODS = frozenset({"GET", "POST", "HEAD", "PUT", "DELETE", "PATCH", "OPTIONS"})
@@ -209,9 +213,11 @@ async def _while_connected(call: Callable[[Receive], Awaitable[None]], body: byt
             raise _Gone
         await route
     finally:
-        for task in (route, hung_up):
-            task.cancel()
+        route.cancel()
+        hung_up.cancel()
         await asyncio.gather(route, hung_up, return_exceptions=True)
+        # An error of the route holds this frame: without this they would hold each other, and the body, until a collection.
+        del route
 
 
 async def _disconnected(receive: Receive) -> None:

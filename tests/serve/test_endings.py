@@ -12,6 +12,7 @@ import pytest
 from serving import FaultyScorer, guard_scorer, serving, wait_until
 
 from rm_ood import OODGuard
+from rm_ood.serve.refusal import Refusal
 from rm_ood.serve.scorer import GuardScorer
 from rm_ood.serve.server import Server
 from rm_ood.serve.settings import ServeSettings
@@ -90,3 +91,31 @@ def test_what_is_loaded_is_left_out_of_collections_until_it_is_replaced(
             assert second() is None
     finally:
         gc.unfreeze()
+
+
+def test_a_refused_request_is_let_go_without_a_collection(minilm_guard: OODGuard) -> None:
+    faulty = FaultyScorer(minilm_guard)
+    with serving(faulty, max_queue=4, max_items=4, max_body_bytes=2000, request_timeout_s=0.2) as (client, _):
+        client.get("/livez")
+        gc.collect()
+        gc.disable()
+        try:
+            statuses = {
+                client.post("/v1/score", body).status
+                for body in (
+                    {**ITEM, "response": "x" * 2000},
+                    {**ITEM, "field": 1},
+                    b"{",
+                    {**ITEM, "response": "explode"},
+                )
+            }
+            statuses.add(
+                client.ask("GET", "/livez", headers={"transfer-encoding": "chunked", "content-length": "0"}).status
+            )
+            half = b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n"
+            assert client.raw(half).startswith(b"HTTP/1.1 408")
+            assert statuses == {400, 413, 422, 500}
+            # The last one's task may still be ending.
+            wait_until(lambda: not [one for one in gc.get_objects() if type(one) is Refusal], 2)
+        finally:
+            gc.enable()
