@@ -61,9 +61,11 @@ def serving(command: Sequence[str], folder: Path) -> Iterator[tuple[int, int]]:
         else:
             raise RuntimeError(f"no server from {command}")
         # Its log must not fill the pipe.
-        drain = subprocess.Popen(["cat"], stdin=process.stderr, stdout=subprocess.DEVNULL)
-        yield port, process.pid
+        with subprocess.Popen(["cat"], stdin=process.stderr, stdout=subprocess.DEVNULL):
+            try:
+                yield port, process.pid
+            finally:
+                process.terminate()
     finally:
-        process.terminate()
+        process.kill()
         process.wait()
-        drain.wait()

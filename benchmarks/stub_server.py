@@ -16,8 +16,8 @@ from rm_ood.serve.server import Server
 from rm_ood.serve.settings import ServeSettings
 
 BATCH = 4
-# Not twice what the slowest hundredth takes at half the load: two batches and a little, with what the server adds to them.
-MAX_WAIT_S = 0.09
+# Less than twice what the slowest hundredth takes at half the load: the batch in the model, and two that wait.
+MAX_WAIT_S = 0.08
 
 
 class StubScorer(GuardScorer):

@@ -1,8 +1,8 @@
 """Micro-batches of items of like length, from a bounded queue through the model: one at a time, or a few in flight.
 
 The oldest item is in every batch, and those whose length is nearest to its own fill it, out of twice as many; what is passed
-over once is in the next: little padding, and no item waits more than one batch longer than in the order of arrival. Work that
-nobody waits for any more never reaches the model.
+over once, or would otherwise be too late, is in the next: little padding, and no item waits more than one batch longer than in
+the order of arrival. Work that nobody waits for any more never reaches the model.
 """
 
 from __future__ import annotations
@@ -212,7 +212,11 @@ class Batcher:
             return []
         oldest = self._queue[0]
         alike = [job for job in self._queue if job.key is oldest.key][: 2 * self.batch_size]
-        alike.sort(key=lambda job: (not job.passed_over, abs(job.length - oldest.length)))
+        # Those first that the next batch would be too late for.
+        late = time.monotonic() + 2 * self._batch_s - self._max_wait_s
+        due = [job for job in alike if job.passed_over or job.since < late][: self.batch_size]
+        others = [job for job in alike if job not in due]
+        alike = due + sorted(others, key=lambda job: abs(job.length - oldest.length))
         batch = alike[: self.batch_size]
         for job in alike[self.batch_size :]:
             job.passed_over = True

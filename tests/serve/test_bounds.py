@@ -76,6 +76,22 @@ def test_nothing_is_passed_over_twice() -> None:
     assert set(model.batches[2]) == {1000, 2000, 3000, "like 1000"}
 
 
+@pytest.mark.parametrize(("waited", "first"), [(1.0, ["short", "short too"]), (6.0, ["short", "long"])])
+def test_what_would_be_late_is_not_passed_over(waited: float, first: list[str]) -> None:
+    async def run() -> list[Job]:
+        batcher = Batcher(Model(), batch_size=2, max_queue=100, max_wait_s=25, wait_s=0)
+        batcher._batch_s = 10
+        now = time.monotonic()
+        for name, length, age in (("short", 1, waited), ("long", 900, waited), ("short too", 1, 0.5)):
+            one = job(name, length)
+            one.since = now - age
+            batcher._queue.append(one)
+        return batcher._take()
+
+    # It has 25 s, of which the batch that is made now takes ten and the one after it as many.
+    assert [one.work for one in asyncio.run(run())] == first
+
+
 def test_what_would_wait_too_long_is_refused_and_an_idle_model_refuses_nothing() -> None:
     model = Model(BATCH_S)
 
