@@ -72,7 +72,7 @@ def locked_folder(folder: Path, wait_s: float) -> Iterator[bool | None]:
         yield None
         return
     try:
-        yield _acquire(handle, wait_s)
+        yield acquire(handle, wait_s)
     finally:
         # By hand: closing does not release it while a forked child still has the handle.
         with contextlib.suppress(OSError):
@@ -80,7 +80,8 @@ def locked_folder(folder: Path, wait_s: float) -> Iterator[bool | None]:
         os.close(handle)
 
 
-def _acquire(handle: int, wait_s: float) -> bool | None:
+def acquire(handle: int, wait_s: float) -> bool | None:
+    """Lock an open file or folder until it is closed: True, False after `wait_s`, None where it cannot be locked."""
     import fcntl
 
     deadline = time.monotonic() + wait_s

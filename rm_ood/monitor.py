@@ -7,6 +7,7 @@ many, a tenth of a millisecond alone; memory does not grow.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections import OrderedDict
@@ -24,6 +25,7 @@ from rm_ood.flag_rate import BudgetBets, default_budget
 from rm_ood.monitor_file import MAX_SESSIONS, read_monitor, write_monitor
 from rm_ood.monitor_inputs import number, one_column, session_key
 from rm_ood.monitor_state import AxisEvidence, Change, MonitorState, Verdicts
+from rm_ood.strict_json import canonical_json
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -142,6 +144,12 @@ class TrafficMonitor:
     def calibration(self) -> dict[str, Floats]:
         """Axis -> calibration scores in ascending order; `"all"` where there is one axis without a name."""
         return {axis: bets.calibration for axis, bets in self._bets.items()}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of calibration and settings; monitors with the same one may go on from each other's states."""
+        content = {"settings": self._settings, "axes": self._digests()}
+        return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
     @property
     def state(self) -> MonitorState:

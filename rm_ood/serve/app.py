@@ -173,8 +173,7 @@ def _other_routes(app: FastAPI, service: Service) -> None:
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
         """For Prometheus."""
-        service.refresh()
-        text, content_type = service.metrics.text(request.headers.get("accept", ""))
+        text, content_type = await service.exposition(request.headers.get("accept", ""))
         return Response(text, headers={"content-type": content_type})
 
 

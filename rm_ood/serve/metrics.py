@@ -134,11 +134,11 @@ class Metrics:
         layers = ",".join(scorer.config.joined)
         self.detector.labels(version, layers, str(fit["prompts"]), scorer.digest[:12]).set(1)
 
-    def text(self, accept: str) -> tuple[bytes, str]:
-        """The exposition and its content type."""
+    def text(self, accept: str, registry: Any = None) -> tuple[bytes, str]:
+        """The exposition and its content type; of another registry where there is one."""
         try:
             encode, content_type = prometheus.exposition.choose_encoder(accept)
         except (TypeError, ValueError):
             # A version that is none.
             encode, content_type = prometheus.exposition.choose_encoder("")
-        return encode(self.registry), content_type
+        return encode(self.registry if registry is None else registry), content_type

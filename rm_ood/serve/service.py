@@ -58,7 +58,7 @@ class Service:
         self.settings = settings
         self.metrics = Metrics()
         self.tracing = Tracing()
-        self.served = Served(scorer, Traffic(scorer, settings, self.metrics, resume=True))
+        self.served = Served(scorer, self.watching(scorer, resume=True))
         self.draining = False
         self.load: Callable[[], Scorer] | None = None
         self.connections: Callable[[], int] = lambda: 0
@@ -81,6 +81,10 @@ class Service:
     def scorer(self) -> Scorer:
         """That of now."""
         return self.served.scorer
+
+    def watching(self, scorer: Scorer, *, resume: bool) -> Traffic:
+        """An alarm on a scorer's traffic, going on from the saved state or beginning anew."""
+        return Traffic(scorer, self.settings, self.metrics, resume=resume)
 
     def rules(self) -> TextRules:
         """Of the texts that the scorer of now takes."""
@@ -180,7 +184,7 @@ class Service:
                 return False
             traffic = self.served.traffic
             if not traffic.watches_as(scorer.monitor(None)):
-                traffic = Traffic(scorer, self.settings, self.metrics, resume=False)
+                traffic = self.watching(scorer, resume=False)
             before, self.served = self.served, Served(scorer, traffic)
             self.batcher.batch_size = scorer.batch_size
             self.metrics.serves(scorer, package_version())
@@ -198,17 +202,29 @@ class Service:
 
     def unready(self) -> list[str]:
         """Why the server should get no traffic; empty when it should."""
-        busy = self.batcher.busy_since
-        stuck = busy is not None and time.monotonic() - busy > self.settings.model_timeout_s
         found = {
             "draining": self.draining,
-            "model thread ended": not self.batcher.alive,
-            "tokenizer thread ended": not self._tokenizer.alive,
-            "model does not answer": stuck,
             "traffic alarm": self.settings.unready_on_alarm and self.served.traffic.state.alarm,
         }
         problem = self.scorer.problem
-        return [*([] if problem is None else [problem]), *(reason for reason, holds in found.items() if holds)]
+        own = [reason for reason, holds in found.items() if holds]
+        return [*([] if problem is None else [problem]), *self.broken(), *own]
+
+    def broken(self) -> list[str]:
+        """What only a new process mends."""
+        busy = self.batcher.busy_since
+        stuck = busy is not None and time.monotonic() - busy > self.settings.model_timeout_s
+        found = {
+            "model thread ended": not self.batcher.alive,
+            "tokenizer thread ended": not self._tokenizer.alive,
+            "model does not answer": stuck,
+        }
+        return [reason for reason, holds in found.items() if holds]
+
+    async def exposition(self, accept: str) -> tuple[bytes, str]:
+        """What `/metrics` shows, and its content type."""
+        self.refresh()
+        return self.metrics.text(accept)
 
     def refresh(self) -> None:
         """Set the gauges that nobody counts up and down."""

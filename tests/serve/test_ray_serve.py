@@ -1,0 +1,332 @@
+"""Ray Serve: two replicas behind Ray's proxy, one monitor over both; a replica that dies; a guard put in another's place."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import POISON, preference_rows
+from serving import Client, wait_until
+from test_ray_data import RAY_WARNINGS
+from test_same_verdicts import assert_same_row
+
+from rm_ood import CalibrationWarning, OODGuard
+from rm_ood.errors import InputError
+from rm_ood.serve.ray_serve import NAME, WATCH, app, deployment
+from rm_ood.serve.settings import ServeSettings
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::rm_ood.CalibrationWarning"),
+    pytest.mark.filterwarnings(*RAY_WARNINGS),
+    # Ray Serve 2.60 as it is imported.
+    pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`"),
+]
+KEY = "k" * 32
+ROWS = preference_rows(24, seed=11)
+PAIRS = [(row["prompt"], row["chosen"]) for row in ROWS]
+ITEMS = [{"id": f"item {i}", "prompt": p, "response": r} for i, (p, r) in enumerate(PAIRS)]
+
+
+@pytest.fixture(scope="module")
+def place(minilm_guard: OODGuard, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a reward model, its guard, the same calibrated anew, and a guard of another model."""
+    folder = tmp_path_factory.mktemp("ray_serve")
+    minilm_guard.model.save_pretrained(folder / "model")
+    minilm_guard.tokenizer.save_pretrained(folder / "model")
+    minilm_guard.save_pretrained(folder / "guard")
+    model = copy.deepcopy(minilm_guard.model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CalibrationWarning)
+        again = OODGuard.from_pretrained(folder / "guard", model, minilm_guard.tokenizer)
+        again.calibrate(preference_rows(130, seed=7), progress=False).save_pretrained(folder / "recalibrated")
+        model.classifier.weight.data.mul_(2)
+        other = OODGuard(model, minilm_guard.tokenizer, alpha=0.05, max_length=64)
+        other.fit(preference_rows(60), calibration=preference_rows(115, seed=1), progress=False)
+        other.save_pretrained(folder / "of another model")
+    (folder / "key").write_text(KEY)
+    return folder
+
+
+# -- what is asked of Ray, before there is a cluster
+
+
+def test_autoscaling_goes_by_batches_and_is_checked(place: Path) -> None:
+    def built(**options: Any) -> Any:
+        bound = deployment(str(place / "guard"), str(place / "model"), **options)
+        return bound._bound_deployment._deployment_config
+
+    config = built(replicas=(1, 3), autoscaling={"upscale_delay_s": 5.0}, settings=ServeSettings(max_queue=48))
+    scaling = config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.upscale_delay_s) == (1, 3, 5.0)
+    assert scaling.target_ongoing_requests == OODGuard.from_pretrained(place / "guard").config.batch_size == 16
+    assert (config.max_ongoing_requests, config.max_queued_requests) == (48, 48)
+    assert built(replicas=(0, 2), settings=ServeSettings(batch_size=4)).autoscaling_config.target_ongoing_requests == 4
+    # A drain is given the time that the settings give it.
+    assert built(settings=ServeSettings(drain_timeout_s=7)).graceful_shutdown_timeout_s > 7
+    for options, message in (
+        ({"replicas": 0}, "replicas=0: expected a number from 1"),
+        ({"replicas": (3, 2)}, "the least and the most"),
+        ({"replicas": 2, "target_ongoing_requests": 4}, "give the least and the most"),
+        ({"replicas": (1, 2), "target_ongoing_requests": 65}, "at most max_ongoing_requests=64"),
+        ({"replicas": (1, 2), "autoscaling": {"upscale": 1}}, r"no settings \['upscale'\]"),
+        ({"replicas": (1, 2), "autoscaling": {"upscale_delay_s": -1}}, "upscale_delay_s: Input should be greater"),
+        ({"max_ongoing_requests": 0}, "max_ongoing_requests=0"),
+        ({"max_queued_requests": True}, "max_queued_requests=True"),
+        ({"gpus": -1.0}, "gpus=-1.0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            built(**options)
+    with pytest.raises(FileNotFoundError):
+        deployment(str(place / "none"), str(place / "model"))
+
+
+def test_arguments_may_be_text_and_say_what_is_wrong_with_them(place: Path) -> None:
+    names = {"guard": str(place / "guard"), "model": str(place / "model")}
+    # As `serve run` passes them.
+    bound = app({**names, "min_replicas": "1", "max_replicas": "2", "mode": "enforce", "cpus": "0.5", "max_items": "8"})
+    chosen = bound._bound_deployment
+    assert chosen._deployment_config.autoscaling_config.max_replicas == 2
+    assert chosen.ray_actor_options["num_cpus"] == 0.5
+    plan = chosen.init_args[0]
+    assert (plan.settings.mode, plan.settings.max_items, plan.settings.api_key) == ("enforce", 8, None)
+    for given, message in (
+        ({"model": "m"}, r"missing \['guard'\]"),
+        ({**names, "replica": 2}, r"no arguments \['replica'\]"),
+        ({**names, "replicas": "two"}, "replicas: Input should be a valid integer"),
+        ({**names, "mode": "loud"}, "mode='loud': expected one of"),
+        ({**names, "min_replicas": 1}, "both min_replicas and max_replicas"),
+        ({**names, "replicas": 1, "min_replicas": 1, "max_replicas": 2}, "both min_replicas"),
+        ({**names, "api_key": KEY}, "use api_key_file"),
+    ):
+        with pytest.raises(InputError, match=message) as told:
+            app(given)
+        assert KEY not in str(told.value)
+
+
+# -- with a cluster
+
+
+class Cluster:
+    """Ray Serve with the application, as a Serve config deploys it."""
+
+    def __init__(self, place: Path, port: int) -> None:
+        self.place, self.client = place, Client(port, KEY)
+
+    def deploy(self, guard: str, **arguments: Any) -> None:
+        """What `serve deploy` does with a config; returns once Ray says that all is well, or not."""
+        from ray.serve.context import _get_global_client
+        from ray.serve.schema import ServeDeploySchema
+
+        arguments = {
+            "guard": str(self.place / "guard"), "model": str(self.place / "model"), "replicas": 2, "cpus": 0.5,
+            "api_key_file": str(self.place / "key"), "monitor_state": str(self.place / "monitor"),
+            "monitor_save_s": 0.2, "max_chars": 500, **arguments,
+        }  # fmt: skip
+        one = {
+            "name": "default", "import_path": "rm_ood.serve.ray_serve:app", "args": arguments,
+            "deployments": [{"name": NAME, "user_config": {"guard": str(self.place / guard)}}],
+        }  # fmt: skip
+        _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": [one]}))
+        time.sleep(0.5)
+        wait_until(lambda: self.status() in ("RUNNING", "DEPLOY_FAILED", "UNHEALTHY"), 60)
+
+    @staticmethod
+    def status() -> str:
+        from ray import serve
+
+        return str(serve.status().applications["default"].status.value)
+
+    def actors(self, name: str) -> dict[str, Any]:
+        """Names of the replicas of a deployment, and their handles."""
+        import ray
+
+        found = {}
+        for actor in ray.util.list_named_actors(all_namespaces=True):
+            if f"#{name}#" in actor["name"]:
+                # One that has just died has no handle.
+                with contextlib.suppress(ValueError):
+                    found[actor["name"]] = ray.get_actor(actor["name"], actor["namespace"])
+        return found
+
+    def score(self, items: Any, **more: Any) -> Any:
+        answer = self.client.post("/v1/score", {"items": items}, **more)
+        assert answer.status == 200, answer.body
+        return answer.json
+
+    def answered(self) -> dict[str, float]:
+        """Replica -> requests to /v1/score."""
+        found = {}
+        for line in self.client.get("/metrics").body.decode().splitlines():
+            if line.startswith("rm_ood_requests_total{") and '"/v1/score"' in line:
+                name = line.partition('replica="')[2].partition('"')[0]
+                found[name] = found.get(name, 0.0) + float(line.rpartition(" ")[2])
+        return found
+
+    def digests(self) -> set[str]:
+        return {self.client.get("/v1/guard").json["digest"] for _ in range(12)}
+
+
+@pytest.fixture(scope="module")
+def cluster(place: Path) -> Iterator[Cluster]:
+    import ray
+    from ray import serve
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
+    serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "ERROR"})
+    found = Cluster(place, port)
+    found.deploy("guard")
+    assert found.status() == "RUNNING"
+    yield found
+    serve.shutdown()
+    ray.shutdown()
+
+
+def test_both_replicas_give_the_verdicts_of_the_guard(cluster: Cluster, minilm_guard: OODGuard) -> None:
+    decisions = minilm_guard.check(*zip(*PAIRS, strict=True))
+    expected = {item["id"]: {"id": item["id"], **d.to_dict()} for item, d in zip(ITEMS, decisions, strict=True)}
+    rows = {}
+
+    def ask(item: Any) -> None:
+        rows[item["id"]] = cluster.score([item])["results"][0]
+
+    threads = [threading.Thread(target=ask, args=(item,)) for item in ITEMS]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert rows.keys() == expected.keys()
+    for name, row in rows.items():
+        assert_same_row(row, expected[name])
+    # Whichever replica answers shows both; each is heard of every second.
+    wait_until(lambda: len(cluster.answered()) == 2 and sum(cluster.answered().values()) == len(ITEMS))
+    assert min(cluster.answered().values()) > 0
+
+
+def test_bad_items_and_wrong_keys_get_the_replies_of_the_server(cluster: Cluster) -> None:
+    client = cluster.client
+    rows = cluster.score([ITEMS[0], {"prompt": "a question", "response": f"a {POISON}"}])["results"]
+    assert rows[0]["reward"] is not None
+    assert (rows[1]["reward"], rows[1]["is_ood"], rows[1]["reasons"][0]) == (None, True, "non_finite")
+    for body, status, kind in (
+        (b"{", 400, "not_json"),
+        ({"prompt": "a"}, 422, "invalid_request"),
+        ({"prompt": "a" * 501, "response": "b"}, 422, "invalid_text"),
+        (b'{"prompt": "' + b"a" * 2**20 + b'"}', 413, "body_too_large"),
+    ):
+        answer = client.post("/v1/score", body)
+        assert answer.status == status
+        assert answer.json["type"] == kind
+    assert client.post("/v1/score", ITEMS[0], key="wrong").status == 401
+    assert Client(client.port).get("/metrics").json["type"] == "unauthorized"
+    assert Client(client.port).get("/livez").status == 200
+    assert client.get("/readyz").json == {"ready": True, "reasons": []}
+    assert client.get("/nothing").json["type"] == "not_found"
+    assert client.post("/get_reward", {"query": ["what? that"], "prompts": ["what?"]}).status == 200
+    # One header, and the id that the reply tells.
+    import http.client
+
+    connection = http.client.HTTPConnection("127.0.0.1", client.port)
+    sent = {"content-type": "application/json", "authorization": f"Bearer {KEY}", "x-request-id": "mine-7"}
+    connection.request("POST", "/v1/score", json.dumps({"prompt": "a", "response": "b"}), sent)
+    reply = connection.getresponse()
+    assert reply.headers.get_all("x-request-id") == ["mine-7"]
+    assert json.loads(reply.read())["request_id"] == "mine-7"
+    connection.close()
+
+
+def test_the_monitor_is_one_over_replicas_and_outlives_them(cluster: Cluster) -> None:
+    # A session counts once, whichever replica its items come to.
+    before = cluster.score([{**ITEMS[0], "session": "first"}])["monitor"]
+    for i in range(20):
+        cluster.score([{**ITEMS[i], "session": "one user"}])
+    wait_until(
+        lambda: cluster.score([{**ITEMS[1], "session": "one user"}])["monitor"]["requests"] >= before["requests"] + 20
+    )
+    after = cluster.score([{**ITEMS[2], "session": "one user"}])["monitor"]
+    assert after["counted"] <= before["counted"] + 2
+    (file,) = (cluster.place / "monitor").glob("monitor-*.json")
+    guard = OODGuard.from_pretrained(cluster.place / "guard")
+    wait_until(lambda: guard.monitor(file).state.requests >= after["requests"])
+
+    # A watch that dies is started anew, and goes on from the file.
+    import ray
+
+    (watch,) = cluster.actors(WATCH).values()
+    known = guard.monitor(file).state
+    ray.kill(watch)
+    wait_until(lambda: cluster.score([{**ITEMS[3], "session": "one user"}])["monitor"]["requests"] > known.requests, 30)
+    assert cluster.score([ITEMS[4]])["monitor"]["counted"] <= known.counted + 3
+
+
+def test_a_guard_is_put_in_the_place_of_another_and_a_wrong_one_is_not(
+    cluster: Cluster, minilm_guard: OODGuard
+) -> None:
+    client = cluster.client
+    (old,) = cluster.digests()
+    replicas = set(cluster.actors(NAME))
+    done, seen = threading.Event(), []
+
+    def ask() -> None:
+        while not done.is_set():
+            seen.append(client.post("/v1/score", {"items": ITEMS[:3]}))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        cluster.deploy("recalibrated")
+        wait_until(lambda: old not in cluster.digests())
+    finally:
+        done.set()
+        thread.join()
+    (new,) = cluster.digests()
+    # In the same processes, and no request was lost.
+    assert set(cluster.actors(NAME)) == replicas
+    assert {answer.status for answer in seen} == {200}
+    assert {answer.json["guard"] for answer in seen} == {old, new}
+    expected = OODGuard.from_pretrained(
+        cluster.place / "recalibrated", copy.deepcopy(minilm_guard.model), minilm_guard.tokenizer
+    ).check(*PAIRS[5])
+    (row,) = cluster.score([ITEMS[5]])["results"]
+    assert row["p_value"] == pytest.approx(expected.p_value, rel=1e-3)
+    # Another calibration has a monitor, and a file, of its own.
+    wait_until(lambda: len(list((cluster.place / "monitor").glob("monitor-*.json"))) == 2)
+
+    cluster.deploy("of another model")
+    rolled_back = 'rm_ood_guard_reloads_total{outcome="rolled_back"}'
+    wait_until(lambda: client.metric(rolled_back) == 2, 30)
+    assert (cluster.digests(), set(cluster.actors(NAME))) == ({new}, replicas)
+    cluster.deploy("recalibrated")
+    assert cluster.status() == "RUNNING"
+
+
+def test_a_replica_that_dies_comes_back_while_the_other_serves(cluster: Cluster) -> None:
+    import ray
+
+    (guard,) = cluster.digests()
+    before = set(cluster.answered())
+    name, actor = next(iter(cluster.actors(NAME).items()))
+    ray.kill(actor)
+    answers = [cluster.client.post("/v1/score", ITEMS[0]) for _ in range(10)]
+    # What was sent to it as it died is lost.
+    assert sum(answer.status == 200 for answer in answers) >= 8
+    wait_until(lambda: name not in cluster.actors(NAME) and len(cluster.actors(NAME)) == 2, 30)
+
+    def new_one_answers() -> bool:
+        cluster.score([ITEMS[0]])
+        return not set(cluster.answered()) <= before
+
+    wait_until(new_one_answers, 40)
+    # With the guard that was put in, not that of the arguments.
+    assert cluster.digests() == {guard}
