@@ -1,4 +1,4 @@
-"""Verdicts by Ray actors: rows and schema, errors by id, folders written whole. Same verdicts: test_same_verdicts.py."""
+"""Verdicts by Ray actors: rows and schema, errors by id, folders written whole. By every way to ask: test_ray_serve.py."""
 
 from __future__ import annotations
 

@@ -145,6 +145,9 @@ class Replica:
         from ray import serve
 
         settings = self._plan.settings
+        if settings.allowed_hosts or settings.api_key is None:
+            # Ray's proxies answer for any name; this machine's own are allowed beside these.
+            settings = replace(settings, allowed_hosts=(*settings.allowed_hosts, "localhost"))
         service = ReplicaService(scorer, settings, self._ask, serve.get_replica_context().replica_tag)
         await service.join()
         await service.start()

@@ -9,7 +9,7 @@ or `serve.run(deployment("guard", "my-reward-model", replicas=(1, 8)))`. Routes,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -171,6 +171,8 @@ _ARGUMENTS: dict[str, Any] = {
 
 
 def _read(name: str, value: Any, kind: Any) -> Any:
+    if get_origin(kind) is tuple and isinstance(value, str):
+        value = value.split(",")
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:

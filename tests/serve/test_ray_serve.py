@@ -13,18 +13,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from conftest import POISON, preference_rows
-from serving import Client, wait_until
+from serving import Client, guard_scorer, serving, wait_until
 from test_ray_data import RAY_WARNINGS
 from test_same_verdicts import assert_same_row
 
 from rm_ood import CalibrationWarning, OODGuard
+from rm_ood.cli import main as rm_ood
 from rm_ood.errors import InputError
+from rm_ood.ray_data import Scorer
+from rm_ood.reward_model import load_reward_model
+from rm_ood.serve.ray_replica import _check_proxies
 from rm_ood.serve.ray_serve import NAME, WATCH, app, deployment
 from rm_ood.serve.settings import ServeSettings
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::rm_ood.CalibrationWarning"),
     pytest.mark.filterwarnings(*RAY_WARNINGS),
     # Ray Serve 2.60 as it is imported.
@@ -92,12 +98,23 @@ def test_autoscaling_goes_by_batches_and_is_checked(place: Path) -> None:
 def test_arguments_may_be_text_and_say_what_is_wrong_with_them(place: Path) -> None:
     names = {"guard": str(place / "guard"), "model": str(place / "model")}
     # As `serve run` passes them.
-    bound = app({**names, "min_replicas": "1", "max_replicas": "2", "mode": "enforce", "cpus": "0.5", "max_items": "8"})
+    bound = app(
+        {
+            **names,
+            "min_replicas": "1",
+            "max_replicas": "2",
+            "mode": "enforce",
+            "cpus": "0.5",
+            "max_items": "8",
+            "allowed_hosts": "a,b",
+        }
+    )
     chosen = bound._bound_deployment
     assert chosen._deployment_config.autoscaling_config.max_replicas == 2
     assert chosen.ray_actor_options["num_cpus"] == 0.5
     plan = chosen.init_args[0]
     assert (plan.settings.mode, plan.settings.max_items, plan.settings.api_key) == ("enforce", 8, None)
+    assert plan.settings.allowed_hosts == ("a", "b")
     for given, message in (
         ({"model": "m"}, r"missing \['guard'\]"),
         ({**names, "replica": 2}, r"no arguments \['replica'\]"),
@@ -137,7 +154,7 @@ class Cluster:
         }  # fmt: skip
         _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": [one]}))
         time.sleep(0.5)
-        wait_until(lambda: self.status() in ("RUNNING", "DEPLOY_FAILED", "UNHEALTHY"), 60)
+        wait_until(lambda: self.status() in ("RUNNING", "DEPLOY_FAILED", "UNHEALTHY"), 240)
 
     @staticmethod
     def status() -> str:
@@ -193,9 +210,8 @@ def cluster(place: Path) -> Iterator[Cluster]:
     ray.shutdown()
 
 
-def test_both_replicas_give_the_verdicts_of_the_guard(cluster: Cluster, minilm_guard: OODGuard) -> None:
+def test_both_replicas_answer_alike(cluster: Cluster, minilm_guard: OODGuard) -> None:
     decisions = minilm_guard.check(*zip(*PAIRS, strict=True))
-    expected = {item["id"]: {"id": item["id"], **d.to_dict()} for item, d in zip(ITEMS, decisions, strict=True)}
     rows = {}
 
     def ask(item: Any) -> None:
@@ -206,12 +222,44 @@ def test_both_replicas_give_the_verdicts_of_the_guard(cluster: Cluster, minilm_g
         thread.start()
     for thread in threads:
         thread.join()
-    assert rows.keys() == expected.keys()
-    for name, row in rows.items():
-        assert_same_row(row, expected[name])
+    for item, decision in zip(ITEMS, decisions, strict=True):
+        assert_same_row(rows[item["id"]], {"id": item["id"], **decision.to_dict()})
     # Whichever replica answers shows both; each is heard of every second.
     wait_until(lambda: len(cluster.answered()) == 2 and sum(cluster.answered().values()) == len(ITEMS))
     assert min(cluster.answered().values()) > 0
+
+
+def test_five_ways_to_ask_give_the_same_verdicts(cluster: Cluster, tmp_path: Path) -> None:
+    paths = {"guard": str(cluster.place / "guard"), "model": str(cluster.place / "model")}
+    # Like the fit data, unlike them, without an answer, and one that cannot be scored.
+    odd = [
+        ("zzzz 9@9@9", "0x00 ;;;;"),
+        ("Яку музику ти любиш?", "!!!!"),
+        (PAIRS[0][0], ""),
+        ("a question", f"a {POISON}"),
+    ]
+    items = [{"id": f"item {i}", "prompt": p, "response": r} for i, (p, r) in enumerate([*PAIRS[:16], *odd])]
+
+    guard = OODGuard.from_pretrained(paths["guard"], *load_reward_model(paths["model"]))
+    decisions = guard.check([item["prompt"] for item in items], [item["response"] for item in items])
+    expected = [{"id": item["id"], **d.to_dict()} for item, d in zip(items, decisions, strict=True)]
+    assert 0 < sum(row["is_ood"] for row in expected) < len(items)
+
+    data, output = tmp_path / "items.jsonl", tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(item) + "\n" for item in items))
+    options = ["--guard", paths["guard"], "--model", paths["model"], "--no-progress"]
+    assert rm_ood(["check", *options, "--data", str(data), "--output", str(output)]) == 0
+    found = {"rm-ood check": [json.loads(line) for line in output.read_text().splitlines()]}
+    with serving(guard_scorer(guard)) as (client, _):
+        found["rm-ood serve"] = client.post("/v1/score", {"items": items}).json["results"]
+    found["Ray Serve"] = cluster.score(items)["results"]
+    # What an actor runs; test_ray_data.py has a pool of them.
+    found["Ray Data"] = Scorer(**paths, model_options={}, id_column="id", options={})(
+        pa.Table.from_pylist(items)
+    ).to_pylist()
+    for rows in found.values():
+        for row, same in zip(rows, expected, strict=True):
+            assert_same_row(row, same)
 
 
 def test_bad_items_and_wrong_keys_get_the_replies_of_the_server(cluster: Cluster) -> None:
@@ -248,26 +296,52 @@ def test_bad_items_and_wrong_keys_get_the_replies_of_the_server(cluster: Cluster
 
 def test_the_monitor_is_one_over_replicas_and_outlives_them(cluster: Cluster) -> None:
     # A session counts once, whichever replica its items come to.
-    before = cluster.score([{**ITEMS[0], "session": "first"}])["monitor"]
+    def told() -> Any:
+        # Replicas hear of what others told within a second.
+        cluster.score([{**ITEMS[0], "session": "one user"}])
+        time.sleep(2)
+        return cluster.score([{**ITEMS[0], "session": "one user"}])["monitor"]
+
+    before = told()
     for i in range(20):
         cluster.score([{**ITEMS[i], "session": "one user"}])
-    wait_until(
-        lambda: cluster.score([{**ITEMS[1], "session": "one user"}])["monitor"]["requests"] >= before["requests"] + 20
-    )
-    after = cluster.score([{**ITEMS[2], "session": "one user"}])["monitor"]
-    assert after["counted"] <= before["counted"] + 2
+    after = told()
+    assert after["counted"] == before["counted"]
+    assert before["requests"] + 20 <= after["requests"] <= before["requests"] + 23
     (file,) = (cluster.place / "monitor").glob("monitor-*.json")
     guard = OODGuard.from_pretrained(cluster.place / "guard")
     wait_until(lambda: guard.monitor(file).state.requests >= after["requests"])
 
-    # A watch that dies is started anew, and goes on from the file.
+    # A watch that dies is started anew, and goes on from the file. What cannot be told meanwhile is no reply's fault.
     import ray
 
-    (watch,) = cluster.actors(WATCH).values()
+    ((name, watch),) = cluster.actors(WATCH).items()
     known = guard.monitor(file).state
     ray.kill(watch)
-    wait_until(lambda: cluster.score([{**ITEMS[3], "session": "one user"}])["monitor"]["requests"] > known.requests, 30)
-    assert cluster.score([ITEMS[4]])["monitor"]["counted"] <= known.counted + 3
+
+    def another() -> bool:
+        cluster.score([{**ITEMS[3], "session": "one user"}])
+        return set(cluster.actors(WATCH)) not in ({name}, set()) and cluster.client.get("/metrics").status == 200
+
+    wait_until(another, 120)
+    state = told()
+    assert known.requests < state["requests"]
+    assert state["counted"] == known.counted
+
+
+def test_other_machines_need_a_key(cluster: Cluster) -> None:
+    from ray.serve.context import _get_global_client
+
+    _check_proxies(None)
+    options = _get_global_client().http_config
+    host = options.host
+    try:
+        options.host = "0.0.0.0"
+        with pytest.raises(InputError, match=r"listen on 0.0.0.0.*set a key \(api_key_file"):
+            _check_proxies(None)
+        _check_proxies(b"digest")
+    finally:
+        options.host = host
 
 
 def test_a_guard_is_put_in_the_place_of_another_and_a_wrong_one_is_not(
@@ -305,7 +379,7 @@ def test_a_guard_is_put_in_the_place_of_another_and_a_wrong_one_is_not(
 
     cluster.deploy("of another model")
     rolled_back = 'rm_ood_guard_reloads_total{outcome="rolled_back"}'
-    wait_until(lambda: client.metric(rolled_back) == 2, 30)
+    wait_until(lambda: client.metric(rolled_back) == 2, 60)
     assert (cluster.digests(), set(cluster.actors(NAME))) == ({new}, replicas)
     cluster.deploy("recalibrated")
     assert cluster.status() == "RUNNING"
@@ -321,12 +395,12 @@ def test_a_replica_that_dies_comes_back_while_the_other_serves(cluster: Cluster)
     answers = [cluster.client.post("/v1/score", ITEMS[0]) for _ in range(10)]
     # What was sent to it as it died is lost.
     assert sum(answer.status == 200 for answer in answers) >= 8
-    wait_until(lambda: name not in cluster.actors(NAME) and len(cluster.actors(NAME)) == 2, 30)
+    wait_until(lambda: name not in cluster.actors(NAME) and len(cluster.actors(NAME)) == 2, 60)
 
     def new_one_answers() -> bool:
         cluster.score([ITEMS[0]])
         return not set(cluster.answered()) <= before
 
-    wait_until(new_one_answers, 40)
+    wait_until(new_one_answers, 120)
     # With the guard that was put in, not that of the arguments.
     assert cluster.digests() == {guard}
