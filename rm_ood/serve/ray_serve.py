@@ -133,8 +133,8 @@ def app(args: dict[str, Any]) -> Any:
 
     Args:
         args: `guard` and `model`; `replicas`, or `min_replicas` and `max_replicas`; the other options of `deployment`;
-            `trust_remote_code`, `dtype`, `device`, `allow_dtype_change`, `api_key_file` as for `rm-ood serve`; and the
-            settings by their names in `ServeSettings`. Values may be text, as a command line gives them.
+            `trust_remote_code`, `dtype`, `device`, `allow_dtype_change`, `channels`, `api_key_file` as for `rm-ood serve`; and
+            the settings by their names in `ServeSettings`. Values may be text, as a command line gives them.
 
     Raises:
         InputError: an unknown or missing argument, or a value of another type. Never tells a value.
@@ -166,7 +166,7 @@ def app(args: dict[str, Any]) -> Any:
 _ARGUMENTS: dict[str, Any] = {
     "guard": str, "model": str, "replicas": int, "min_replicas": int, "max_replicas": int, "target_ongoing_requests": float,
     "autoscaling": dict[str, Any], "cpus": float, "gpus": float, "max_ongoing_requests": int, "max_queued_requests": int,
-    "trust_remote_code": bool, "dtype": str, "device": str, "allow_dtype_change": bool, "api_key_file": str,
+    "trust_remote_code": bool, "dtype": str, "device": str, "allow_dtype_change": bool, "channels": str, "api_key_file": str,
 }  # fmt: skip
 
 

@@ -185,6 +185,7 @@ class SharedTraffic(Traffic):
     def __init__(self, scorer: Scorer, metrics: Metrics, ask: Ask) -> None:
         self.monitor = scorer.monitor(None)
         self.state = self.monitor.state
+        self.uncounted = 0
         self._metrics = metrics
         self._ask = ask
         self._key = self.monitor.digest
@@ -224,7 +225,9 @@ class SharedTraffic(Traffic):
                     self._metrics.monitor_failures.labels("watch").inc(max(1, len(reports)))
                     log("monitor_failed", level="error", error=type(error).__name__, reports=len(reports))
                     return
-                self.state = self.state if state is None else state
+                if state is not None:
+                    before, self.state = self.state, state
+                    self._hear(before, state)
                 if not self._reports:
                     return
 

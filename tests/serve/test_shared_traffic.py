@@ -168,6 +168,8 @@ def test_verdicts_are_told_once_or_not_at_all(minilm_guard: OODGuard) -> None:
             if traffic.state.requests == 16:
                 break
         assert traffic.row()["requests"] == 16
+        # Of the deployment, not of this replica.
+        assert traffic.uncounted == 4
         assert traffic.watches_as(minilm_guard.monitor())
         assert not traffic.watches_as(minilm_guard.monitor(lifetime=50))
 
