@@ -308,7 +308,12 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     add("--monitor-save", type=float, dest="monitor_save_s", metavar="S", help="how often it is written (default: 10)")
     add("--channels", help="join these of the guard's channels alone, such as final (default: as saved)")
     add("--unready-on-alarm", action="store_true", help="/readyz fails once the traffic monitor has alarmed")
-    add("--batch-size", type=int, metavar="N", help="items in one forward, at most the guard's own (default)")
+    add(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="items in one forward, at most the guard's own (default); or in one request to the engine",
+    )
     add("--batch-wait", type=float, dest="batch_wait_s", metavar="S", help="for an idle batch to fill (default: 0.002)")
     add("--max-items", type=int, metavar="N", help="answers in a request (default: 32)")
     add("--max-chars", type=int, metavar="N", help="characters of a text (default: 20000)")
@@ -334,7 +339,10 @@ def _engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     # Absent unless given: the defaults are EngineSettings'.
     add = partial(group.add_argument, default=argparse.SUPPRESS)
-    add("--engine-kind", choices=["auto", "sglang", "vllm"], help="default: auto, as it says itself")
+    add(
+        "--engine-kind", choices=["auto", "sglang", "vllm", "vllm-vectors"],
+        help="vllm: with the plugin; vllm-vectors: the backbone, without it (default: auto, one of the others)",
+    )  # fmt: skip
     add("--engine-model", metavar="NAME", help="name that it serves the model under (default: its only one)")
     add("--engine-key-file", metavar="FILE", help="file with its key; or the environment variable RM_OOD_ENGINE_KEY")
     group.add_argument("--engine-key", action=_KeyOnTheCommandLine, nargs="?", dest="key", help=argparse.SUPPRESS)

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import torch
 
-SGLANG, VLLM = "/v1/score", "/classify"
+SGLANG, POOLING = "/v1/score", "/pooling"
 
 
 class Engine:
@@ -120,6 +120,12 @@ class Engine:
             reply["pooled_hidden_states"] = (
                 [h[0].tolist() for h in hidden] if body["return_pooled_hidden_states"] else None
             )
+        elif path == POOLING:
+            assert (body["task"], body["encoding_format"]) == ("embed", "float")
+            if body["use_activation"] is not False:
+                hidden = [torch.nn.functional.normalize(h) for h in hidden]
+            data = [{"index": i, "object": "pooling", "data": h[0].tolist()} for i, h in enumerate(hidden)]
+            reply = {"id": "pool-1", "object": "list", "created": 1, "model": "rm", "data": data, "usage": usage}
         else:
             if body["use_activation"] is not False:
                 rows = [torch.tensor(row).sigmoid().tolist() for row in rows]

@@ -28,7 +28,7 @@ LINES = (
     "card_values markup card_page card",
     "calls outputs inputs scoring turns recalibration suspects guard penalty selection",
     "integrations.transport replies client integrations.read_out integrations.vllm_plugin integrations.engines",
-    "integrations.engine_check integrations.model_files",
+    "integrations.vllm_vectors integrations.engine_check integrations.model_files",
     "integrations.judges integrations.processes integrations.passes integrations.trl_callbacks integrations.trl",
     "integrations.together integrations.rollout_reward integrations.openrlhf integrations.verl",
     "integrations",

@@ -14,11 +14,13 @@ from rm_ood.errors import EngineError, MismatchError, UnavailableError
 from rm_ood.identity import Canaries, compare
 from rm_ood.integrations.engines import EngineReply, EngineScorer, SGLangScorer, VLLMScorer
 from rm_ood.integrations.transport import JsonClient
+from rm_ood.integrations.vllm_vectors import VLLMVectorScorer
 from rm_ood.state import FittedState
 from rm_ood.text import Encoded
 
+KINDS: dict[str, type[EngineScorer]] = {"sglang": SGLangScorer, "vllm": VLLMScorer, "vllm-vectors": VLLMVectorScorer}
 # Names that engines give themselves, in `owned_by` of the models they list.
-KINDS: dict[str, type[EngineScorer]] = {"sglang": SGLangScorer, "vllm": VLLMScorer}
+_OWNERS = ("sglang", "vllm")
 _LIST_BYTES = 2**20
 # As between the distances of one model's canaries (`rm_ood.identity`), where the engine gives no vectors.
 _DISTANCE_TOLERANCE = 0.1
@@ -42,7 +44,7 @@ def engine_kind(url: str, **client: Any) -> str:
     finally:
         connection.close()
     names = {one.get("owned_by") for one in listed if isinstance(one, dict)} if isinstance(listed, list) else set()
-    found = [kind for kind in KINDS if kind in names]
+    found = [kind for kind in _OWNERS if kind in names]
     if len(found) != 1:
         raise EngineError(f"/v1/models names neither SGLang nor vLLM as the owner of its models. {_NAME_IT}")
     return found[0]

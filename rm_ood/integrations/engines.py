@@ -274,13 +274,7 @@ class VLLMScorer(EngineScorer):
         detector = state.detectors[FINAL]
         columns = (*distance_columns(detector), "guard", "reward")
         reply = self._post("/classify", {"input": ids, "use_activation": False}, ids, _ITEM_BYTES)
-        data = reply.get("data")
-        if not isinstance(data, list) or any(not isinstance(row, dict) for row in data):
-            raise EngineError("/classify: the reply has no list of objects `data`: is this vLLM?")
-        by_index = {row.get("index"): row.get("probs") for row in data if isinstance(row.get("index"), int)}
-        if len(data) != len(ids) or sorted(by_index) != list(range(len(ids))):
-            raise EngineError(f"/classify: {len(ids)} items were sent, {len(data)} came back, or not each of them once")
-        table = number_rows([by_index[i] for i in range(len(ids))], len(ids), "probs")
+        table = indexed_rows(reply, len(ids), "/classify", "probs")
         if table.shape[1] != len(columns) or not (table[:, -2] == -float(guard_number(detector))).all():
             raise MismatchError(
                 f"/classify: expected the numbers {columns} of this guard, got {table.shape[1]} others. Start vLLM with "
@@ -293,6 +287,21 @@ class VLLMScorer(EngineScorer):
         distances = np.where(whole, distances, np.inf)
         rewards = table[:, -1]
         return EngineReply(state.score_distances({FINAL: distances}, rewards), rewards, np.zeros(len(ids), dtype=bool))
+
+
+def indexed_rows(reply: Mapping[str, Any], n: int, path: str, field: str) -> Floats:
+    """n rows of numbers of one length, (n, m), from vLLM's list `data`, whose rows say which item is theirs.
+
+    Raises:
+        EngineError: no such list, not each item once, or what is no number.
+    """
+    data = reply.get("data")
+    if not isinstance(data, list) or any(not isinstance(row, dict) for row in data):
+        raise EngineError(f"{path}: the reply has no list of objects `data`: is this vLLM?")
+    by_index = {row.get("index"): row.get(field) for row in data if isinstance(row.get("index"), int)}
+    if len(data) != n or sorted(by_index) != list(range(n)):
+        raise EngineError(f"{path}: {n} items were sent, {len(data)} came back, or not each of them once")
+    return number_rows([by_index[i] for i in range(n)], n, field)
 
 
 def _check_servable(state: FittedState) -> None:

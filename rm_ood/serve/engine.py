@@ -42,7 +42,8 @@ class EngineSettings:
 
     Attributes:
         url: its address, `http://host:port`.
-        kind: `"sglang"`, `"vllm"`, or `"auto"`: as it says itself.
+        kind: `"sglang"`, `"vllm"` (with the plugin), `"vllm-vectors"` (the backbone, without it), or `"auto"`: one of the first
+            two, as it says itself.
         model: name that it serves the reward model under; None for its only one.
         key: sent as `Authorization: Bearer ...`; None: no key.
         timeout_s: to connect, for any next part of a reply, and for the whole of it.
@@ -114,7 +115,7 @@ class EngineBackend(StateScorer):
         options = {**client, "model": settings.model, "batch_size": self.batch_size}
         if guard.config.max_length is None:
             options["max_length"] = files.max_length
-        if kind == "sglang" and files.head is not None:
+        if kind != "vllm" and files.head is not None:
             head = read_head(files.head, guard.state)
             options["head"] = replace(head, eps=max(head.eps, _COARSE)) if allow_dtype_change else head
 
@@ -200,7 +201,7 @@ class EngineBackend(StateScorer):
             self._compare()
         except Exception as error:  # whatever it is: nothing is scored before it is known to be right again
             refusal = _refusal(error)
-            if refusal.kind != "engine_busy":
+            if refusal.kind != "engine_busy" and not self._closed:
                 self._down(refusal, error)
             return False
         finally:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -101,15 +102,15 @@ def assert_rows(rows: list[dict[str, Any]], guard: OODGuard, items: list[tuple[s
 # -- the same verdicts
 
 
-@pytest.mark.parametrize("kind", ["sglang", "vllm"])
+@pytest.mark.parametrize("kind", ["sglang", "vllm", "vllm-vectors"])
 def test_the_verdicts_are_those_of_the_guard_on_the_model(
     kind: str, made: tuple[Path, OODGuard], engine: Engine, shared_decoder: Any
 ) -> None:
     folder, guard = made
-    engine.owner = kind
+    engine.owner = kind.removesuffix("-vectors")
     if kind == "vllm":
         engine.head = GuardedClassifier(shared_decoder.score, str(folder / "guard"))
-    with served(folder, engine) as (client, server):
+    with served(folder, engine, kind="vllm-vectors" if kind == "vllm-vectors" else "auto") as (client, server):
         answer = ask(client, ITEMS)
         assert answer.status == 200
         assert_rows(answer.json["results"], guard, ITEMS)
@@ -337,6 +338,20 @@ def test_a_model_that_is_swapped_under_load_is_found_by_the_probe(
         assert server.service.unready() == ["engine serves another reward model"]
 
 
+def test_vectors_that_were_normalised_are_not_taken(made: tuple[Path, OODGuard], engine: Engine) -> None:
+    def spoil(reply: dict[str, Any]) -> dict[str, Any]:
+        for row in reply["data"]:
+            row["data"] = (np.array(row["data"]) / np.linalg.norm(row["data"])).tolist()
+        return reply
+
+    engine.spoil = spoil
+    with pytest.raises(MismatchError, match="they differ in final by"):
+        backend(made[0], engine, kind="vllm-vectors")
+    engine.spoil = lambda reply: {**reply, "data": [{**row, "data": row["data"][1:]} for row in reply["data"]]}
+    with pytest.raises(MismatchError, match="vectors of 31 features, the guard was fitted on 32"):
+        backend(made[0], engine, kind="vllm-vectors")
+
+
 # -- the start
 
 
@@ -368,6 +383,9 @@ def test_what_cannot_be_served_is_refused_at_the_start(
     assert found.head is None
     with pytest.raises(MismatchError, match=r"not those of the reward model that the guard was fitted on: .*reward by"):
         load_backend(folder / "guard", found, settings, None, channels="final")
+    # Where the engine gives no reward there is none without the head.
+    with pytest.raises(InputError, match="the reward head is needed"):
+        load_backend(folder / "guard", found, replace(settings, kind="vllm-vectors"), None, channels="final")
     engine.head = shared_decoder.score
     engine.key = KEY
     with pytest.raises(EngineError, match="401"):
