@@ -7,7 +7,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -15,7 +16,7 @@ from typing import IO, Any
 from tqdm.auto import tqdm
 
 from rm_ood.channels import Channel
-from rm_ood.errors import InputError, SaveError
+from rm_ood.errors import OODGuardWarning, SaveError
 from rm_ood.fitting import WINDOW_BATCHES, KeySet, windows
 from rm_ood.guard import OODGuard
 from rm_ood.preferences import Item, named_items, stable_hash
@@ -26,7 +27,7 @@ def check_file(guard: OODGuard, dataset: Any, output: str, *, progress: bool = T
     """Check every row of a dataset and write one JSON object per verdict.
 
     A row with one response gives one verdict under the row's id (its own, or its number); a preference row gives one per
-    response, `id#chosen` and `id#rejected`.
+    response, `id#chosen` and `id#rejected`. Verdicts are in the order of the data; a warning tells of ids that are not distinct.
 
     Args:
         guard: a calibrated guard with its model.
@@ -36,42 +37,36 @@ def check_file(guard: OODGuard, dataset: Any, output: str, *, progress: bool = T
     Returns:
         Counts: items, and flagged items in all and by axis.
     Raises:
-        InputError: an unusable row, or two with one id; the file is then not written.
+        InputError: an unusable row; the file is then not written.
         SaveError: the disk refuses.
     """
     c, reader = guard.config, guard.config.reader(labelled=False)
     flagged = dict.fromkeys(("combined", *judged_axes(guard)), 0)
     count = 0
+    seen, repeated = KeySet(), ""
     with (
         _replacing(output) as out,
         tqdm(total=dataset_length(dataset), desc="check", unit="row", disable=not progress) as bar,
     ):
-        named = distinct(named_items(iter_rows(dataset), reader, bar.update))
-        for window in windows(named, c.batch_size * WINDOW_BATCHES):
+        for window in windows(named_items(iter_rows(dataset), reader, bar.update), c.batch_size * WINDOW_BATCHES):
+            for name, item in window:
+                # JSON may hold half a surrogate pair.
+                if not seen.add(stable_hash(ascii(name))):
+                    repeated = repeated or item.where
             for row in verdict_rows(guard, window):
                 out.write(json.dumps(row, allow_nan=False) + "\n")
                 flagged["combined"] += row["is_ood"]
                 for axis, verdict in row["axes"].items():
                     flagged[axis] += verdict["is_ood"]
             count += len(window)
+    if repeated:
+        warnings.warn(
+            f"{count - len(seen)} verdicts have the id of an earlier one, the first of them that of {repeated} (a row without "
+            "an id has its number). They are in the order of the data; to tell them apart by their ids, give each row its own",
+            OODGuardWarning,
+            stacklevel=2,
+        )
     return {"items": count, "flagged": flagged, "alpha": c.alpha, "output": output}
-
-
-def distinct(named: Iterable[tuple[str, Item]]) -> Iterator[tuple[str, Item]]:
-    """The same, each with an id of its own: eight bytes are kept of each.
-
-    Raises:
-        InputError: an id that came before; names the row.
-    """
-    seen = KeySet()
-    for name, item in named:
-        # JSON may hold half a surrogate pair.
-        if not seen.add(stable_hash(ascii(name))):
-            raise InputError(
-                f"{item.where}: its verdict would have the id of one before it (a row without an id has its number), and nobody "
-                "could tell which is whose. Give each row an id of its own, or rename the column"
-            )
-        yield name, item
 
 
 def judged_axes(guard: OODGuard) -> list[str]:

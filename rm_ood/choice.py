@@ -118,8 +118,11 @@ def fit_choosing(
     calibrates = calibration if is_share else NumberedRows(_without(guard, calibration, kept))
     guard.fit(NumberedRows(itertools.chain(first, others)), calibration=calibrates, progress=progress, workers=workers)
     items = [item for item in kept.values() if _encodes(guard.scoring(), item)]
-    own = choose_channels(guard, items, progress=progress)
-    choice = workers.from_first(lambda: own, lambda chosen: ({}, chosen.to_dict()), Choice.from_saved)
+    choice = workers.from_first(
+        lambda: choose_channels(guard, items, progress=progress),
+        lambda chosen: ({}, chosen.to_dict()),
+        Choice.from_saved,
+    )
     guard.keep(choice.channels)
     guard.annotate(choice=choice.to_dict())
     return choice
