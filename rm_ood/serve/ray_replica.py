@@ -24,7 +24,7 @@ from rm_ood.serve.traffic import Traffic
 # How often a replica hears of the alarm and shows its metrics.
 _BEAT_S = 1.0
 # For what a replica asks of the watch; a reply never waits for it.
-_ASK_TIMEOUT_S = 10.0
+_ASK_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
