@@ -94,6 +94,9 @@ def test_a_watch_goes_on_where_another_ended(tmp_path: Path, monkeypatch: pytest
         third = Watch(folder, 1.0)
         with pytest.raises(IntegrityError):
             await third.open(TrafficMonitor(CALIBRATION))
+        TrafficMonitor(CALIBRATION, alpha=0.05).save(file)
+        with pytest.raises(IntegrityError, match="the state of another monitor"):
+            await third.open(TrafficMonitor(CALIBRATION))
         await third.close()
 
     asyncio.run(lives())
