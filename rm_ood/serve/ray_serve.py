@@ -47,7 +47,7 @@ def deployment(
         target_ongoing_requests: of each, between the least and the most; by default a batch: with fewer Ray would add replicas
             before a batch is full.
         autoscaling: further settings of Ray's `AutoscalingConfig`.
-        cpus, gpus: of each replica.
+        cpus, gpus: of each replica; without a GPU the model is on the CPU.
         max_ongoing_requests: that Ray sends to a replica at once, by default `settings.max_queue`: what a replica cannot queue
             waits at the proxy. max_queued_requests: that wait there, by default as many; more are answered 503.
         model_options: of `load_reward_model`. options: of `OODGuard.from_pretrained`.
@@ -61,7 +61,6 @@ def deployment(
     """
     try:
         from ray import serve
-        from ray.serve.config import AutoscalingConfig
     except ImportError as error:
         raise InputError(f"this needs {error.name}: pip install 'rm_ood[ray-serve]'") from error
 
@@ -73,36 +72,14 @@ def deployment(
             raise InputError(f"{name}={count!r}: expected a whole number from 1")
     if not (cpus >= 0 and gpus >= 0):
         raise InputError(f"cpus={cpus!r}, gpus={gpus!r}: expected numbers from 0")
-    low, high = (replicas, replicas) if isinstance(replicas, int) else replicas
-    if not (0 <= low <= high and high >= 1):
-        raise InputError(f"replicas={replicas!r}: expected a number from 1, or the least and the most of them")
     # A broken guard is told before any replica loads a model.
     own = OODGuard.from_pretrained(guard).config.batch_size
     batch = own if settings.batch_size is None else min(own, settings.batch_size)
 
-    scaling: dict[str, Any] = {"num_replicas": replicas}
-    if isinstance(replicas, int):
-        if autoscaling or target_ongoing_requests is not None:
-            raise InputError(f"autoscaling of replicas={replicas}: give the least and the most of them, such as (1, 8)")
-    else:
-        target = float(min(batch, most)) if target_ongoing_requests is None else target_ongoing_requests
-        if not 0 < target <= most:
-            raise InputError(
-                f"target_ongoing_requests={target}: expected more than 0 and at most max_ongoing_requests={most}, above which "
-                "no replica ever is"
-            )
-        given = {**(autoscaling or {}), "min_replicas": low, "max_replicas": high, "target_ongoing_requests": target}
-        unknown = sorted(set(given) - set(AutoscalingConfig.model_fields))
-        if unknown:
-            raise InputError(
-                f"autoscaling: no settings {unknown}; expected some of {sorted(AutoscalingConfig.model_fields)}"
-            )
-        try:
-            scaling = {"autoscaling_config": AutoscalingConfig(**given)}
-        except ValidationError as error:
-            raise _told("autoscaling", error) from None
-
-    plan = Plan(model, settings, dict(model_options or {}), options)
+    scaling = _scaling(replicas, autoscaling, target_ongoing_requests, batch, most)
+    # Ray counts GPUs, and hides none from a replica that asked for none.
+    where = {} if gpus else {"device": "cpu"}
+    plan = Plan(model, settings, {**where, **(model_options or {})}, options)
     folder = None if settings.monitor_state is None else str(settings.monitor_state)
     watch = serve.deployment(
         RayWatch,
@@ -128,6 +105,36 @@ def deployment(
     ).bind(plan, watch)
 
 
+def _scaling(
+    replicas: int | tuple[int, int], more: Mapping[str, Any] | None, target: float | None, batch: int, most: int
+) -> dict[str, Any]:
+    """How many replicas: options of `serve.deployment`."""
+    from ray.serve.config import AutoscalingConfig
+
+    low, high = (replicas, replicas) if isinstance(replicas, int) else replicas
+    if not (0 <= low <= high and high >= 1):
+        raise InputError(f"replicas={replicas!r}: expected a number from 1, or the least and the most of them")
+    if isinstance(replicas, int):
+        if more or target is not None:
+            raise InputError(f"autoscaling of replicas={replicas}: give the least and the most of them, such as (1, 8)")
+        return {"num_replicas": replicas}
+    target = float(min(batch, most)) if target is None else target
+    if not 0 < target <= most:
+        raise InputError(
+            f"target_ongoing_requests={target}: expected more than 0 and at most max_ongoing_requests={most}, above which no "
+            "replica ever is"
+        )
+    given = {"min_replicas": low, "max_replicas": high, "target_ongoing_requests": target}
+    others = sorted(set(AutoscalingConfig.model_fields) - set(given))
+    unknown = sorted(set(more or {}) - set(others))
+    if unknown:
+        raise InputError(f"autoscaling: no settings {unknown}; expected some of {others}")
+    try:
+        return {"autoscaling_config": AutoscalingConfig(**given, **(more or {}))}
+    except ValidationError as error:
+        raise _told("autoscaling", error) from None
+
+
 def app(args: dict[str, Any]) -> Any:
     """What `serve run rm_ood.serve.ray_serve:app NAME=VALUE...` and a Serve config's `args` build.
 
@@ -137,7 +144,7 @@ def app(args: dict[str, Any]) -> Any:
             the settings by their names in `ServeSettings`. Values may be text, as a command line gives them.
 
     Raises:
-        InputError: an unknown or missing argument, or a value of another type. Never tells a value.
+        InputError: an unknown or missing argument, or a value out of range.
     """
     settings = {name: kind for name, kind in get_type_hints(ServeSettings).items() if name != "api_key"}
     if "api_key" in args:

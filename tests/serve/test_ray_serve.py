@@ -84,6 +84,7 @@ def test_autoscaling_goes_by_batches_and_is_checked(place: Path) -> None:
         ({"replicas": 2, "target_ongoing_requests": 4}, "give the least and the most"),
         ({"replicas": (1, 2), "target_ongoing_requests": 65}, "at most max_ongoing_requests=64"),
         ({"replicas": (1, 2), "autoscaling": {"upscale": 1}}, r"no settings \['upscale'\]"),
+        ({"replicas": (1, 2), "autoscaling": {"min_replicas": 2}}, r"no settings \['min_replicas'\]"),
         ({"replicas": (1, 2), "autoscaling": {"upscale_delay_s": -1}}, "upscale_delay_s: Input should be greater"),
         ({"max_ongoing_requests": 0}, "max_ongoing_requests=0"),
         ({"max_queued_requests": True}, "max_queued_requests=True"),
@@ -115,6 +116,10 @@ def test_arguments_may_be_text_and_say_what_is_wrong_with_them(place: Path) -> N
     plan = chosen.init_args[0]
     assert (plan.settings.mode, plan.settings.max_items, plan.settings.api_key) == ("enforce", 8, None)
     assert plan.settings.allowed_hosts == ("a", "b")
+    assert plan.model_options == {"device": "cpu"}
+    assert app({**names, "gpus": 0.5, "device": "cuda"})._bound_deployment.init_args[0].model_options == {
+        "device": "cuda"
+    }
     for given, message in (
         ({"model": "m"}, r"missing \['guard'\]"),
         ({**names, "replica": 2}, r"no arguments \['replica'\]"),
