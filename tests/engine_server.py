@@ -76,6 +76,7 @@ class Engine:
                 return True
 
             def post(self, body: Any) -> None:
+                self.body = body
                 engine.requests.append((self.path, body, dict(self.headers)))
                 if engine.raw(self):
                     return

@@ -50,7 +50,7 @@ def engine_kind(url: str, **client: Any) -> str:
     return found[0]
 
 
-_NAME_IT = f"Say which engine it is: one of {list(KINDS)}."
+_NAME_IT = f"Say which engine it is (--engine-kind): one of {list(KINDS)}."
 
 
 def canary_items(scorer: EngineScorer) -> list[Encoded]:

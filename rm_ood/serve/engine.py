@@ -164,6 +164,10 @@ class EngineBackend(StateScorer):
             elif refusal.kind == "engine_timeout":
                 self._wake.set()
             raise refusal from None
+        outage = self._outage
+        if outage is not None and outage.kind in ("engine_unavailable", "engine_mismatch"):
+            # It came about while this answer was under way, which may be another model's.
+            raise self._told(outage)
         return self._decide(works, scored, part)
 
     def failure(self) -> Refusal:

@@ -192,7 +192,7 @@ def test_an_item_that_the_engine_fails_on_spoils_no_other(
     folder, guard = made
 
     def raw(handler: Any) -> bool:
-        if fault == "a short vector" or not any(map(holds, engine.requests[-1][1]["items"])):
+        if fault == "a short vector" or not any(map(holds, handler.body["items"])):
             return False
         handler.reply(500 if fault == "a failure" else 400, SECRET.encode())
         return True
@@ -323,18 +323,24 @@ def test_an_engine_that_dies_and_comes_back_is_believed_when_it_is_the_same_mode
         assert client.metric("rm_ood_scored_items_total") == 4
 
 
-def test_a_model_that_is_swapped_under_load_is_found_by_the_probe(
-    made: tuple[Path, OODGuard], engine: Engine, shared_decoder: Any
+def test_a_model_that_is_swapped_is_found_by_the_probe_and_what_is_under_way_is_not_believed(
+    made: tuple[Path, OODGuard], engine: Engine, shared_decoder: Any, holds: Callable[[list[int]], bool]
 ) -> None:
     folder, _ = made
-    with served(folder, engine, probe_s=0.1) as (client, server):
+    with served(folder, engine, probe_s=0.1) as (client, server), ThreadPoolExecutor(1) as pool:
+        go = threading.Event()
+        engine.raw = lambda handler: any(map(holds, handler.body["items"])) and not go.wait(20)
+        under_way = pool.submit(ask, client, [BAD])
+        wait_until(lambda: any(any(map(holds, body["items"])) for _, body, _ in engine.requests))
         other = copy.deepcopy(shared_decoder)
         with torch.no_grad():
             other.model.layers[0].mlp.down_proj.weight.mul_(1.5)
         engine.model = other
         wait_until(lambda: client.get("/readyz").status == 503)
-        assert ask(client, ITEMS[:1]).json["type"] == "engine_mismatch"
-        assert client.metric("rm_ood_ready") == 0
+        go.set()
+        for answer in (under_way.result(), ask(client, ITEMS[:1])):
+            assert (answer.status, answer.json["type"]) == (502, "engine_mismatch")
+        assert client.metric("rm_ood_ready") == client.metric("rm_ood_scored_items_total") == 0
         assert server.service.unready() == ["engine serves another reward model"]
 
 
