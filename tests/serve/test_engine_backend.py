@@ -25,7 +25,7 @@ from conftest import preference_rows
 from engine_server import Engine
 from serving import Answer, Client, serving, wait_until
 
-from rm_ood import EngineError, InputError, MismatchError, OODGuard
+from rm_ood import EngineError, GuardClient, InputError, MismatchError, OODGuard
 from rm_ood.cli import BAD_INPUT, MISMATCH, main
 from rm_ood.integrations.model_files import model_files
 from rm_ood.integrations.vllm_plugin import GuardedClassifier
@@ -120,8 +120,11 @@ def test_the_verdicts_are_those_of_the_guard_on_the_model(
         prompt, response = ITEMS[0]
         rewards = client.post("/get_reward", {"query": [prompt + response], "prompts": [prompt]}).json["rewards"]
         assert rewards == pytest.approx([guard.check(prompt, response).reward], abs=1e-4)
+        with GuardClient(server.url) as asking:
+            found = asking.check(*map(list, zip(*ITEMS, strict=True)))
+        assert found.p_values.tolist() == [row["p_value"] for row in answer.json["results"]]
         assert client.get("/readyz").status == client.get("/v1/guard").status == 200
-        assert client.metric("rm_ood_scored_items_total") == len(ITEMS) + 1
+        assert client.metric("rm_ood_scored_items_total") == 2 * len(ITEMS) + 1
         assert server.service.scorer.digest == answer.json["guard"]
     # Batches are of the guard's own size, canaries too; what an engine is sent are ids.
     sent = [body.get("items", body.get("input")) for _, body, _ in engine.requests]
