@@ -112,32 +112,27 @@ def test_connections_past_the_limit_are_answered_at_once(served: tuple[Client, S
     assert client.post("/v1/score", item(0)).status == 200
 
 
-def test_work_that_nobody_waits_for_never_reaches_the_model(
-    served: tuple[Client, Server], faulty: FaultyScorer
-) -> None:
-    client, server = served
-    faulty.go.clear()
-    blocker = threading.Thread(target=client.post, args=("/v1/score", item(0, "the first answer")))
-    blocker.start()
-    wait_until(lambda: faulty.seen)
-    senders = []
-    for i in range(10):
-        sender = socket.create_connection(("127.0.0.1", client.port))
-        body = b'{"prompt": "a question", "response": "gone %d"}' % i
-        sender.sendall(
-            b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-            % len(body)
-            + body
-        )
-        senders.append(sender)
-    wait_until(lambda: server.service.batcher.waiting == 10)
-    for sender in senders:
-        sender.close()
-    wait_until(lambda: client.metric('rm_ood_requests_total{endpoint="/v1/score",status="499"}') == 10)
-    faulty.go.set()
-    blocker.join()
-    assert client.post("/v1/score", item(1, "the last answer")).status == 200
-    assert faulty.seen == [["the first answer"], ["the last answer"]]
-    # The request that asks is itself in flight.
-    wait_until(lambda: client.metric("rm_ood_requests_in_flight") == 1)
-    assert server.service.batcher.waiting == 0
+def test_work_that_nobody_waits_for_never_reaches_the_model(faulty: FaultyScorer) -> None:
+    with serving(faulty, max_queue=64) as (client, server):
+        faulty.go.clear()
+        blocker = threading.Thread(target=client.post, args=("/v1/score", item(0, "the first answer")))
+        blocker.start()
+        wait_until(lambda: faulty.seen)
+        senders = []
+        for i in range(50):
+            sender = socket.create_connection(("127.0.0.1", client.port))
+            body = b'{"prompt": "a question", "response": "gone %d"}' % i
+            head = b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            sender.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            senders.append(sender)
+        wait_until(lambda: server.service.batcher.waiting == 50)
+        for sender in senders:
+            sender.close()
+        wait_until(lambda: client.metric('rm_ood_requests_total{endpoint="/v1/score",status="499"}') == 50)
+        faulty.go.set()
+        blocker.join()
+        assert client.post("/v1/score", item(1, "the last answer")).status == 200
+        assert faulty.seen == [["the first answer"], ["the last answer"]]
+        # The request that asks is itself in flight.
+        wait_until(lambda: client.metric("rm_ood_requests_in_flight") == 1)
+        assert server.service.batcher.waiting == 0

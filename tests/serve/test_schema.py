@@ -42,22 +42,25 @@ def client(shared_decoder: Any, decoder_tokenizer: Any) -> Iterator[Client]:
     guard.detach()
 
 
-def test_requests_made_from_the_document_find_what_it_describes(client: Client, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("examples", "least"), [(10, 500), pytest.param(200, 3000, marks=pytest.mark.long)])
+def test_requests_made_from_the_document_find_what_it_describes(
+    client: Client, tmp_path: Path, examples: int, least: int
+) -> None:
     (tmp_path / "schemathesis.toml").write_text(CONFIG)
     command = shutil.which("schemathesis", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     assert command is not None
     run = subprocess.run(
         [
             command, "run", f"http://127.0.0.1:{client.port}/openapi.json", "--checks", "all", "--mode", "all",
-            "--phases", "examples,coverage,fuzzing", "--max-examples", "10", "--generation-deterministic",
+            "--phases", "examples,coverage,fuzzing", "--max-examples", f"{examples}", "--generation-deterministic",
             "--continue-on-failure", "--suppress-health-check", "all", "--no-color",
         ],
-        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300,
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=1500,
         # The document is asked for under proxies otherwise.
         env={**os.environ, "NO_PROXY": "127.0.0.1"},
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert int(re.findall(r"(\d+) generated", run.stdout)[0]) > 500, run.stdout[-2000:]
+    assert int(re.findall(r"(\d+) generated", run.stdout)[0]) > least, run.stdout[-2000:]
 
 
 text = st.text(st.characters(codec="utf-8"), max_size=CHARS)

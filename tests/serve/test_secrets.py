@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from serving import Client, FaultyScorer, serving
+from serving import Client, FaultyScorer, serving, wait_until
 
 from rm_ood import InputError, OODGuard
 from rm_ood.cli import main
@@ -54,19 +56,33 @@ def test_the_key_is_asked_for_before_the_body_is_read(served: tuple[Client, Serv
     assert reply.startswith(b"HTTP/1.1 401")
 
 
+SECRET = "s3cr3t"
+
+
+def words(where: str) -> str:
+    return f"{SECRET}{where}"
+
+
+def log_as_a_server(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Log to stderr as the process does; the call that comes back ends it."""
+    loggers = [logging.getLogger(name) for name in ("rm_ood.serve", "uvicorn.error", "asyncio")]
+    before = [(list(logger.handlers), logger.propagate) for logger in loggers]
+    monkeypatch.setattr("warnings.showwarning", None)
+    logs.configure()
+
+    def put_back() -> None:
+        for logger, (handlers, propagate) in zip(loggers, before, strict=True):
+            logger.handlers[:] = handlers
+            logger.propagate = propagate
+
+    return put_back
+
+
 def test_what_is_sent_comes_out_nowhere(
     served: tuple[Client, Server], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, _ = served
-    names = ("rm_ood.serve", "uvicorn.error", "asyncio")
-    before = {name: (list(logging.getLogger(name).handlers), logging.getLogger(name).propagate) for name in names}
-    monkeypatch.setattr("warnings.showwarning", None)
-    logs.configure()
-    secret = "s3cr3t"
-
-    def words(where: str) -> str:
-        return f"{secret}{where}"
-
+    put_back = log_as_a_server(monkeypatch)
     bodies: list[Any] = [
         {"prompt": words("A"), "response": words("B")},
         {"prompt": words("A"), "response": f"explode {words('B')}"},
@@ -106,16 +122,61 @@ def test_what_is_sent_comes_out_nowhere(
     shown += [repr(reply.headers).encode() for reply in replies]
     shown += [client.get(path, key=KEY).body for path in ("/metrics", "/readyz", "/v1/guard", "/openapi.json", "/")]
     out, err = capfd.readouterr()
-    for name, (handlers, propagate) in before.items():
-        logging.getLogger(name).handlers[:] = handlers
-        logging.getLogger(name).propagate = propagate
+    put_back()
     assert err.count('"event": "request"') >= len(bodies)
     assert {reply.status for reply in replies} >= {200, 400, 401, 404, 405, 415, 422, 500}
     everything = b"\n".join(shown).decode("latin-1").lower() + out.lower() + err.lower()
-    assert secret not in everything
+    assert SECRET not in everything
     assert KEY not in everything
     for word in ("/work", "site-packages", "traceback", ".py", "rm_ood.serve."):
         assert word not in out + err + "".join(reply.body.decode() for reply in replies)
+
+
+def test_what_is_sent_comes_out_of_no_limit(
+    minilm_guard: OODGuard, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_back = log_as_a_server(monkeypatch)
+    scorer = FaultyScorer(minilm_guard)
+    limits: dict[str, Any] = {"max_queue": 1, "max_items": 1, "max_body_bytes": 3000, "max_connections": 4}
+    body = {"prompt": words("A"), "response": words("B"), "id": words("C"), "session": words("D")}
+    head = f"POST /v1/score?{words('E')} HTTP/1.1\r\nHost: localhost\r\nX-{words('F')}: {words('G')}\r\n".encode()
+    try:
+        with (
+            serving(scorer, api_key=key_digest(KEY), request_timeout_s=0.5, model_timeout_s=2.0, **limits) as (
+                client,
+                server,
+            ),
+            ThreadPoolExecutor(2) as pool,
+        ):
+            client.key = KEY
+            shown = [
+                client.post("/v1/score", {**body, "prompt": words("H") * 500}).body,
+                client.raw(head + b"Content-Length: 9\r\n\r\n" + words("I").encode()[:5]),
+                client.raw(head + b"X: " + b"a" * 70_000 + words("J").encode() + b"\r\n\r\n"),
+            ]
+            scorer.go.clear()
+            asked = [pool.submit(client.post, "/v1/score", body)]
+            wait_until(lambda: scorer.seen)
+            asked.append(pool.submit(client.post, "/v1/score", body))
+            wait_until(lambda: server.service.batcher.waiting == 1)
+            shown.append(client.post("/v1/score", body).body)
+            held = [socket.create_connection(("127.0.0.1", client.port)) for _ in range(4)]
+            shown.append(client.post("/v1/score", body).body)
+            shown += [one.result().body for one in asked]
+            for one in held:
+                one.close()
+            scorer.go.set()
+    finally:
+        put_back()
+    out, err = capfd.readouterr()
+    kinds = {json.loads(reply[reply.index(b"{") :])["type"] for reply in shown}
+    assert kinds == {
+        "body_too_large", "unauthorized", "head_too_large", "overloaded", "too_many_connections", "model_timeout"
+    }  # fmt: skip
+    everything = b"".join(shown).decode().lower() + out.lower() + err.lower()
+    assert err.count('"status": ') >= len(shown)
+    assert SECRET not in everything
+    assert KEY not in everything
 
 
 def test_what_others_log_is_told_without_arguments_and_tracebacks() -> None:
