@@ -69,3 +69,4 @@ def serving(command: Sequence[str], folder: Path) -> Iterator[tuple[int, int]]:
     finally:
         process.kill()
         process.wait()
+        process.stderr.close()

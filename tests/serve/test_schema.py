@@ -42,7 +42,7 @@ def client(shared_decoder: Any, decoder_tokenizer: Any) -> Iterator[Client]:
     guard.detach()
 
 
-@pytest.mark.parametrize(("examples", "least"), [(10, 500), pytest.param(200, 3000, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("examples", "least"), [(10, 500), pytest.param(200, 2000, marks=pytest.mark.long)])
 def test_requests_made_from_the_document_find_what_it_describes(
     client: Client, tmp_path: Path, examples: int, least: int
 ) -> None:
