@@ -52,6 +52,9 @@ class Worker:
         def work() -> None:
             if future.cancelled():
                 return
+            if self._ended:
+                loop.call_soon_threadsafe(settle, None, WorkerEnded())
+                return
             result: T | None = None
             failure: BaseException | None = None
             try:
@@ -80,5 +83,11 @@ class Worker:
         return not self._ended and self._thread.is_alive()
 
     def _work(self) -> None:
-        while (work := self._calls.get()) is not None:
-            work()
+        try:
+            while (work := self._calls.get()) is not None:
+                work()
+        finally:
+            # What waits behind a call that ended the thread is told so.
+            while self._ended and not self._calls.empty():
+                if (work := self._calls.get()) is not None:
+                    work()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import time
 import weakref
@@ -16,6 +17,7 @@ from rm_ood.serve.refusal import Refusal
 from rm_ood.serve.scorer import GuardScorer
 from rm_ood.serve.server import Server
 from rm_ood.serve.settings import ServeSettings
+from rm_ood.serve.worker import Worker, WorkerEnded
 
 ITEM = {"prompt": "question about the river", "response": "the answer is small"}
 
@@ -51,6 +53,22 @@ def test_a_thread_that_ends_is_told_within_a_second(minilm_guard: OODGuard, thre
         assert time.monotonic() - start < 1
         assert answer.status == later
         assert client.get("/livez").status == 200
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_waits_behind_the_end_of_a_thread_is_told() -> None:
+    def end() -> None:
+        time.sleep(0.1)
+        raise SystemExit
+
+    async def run() -> list[Any]:
+        worker = Worker("ending")
+        async with asyncio.timeout(5):
+            found = await asyncio.gather(worker.run(end), *(worker.run(int) for _ in range(3)), return_exceptions=True)
+            assert not worker.alive
+            return [*found, *await asyncio.gather(worker.run(int), return_exceptions=True)]
+
+    assert [type(one) for one in asyncio.run(run())] == 5 * [WorkerEnded]
 
 
 def test_what_is_loaded_is_left_out_of_collections_until_it_is_replaced(
