@@ -298,7 +298,7 @@ class OODGuard:
         if not call.is_single:
             raise InputError("turn_scores takes one dialogue: messages and one response")
         text, (words, answer) = column.text(state.config.text_format), call.items[0]
-        return score_turns(state, column, text.encode(words, answer, "dialogue"))
+        return score_turns(state, column, text.encode(words, answer, "dialogue", turns=True))
 
     def check_embeddings(
         self,

@@ -71,8 +71,11 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._frame = lru_cache(maxsize=_FRAMES)(self._fresh_frame)
 
-    def render(self, prompt: Text, response: Response, where: str) -> Rendered:
+    def render(self, prompt: Text, response: Response, where: str, *, turns: bool = False) -> Rendered:
         """The dialogue's text, and what is where in it.
+
+        Args:
+            turns: find where the turns end; the dialogue is rendered anew for each of them.
 
         Raises:
             InputError: the template refuses the roles, renders neither the tools nor a field of a message, or rewrites the
@@ -81,11 +84,11 @@ class ChatTemplate:
         messages = [self._joined(message) for message in messages_of(prompt)]
         answer = self._joined({"role": "assistant", "content": response} if isinstance(response, str) else response)
         beside = _beside(prompt)
-        turns = [*messages, answer]
+        dialogue = [*messages, answer]
         masked, pieces = _mask(messages)
         key = _key([*masked, _MASKED_ANSWER], *beside)
         try:
-            text = self._apply(turns, *beside)
+            text = self._apply(dialogue, *beside)
         except Exception as error:  # a template is the model's own Jinja code: it may raise anything
             raise self._refusal(masked, beside, error, where) from error
         words, is_more = content_text(answer), bool(set(answer) - {"role", "content"})
@@ -100,12 +103,12 @@ class ChatTemplate:
         if placed is None:
             placed = _search(text, self._fresh_frame(_key([*messages, _MASKED_ANSWER], *beside)) or "", pieces, where)
         places, span = placed
-        if beside[0] and self._fresh_frame(_key(turns, [], beside[1])) == text:
+        if beside[0] and self._fresh_frame(_key(dialogue, [], beside[1])) == text:
             raise InputError(
                 f"{where}: tools were given, but the chat template does not render tools: the text is the same without them. "
                 "Use the template that the reward model was trained with, or leave the tools out."
             )
-        unrendered = self._unrendered(text, turns, beside, where)
+        unrendered = self._unrendered(text, dialogue, beside, where)
         left = {p.slot: text[slice(*places[p.slot])] for p in pieces if p.slot in places}
         reasons = []
         if not _holds(text[max([0, *(end for _, end in places.values())]) : span[1]], words):
@@ -116,7 +119,7 @@ class ChatTemplate:
             text=text,
             response=span,
             prompt=[places[p.slot] for p in pieces if left.get(p.slot) and _holds(p.text, left[p.slot])],
-            turn_ends=[*self._turn_ends(text, masked, places, beside, frame or ""), len(text)],
+            turn_ends=[*self._turn_ends(text, masked, places, beside, frame or ""), len(text)] if turns else [],
             reasons=(*reasons, *(("unrendered_fields",) if unrendered else ())),
         )
 

@@ -43,7 +43,7 @@ class Encoded:
             `doubled_bos`; of a chat template `response_rewritten`, `prompt_rewritten`, `unrendered_fields`.
         turn_ends: column of the last token of each turn, the prompt's messages and then the response, end marker included:
             where the ids end if the dialogue is cut after that turn. -1 for a turn that was cut away or cannot be told.
-            Empty for text that is no dialogue.
+            Empty for text that is no dialogue, and where they were not asked for.
         turn_roles: roles of these turns.
     """
 
@@ -180,15 +180,18 @@ class TextEncoder:
             "special_tokens": self.special_tokens,
         }
 
-    def encode(self, prompt: Text, response: Response, where: str = "item") -> Encoded:
+    def encode(self, prompt: Text, response: Response, where: str = "item", *, turns: bool = False) -> Encoded:
         """Token ids and spans of one item.
+
+        Args:
+            turns: find where the turns of a dialogue end, at a rendering for each.
 
         Raises:
             InputError: messages or tools for a format that takes none, a template that rewrites the response past
                 recognition or leaves out what the item brings, an item that is too long under `on_too_long="error"`.
         """
         if self.text_format == "chat":
-            encoded = self._encode_chat(prompt, response, where)
+            encoded = self._encode_chat(prompt, response, where, turns)
         elif self.text_format == "pair":
             encoded = self._encode_pair(*self._strings(prompt, response, where))
         else:
@@ -257,8 +260,8 @@ class TextEncoder:
         )
         raise InputError(f"{where}: {came}, {remedy}")
 
-    def _encode_chat(self, prompt: Text, response: Response, where: str) -> Encoded:
-        rendered = self._template.render(prompt, response, where)
+    def _encode_chat(self, prompt: Text, response: Response, where: str, turns: bool) -> Encoded:
+        rendered = self._template.render(prompt, response, where, turns=turns)
         encoded, offsets = self._encode_rendered(rendered.text, rendered.response, rendered.prompt)
         stops = [stop for _, stop in offsets]
         return replace(
@@ -266,7 +269,7 @@ class TextEncoder:
             reasons=rendered.reasons,
             # The last token that ends within the turn; one that straddles its end belongs to the next.
             turn_ends=tuple(bisect_right(stops, end) - 1 if end > 0 else -1 for end in rendered.turn_ends),
-            turn_roles=(*(message["role"] for message in messages_of(prompt)), "assistant"),
+            turn_roles=(*(message["role"] for message in messages_of(prompt)), "assistant") if turns else (),
         )
 
     def _encode_pair(self, prompt: str, response: str) -> Encoded:

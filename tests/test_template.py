@@ -6,6 +6,7 @@ import copy
 import datetime
 import json
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -225,7 +226,7 @@ class Setup:
             self.tokenizer.add_special_tokens({"additional_special_tokens": list(markers)})
 
     def encode(self, prompt: Any, response: Any, **options: Any) -> Encoded:
-        return TextEncoder(self.tokenizer, "chat", **options).encode(prompt, response, "items[3]")
+        return TextEncoder(self.tokenizer, "chat", **options).encode(prompt, response, "items[3]", turns=True)
 
     def text(self, messages: list[Any], **options: Any) -> str:
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
@@ -520,6 +521,12 @@ def test_text_blocks_are_joined_as_the_template_joins_them(setups: dict[str, Set
 # -- turns
 
 
+def test_turns_are_found_where_they_are_asked_for_alone(setups: dict[str, Setup]) -> None:
+    setup, dialogue = setups["smollm2"], [USER, turn("assistant", "Cold."), THANKS]
+    encoded = TextEncoder(setup.tokenizer, "chat").encode(dialogue, RESPONSE, "items[3]")
+    assert encoded == replace(setup.encode(dialogue, RESPONSE), turn_ends=(), turn_roles=())
+
+
 @pytest.mark.parametrize("with_system", [True, False])
 def test_a_turn_ends_where_the_dialogue_cut_after_it_does(setups: dict[str, Setup], with_system: bool) -> None:
     setup = setups["smollm2"]
@@ -592,10 +599,13 @@ def test_items_of_one_shape_cost_one_rendering_each(setups: dict[str, Setup], mo
         return inner(*arguments)
 
     monkeypatch.setattr(template, "_apply", counted)
-    for _ in range(20):
-        template.render([SYSTEM, turn("user", sentence(rng)), ANSWER, THANKS], sentence(rng), "x")
-    # One rendering an item, and once the frame and its cuts after each of the four turns.
-    assert count == 20 + 5
+    for turns, once in ((False, 1), (True, 4)):
+        count = 0
+        for _ in range(20):
+            dialogue = [SYSTEM, turn("user", sentence(rng)), ANSWER, THANKS]
+            template.render(dialogue, sentence(rng), "x", turns=turns)
+        # One rendering an item, and once the frame, then its cuts after each of the four turns.
+        assert count == 20 + once
 
 
 def test_a_template_that_reads_the_clock_is_rendered_anew(
@@ -607,7 +617,7 @@ def test_a_template_that_reads_the_clock_is_rendered_anew(
     )
     encoder = TextEncoder(setup.tokenizer, "chat")
     messages = [USER, turn("assistant", "<think>Hm.</think>Cold."), THANKS]
-    today = encoder.encode(messages, RESPONSE)
+    today = encoder.encode(messages, RESPONSE, turns=True)
 
     class Tomorrow(datetime.datetime):
         @classmethod
@@ -615,7 +625,7 @@ def test_a_template_that_reads_the_clock_is_rendered_anew(
             return datetime.datetime(2031, 2, 3)
 
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Tomorrow)
-    later = encoder.encode(messages, RESPONSE)
+    later = encoder.encode(messages, RESPONSE, turns=True)
     assert "03 Feb 2031" in setup.tokenizer.decode(later.input_ids)
     assert later.input_ids != today.input_ids
     for encoded in (today, later):
