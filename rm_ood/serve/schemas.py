@@ -45,7 +45,7 @@ class Message(Strict):
     tool_call_id: Name | None = None
 
 
-# Where each turn ends is asked of the chat template, so that a dialogue's cost grows with the square of its turns.
+# To find the words of all turns in a dialogue's text takes a time that grows with the square of their number.
 MOST_TURNS = 256
 # Tags begin with ~, so that no error names one as a field.
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MOST_TURNS)]
