@@ -160,7 +160,7 @@ class Cluster:
         arguments = {
             "guard": str(self.place / "guard"), "model": str(self.place / "model"), "replicas": 2, "cpus": 0.5,
             "api_key_file": str(self.place / "key"), "monitor_state": str(self.place / "monitor"),
-            "monitor_save_s": 0.2, "max_chars": 500, **arguments,
+            "monitor_save_s": 0.2, "max_chars": 500, "request_timeout_s": 2, **arguments,
         }  # fmt: skip
         one = {
             "name": "default", "import_path": "rm_ood.serve.ray_serve:app", "args": arguments,
@@ -304,12 +304,16 @@ def test_bad_items_and_wrong_keys_get_the_replies_of_the_server(cluster: Cluster
     assert client.get("/readyz").json == {"ready": True, "reasons": []}
     assert client.get("/nothing").json["type"] == "not_found"
     assert client.post("/get_reward", {"query": ["what? that"], "prompts": ["what?"]}).status == 200
+    # A body that does not arrive, through Ray's proxy.
+    head = f"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nAuthorization: Bearer {KEY}\r\n"
+    sent = client.raw(f"{head}Content-Length: 100\r\nConnection: close\r\n\r\n".encode(), b'{"prompt"', timeout=20)
+    assert sent.startswith(b"HTTP/1.1 408 ")
     # One header, and the id that the reply tells.
     import http.client
 
     connection = http.client.HTTPConnection("127.0.0.1", client.port)
-    sent = {"content-type": "application/json", "authorization": f"Bearer {KEY}", "x-request-id": "mine-7"}
-    connection.request("POST", "/v1/score", json.dumps({"prompt": "a", "response": "b"}), sent)
+    headers = {"content-type": "application/json", "authorization": f"Bearer {KEY}", "x-request-id": "mine-7"}
+    connection.request("POST", "/v1/score", json.dumps({"prompt": "a", "response": "b"}), headers)
     reply = connection.getresponse()
     assert reply.headers.get_all("x-request-id") == ["mine-7"]
     assert json.loads(reply.read())["request_id"] == "mine-7"
