@@ -8,6 +8,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from rm_ood.serve.gate import OPEN, App, Message, Receive, Send
+from rm_ood.serve.logs import log
 from rm_ood.serve.refusal import Refusal
 from rm_ood.serve.settings import KEY_VARIABLE, is_loopback
 
@@ -42,6 +43,7 @@ class BehindProxy:
             refusal = Refusal(
                 403, "key_needed", f"this address asks for a key, and the server has none: set {KEY_VARIABLE}"
             )
+            log("refused", level="warning", status=refusal.status, error=refusal.kind)
             await JSONResponse(refusal.body(request_id), refusal.status)(scope, receive, reply)
             return
         await self._app({**scope, "path": path, "root_path": "", "raw_path": path.encode()}, receive, reply)
