@@ -10,6 +10,7 @@ What is named stub has a model that takes 20 ms for a batch of four and gives no
 from __future__ import annotations
 
 import itertools
+import os
 import statistics
 import sys
 import tempfile
@@ -79,7 +80,7 @@ def _beside_the_loop(name: str) -> Iterator[Row]:
                     shots, took = load.closed(port, bodies, ROUND_S, clients)
                     all_answered(shots)
                     rates[form].append(items * len(shots) / took)
-            shape = f"{name} batch={BATCH}"
+            shape = f"{name} batch={BATCH} load={os.getloadavg()[0]:.1f}"
             for form, values in rates.items():
                 ratio = statistics.median(v / loop for v, loop in zip(values, rates["loop"], strict=True))
                 yield measured(
