@@ -63,6 +63,7 @@ class Batcher:
             taken while the model has others. An idle model takes what it is given.
         wait_s: how long an idle model waits for a batch to fill.
         observe: told of each batch.
+        needs: threads without which no item gets as far as a batch.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Batcher:
         wait_s: float,
         concurrency: int = 1,
         observe: Callable[[Ran], None] = lambda ran: None,
+        needs: Sequence[Worker] = (),
     ) -> None:
         self._score = score
         self.batch_size = batch_size
@@ -82,6 +84,7 @@ class Batcher:
         self._max_wait_s = max_wait_s
         self._wait_s = wait_s
         self._observe = observe
+        self._needs = needs
         self._queue: list[Job] = []
         self._reserved = 0
         self._arrived = asyncio.Event()
@@ -141,7 +144,7 @@ class Batcher:
         Raises:
             Refusal: the queue has no room for them, or they would wait too long (429); there is no thread to score them (503).
         """
-        if not self.alive:
+        if not (self.alive and all(worker.alive for worker in self._needs)):
             raise no_model()
         self._drop_cancelled()
         waiting = self.waiting

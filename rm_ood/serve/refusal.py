@@ -60,7 +60,7 @@ def overloaded(waiting: int, retry_after_s: float) -> Refusal:
 
 
 def no_model() -> Refusal:
-    return Refusal(503, "no_model", "the thread of the reward model has ended: the server must be started again", 1.0)
+    return Refusal(503, "no_model", "a thread that scoring needs has ended: the server must be started again", 1.0)
 
 
 def too_many_connections() -> Refusal:

@@ -17,12 +17,12 @@ from rm_ood.serve.batcher import Batcher, Job
 from rm_ood.serve.logs import log
 from rm_ood.serve.metrics import Metrics
 from rm_ood.serve.reading import TextRules, text_refusal
-from rm_ood.serve.refusal import Refusal, internal, slow_model
+from rm_ood.serve.refusal import Refusal, internal, no_model, slow_model
 from rm_ood.serve.scorer import Query, Scorer, Work
 from rm_ood.serve.settings import ServeSettings
 from rm_ood.serve.tracing import Tracing
 from rm_ood.serve.traffic import Traffic
-from rm_ood.serve.worker import Worker
+from rm_ood.serve.worker import Worker, WorkerEnded
 
 SCORING_FAILED = "scoring_failed"
 _SWAP_POLL_S = 0.02
@@ -62,6 +62,7 @@ class Service:
         self.draining = False
         self.load: Callable[[], Scorer] | None = None
         self.connections: Callable[[], int] = lambda: 0
+        self._tokenizer = Worker("rm-ood-tokenizer")
         self.batcher = Batcher(
             self._score,
             batch_size=scorer.batch_size,
@@ -70,8 +71,8 @@ class Service:
             wait_s=settings.batch_wait_s,
             concurrency=scorer.concurrency,
             observe=self.metrics.ran,
+            needs=(self._tokenizer,),
         )
-        self._tokenizer = Worker("rm-ood-tokenizer")
         self._loader = Worker("rm-ood-loader")
         self._swapping = asyncio.Lock()
         self._keeper: asyncio.Task[None] | None = None
@@ -124,7 +125,8 @@ class Service:
 
         Raises:
             Refusal: too much waits (429), a text cannot be encoded (422), the model is too slow (504), it failed on every item
-                (500), there is no thread for it (503), or the scorer's own.
+                (500), or the scorer's own; there is no thread for it (503).
+            WorkerEnded: a thread ended while it was waited for.
         """
         served, n = self.served, len(queries)
         self.batcher.reserve(n)
@@ -271,5 +273,7 @@ def _checked(load: Callable[[], Scorer]) -> Scorer:
 
 
 def refusal_of(error: BaseException) -> Refusal:
-    """What the sender is told of an error: nothing but that there was one."""
+    """What the sender is told of an error: nothing but that there was one, or that no other try can end better."""
+    if isinstance(error, WorkerEnded):
+        return no_model()
     return error if isinstance(error, Refusal) else internal()

@@ -11,6 +11,10 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
+# What asks a thread to end. Everything else that is no Exception, such as a panic in a library's Rust, is its call's failure.
+_ENDS = (SystemExit, KeyboardInterrupt)
+
+
 class WorkerEnded(Exception):
     """There is no thread any more to make a call in."""
 
@@ -25,6 +29,8 @@ class Worker:
     def __init__(self, name: str) -> None:
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._ended = False
+        # Between the look at `_ended` and the queue, the thread must not end: nobody would take the call.
+        self._ending = threading.Lock()
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
@@ -35,9 +41,8 @@ class Worker:
 
         Raises:
             WorkerEnded: the thread has ended, or ends in this call.
+            RuntimeError: for what is no Exception, of which only SystemExit and KeyboardInterrupt end the thread.
         """
-        if self._ended:
-            raise WorkerEnded
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
@@ -61,16 +66,23 @@ class Worker:
                 result = call(*args)
             except Exception as error:
                 failure = error
-            except BaseException:
-                self._ended = True
+            except _ENDS:
+                with self._ending:
+                    self._ended = True
                 failure = WorkerEnded()
                 raise
+            except BaseException as error:
+                # Its message may quote what the call was given.
+                failure = RuntimeError(f"the call ended by {type(error).__name__}")
             finally:
                 # The loop may have ended while the call ran.
                 if not loop.is_closed():
                     loop.call_soon_threadsafe(settle, result, failure)
 
-        self._calls.put(work)
+        with self._ending:
+            if self._ended:
+                raise WorkerEnded
+            self._calls.put(work)
         return await future
 
     def stop(self) -> None:
