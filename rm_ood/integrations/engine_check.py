@@ -10,7 +10,7 @@ import torch
 
 from rm_ood.canaries import CANARIES
 from rm_ood.channels import FINAL
-from rm_ood.errors import EngineError, MismatchError, UnavailableError
+from rm_ood.errors import EngineError, InputError, MismatchError, UnavailableError
 from rm_ood.identity import Canaries, compare
 from rm_ood.integrations.engines import EngineReply, EngineScorer, SGLangScorer, VLLMScorer
 from rm_ood.integrations.transport import JsonClient
@@ -64,7 +64,7 @@ def check_canaries(
     """Ask the engine the canary texts, and compare its answers with those of the fitted model.
 
     Rewards are compared, and vectors, or distances where the engine gives no vectors; tolerances are those of
-    `rm_ood.identity.compare`. Of a guard that keeps no canaries the answers only have to be finite.
+    `rm_ood.identity.compare`.
 
     Args:
         items: of `canary_items`.
@@ -72,9 +72,17 @@ def check_canaries(
     Returns:
         `("dtype",)` where they differ by as much and it was accepted, else `()`: for `FittedState.overrides`.
     Raises:
+        InputError: the guard keeps no canaries: nothing would tell another model from its own.
         MismatchError: another reward model, or one that gives the canaries no finite answers.
         EngineError: no answer.
     """
+    saved = state.identity.canaries
+    if saved is None:
+        raise InputError(
+            "this guard keeps no answers to the canary texts, so nothing would tell whether the engine serves its reward model: "
+            "its reward model could not be asked them (fitting warns of it). Serve the guard with the model itself, without "
+            "--engine, or fit it anew on a model that gives short texts finite rewards and vectors."
+        )
     size = scorer.batch_size
     replies = [scorer.ask(items[i : i + size], state) for i in range(0, len(items), size)]
     rewards = np.concatenate([reply.rewards for reply in replies])
@@ -83,9 +91,8 @@ def check_canaries(
     if wrong or not (np.isfinite(rewards).all() and np.isfinite(scores).all()):
         what = f"{wrong} rewards are not those of their vectors" if wrong else "not all of them are finite numbers"
         raise MismatchError(f"the engine's answers to the canary texts: {what}. {_ANOTHER}")
-    saved = state.identity.canaries
-    told = None if saved is None else _difference(saved, replies, rewards, state, same_dtype=True)
-    if saved is None or told is None:
+    told = _difference(saved, replies, rewards, state, same_dtype=True)
+    if told is None:
         return ()
     if allow_dtype_change and _difference(saved, replies, rewards, state, same_dtype=False) is None:
         return ("dtype",)

@@ -1,7 +1,9 @@
 """A server without the reward model: an inference engine gives rewards and vectors, the guard the verdicts.
 
-The engine is asked the canary texts of the guard before the first item, every `probe_s` seconds, and after every failure:
-as long as it does not answer them as the reward model of the fit did, nothing is scored.
+The engine is asked the canary texts of the guard before the first item, every `probe_s` seconds, and after every failure and
+every lost connection: as long as it is not known to answer them as the reward model of the fit did, nothing is scored, and
+what was under way meanwhile is not believed. A model that is swapped without any failure or lost connection is found by the
+next of these questions only: until then, for up to `probe_s` seconds, its answers are taken for the fitted model's.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 from rm_ood.channels import FINAL, REWARD
 from rm_ood.decision import Decisions
 from rm_ood.dialogue import Response, Text
+from rm_ood.embed import Embedded
 from rm_ood.errors import EngineError, InputError, MismatchError, UnavailableError
 from rm_ood.guard import OODGuard
 from rm_ood.integrations.engine_check import KINDS, canary_items, check_canaries, engine_kind
@@ -28,11 +31,12 @@ from rm_ood.integrations.read_out import read_head
 from rm_ood.serve.logs import log
 from rm_ood.serve.refusal import Refusal
 from rm_ood.serve.scorer import StateScorer, Work
+from rm_ood.state import ChannelScores
 from rm_ood.text import Encoded
 
 # What a head in another dtype may round by, which an engine does not tell.
 _COARSE = torch.finfo(torch.bfloat16).eps
-# Between two questions whether an engine that was away is back.
+# Between two questions whether an engine that was away is back, and between the tries after a lost connection.
 _HOLD_S = 1.0
 
 
@@ -47,7 +51,7 @@ class EngineSettings:
         model: name that it serves the reward model under; None for its only one.
         key: sent as `Authorization: Bearer ...`; None: no key.
         timeout_s: to connect, for any next part of a reply, and for the whole of it.
-        retries: further tries after a lost connection.
+        retries: further tries after a lost connection, each once the canary texts are answered as they should be.
         concurrency: requests in flight.
         probe_s: how often the canary texts are asked.
     """
@@ -85,7 +89,7 @@ class EngineBackend(StateScorer):
         allow_dtype_change: accept an engine that runs the model in another dtype than that of the fit.
 
     Raises:
-        InputError: a guard that an engine cannot serve. NotFittedError: not fitted or not calibrated.
+        InputError: a guard that an engine cannot serve, or that keeps no canaries. NotFittedError: not fitted or not calibrated.
         MismatchError: another tokenizer or limit, or another reward model behind the address.
         EngineError: it does not answer, or not as documented.
     """
@@ -108,26 +112,31 @@ class EngineBackend(StateScorer):
             "timeout": settings.timeout_s,
             "whole_s": settings.timeout_s,
             "patience": 0.0,
+            # A try that the client made anew by itself could be answered by another model.
+            "retries": 0,
         }
         kind = settings.kind
         if kind == "auto":
-            kind = engine_kind(settings.url, retries=settings.retries, **client)
+            kind = engine_kind(settings.url, **{**client, "retries": settings.retries})
         options = {**client, "model": settings.model, "batch_size": self.batch_size}
         if guard.config.max_length is None:
             options["max_length"] = files.max_length
         if kind != "vllm" and files.head is not None:
             head = read_head(files.head, guard.state)
             options["head"] = replace(head, eps=max(head.eps, _COARSE)) if allow_dtype_change else head
-
-        def connect(retries: int) -> EngineScorer:
-            return KINDS[kind](settings.url, guard, files.tokenizer, retries=retries, **options)
-
-        self._engine, self._asker = connect(settings.retries), connect(0)
-        self._canaries = canary_items(self._asker)
+        self._engine: EngineScorer = KINDS[kind](settings.url, guard, files.tokenizer, **options)
+        self._canaries = canary_items(self._engine)
         self._allow = allow_dtype_change
+        self._retries = settings.retries
         self._probe_s = settings.probe_s
+        self._hold_s = min(_HOLD_S, settings.probe_s)
         self._outage: Refusal | None = None
-        self._asked_at = -math.inf
+        # How often the engine may have become another one; whether the canaries were asked since.
+        self._doubts, self._in_doubt = 0, False
+        # Of these three.
+        self._change = threading.Lock()
+        # When the canaries were asked last, and whether they were answered as they should be.
+        self._asked_at, self._held = -math.inf, False
         self._asking = threading.Lock()
         self._wake, self._closed = threading.Event(), False
         try:
@@ -140,35 +149,48 @@ class EngineBackend(StateScorer):
 
     def tell(self) -> None:
         """Log which engine it is, and what is known of it."""
-        known = self._state.identity.canaries is not None
-        log("engine", **self._facts, canaries_compared=known, dtype_changed=bool(self._state.overrides))
+        log("engine", **self._facts, dtype_changed=bool(self._state.overrides))
 
     def _encode(self, items: Sequence[tuple[Text, Response]]) -> list[Encoded]:
         return self._engine.encode(items)
 
     def score(self, works: Sequence[Work]) -> Decisions:
         """See `Scorer`."""
-        if self._outage is not None and not self._serves():
-            raise self._told(self._outage)
+        lost = False
+        for left in range(self._retries, -1, -1):
+            doubts = self._doubts
+            if self._outage is None or self._serves(again=lost):
+                answer = self._answer(works)
+                # Any thread may have lost its connection while this answer was under way, which is then another model's.
+                if answer is not None and self._doubts == doubts:
+                    return self._decide(works, *answer)
+                lost = True
+                continue
+            outage = self._outage or _UNAVAILABLE
+            if not lost or outage.kind != "engine_unavailable":
+                raise replace(outage)
+            if left:
+                time.sleep(self._hold_s)
+        self._wake.set()
+        raise replace(self._outage or _UNAVAILABLE)
+
+    def _answer(self, works: Sequence[Work]) -> tuple[ChannelScores, Embedded] | None:
+        """What the engine says of a batch; None where the connection was lost. Raises as `score`."""
         try:
-            scored, part = self._engine.score([work.encoded for work in works], self._state)
+            return self._engine.score([work.encoded for work in works], self._state)
         except (EngineError, MismatchError) as error:
             refusal = _refusal(error)
+            if refusal.kind == "engine_unavailable":
+                self._down(refusal, error, in_doubt=True)
+                return None
             if refusal.kind in ("engine_failed", "engine_mismatch"):
                 # One item may have done it; an engine that still answers the canaries says so.
                 if self._serves():
                     raise
-                raise self._told(self._outage or refusal) from None
-            if refusal.kind == "engine_unavailable":
-                self._down(refusal, error)
-            elif refusal.kind == "engine_timeout":
+                raise replace(self._outage or refusal) from None
+            if refusal.kind == "engine_timeout":
                 self._wake.set()
             raise refusal from None
-        outage = self._outage
-        if outage is not None and outage.kind in ("engine_unavailable", "engine_mismatch"):
-            # It came about while this answer was under way, which may be another model's.
-            raise self._told(outage)
-        return self._decide(works, scored, part)
 
     def failure(self) -> Refusal:
         """See `Scorer`."""
@@ -180,8 +202,7 @@ class EngineBackend(StateScorer):
         """See `Scorer`."""
         self._closed = True
         self._wake.set()
-        for engine in (self._engine, self._asker):
-            engine.close()
+        self._engine.close()
 
     # -- is it there, and is it the reward model of the fit
 
@@ -192,15 +213,29 @@ class EngineBackend(StateScorer):
             if not self._closed:
                 self._serves()
 
-    def _serves(self) -> bool:
+    def _serves(self, *, again: bool = False) -> bool:
         """Whether the engine answers the canaries as it should; sets the outage, or ends it.
 
-        While an outage lasts it is asked once a second at most, by one thread; the others take the answer of before.
+        While an outage lasts it is asked once a second at most, by one thread; the others take the answer of before. After a
+        lost connection, and for a further try, it is asked at once, and the others wait for the answer.
         """
-        if self._outage is not None and time.monotonic() - self._asked_at < min(_HOLD_S, self._probe_s):
+        begun = time.monotonic()
+        waits = again or self._in_doubt or self._outage is None
+        if not waits and begun - self._asked_at < self._hold_s:
             return False
-        if not self._asking.acquire(blocking=self._outage is None):
+        if not self._asking.acquire(blocking=waits):
             return False
+        try:
+            # Where another thread asked meanwhile, its answer is as good.
+            if self._asked_at <= begun or self._in_doubt:
+                self._held = self._ask()
+                self._asked_at = time.monotonic()
+            return self._held
+        finally:
+            self._asking.release()
+
+    def _ask(self) -> bool:
+        doubts = self._doubts
         try:
             self._compare()
         except Exception as error:  # whatever it is: nothing is scored before it is known to be right again
@@ -208,31 +243,29 @@ class EngineBackend(StateScorer):
             if refusal.kind != "engine_busy" and not self._closed:
                 self._down(refusal, error)
             return False
-        finally:
-            self._asked_at = time.monotonic()
-            self._asking.release()
-        if self._outage is not None:
-            self._outage = self.problem = None
+        with self._change:
+            if self._doubts != doubts:
+                # A connection was lost meanwhile: it may be another one by now.
+                return False
+            before, self._outage, self.problem, self._in_doubt = self._outage, None, None, False
+        if before is not None:
             log("engine_back")
         return True
 
     def _compare(self) -> None:
-        overrides = check_canaries(self._asker, self._state, self._canaries, allow_dtype_change=self._allow)
+        overrides = check_canaries(self._engine, self._state, self._canaries, allow_dtype_change=self._allow)
         if overrides != self._state.overrides:
             self._state = replace(self._state, overrides=overrides)
 
-    def _down(self, refusal: Refusal, error: Exception) -> None:
-        before, self._outage = self._outage, refusal
-        self.problem = _PROBLEMS[refusal.kind]
-        self._asked_at = time.monotonic()
+    def _down(self, refusal: Refusal, error: Exception, *, in_doubt: bool = False) -> None:
+        with self._change:
+            before, self._outage, self._in_doubt = self._outage, refusal, in_doubt
+            self.problem = _PROBLEMS[refusal.kind]
+            self._doubts += refusal.kind in ("engine_unavailable", "engine_mismatch")
         if before is None or before.kind != refusal.kind:
             # A mismatch is told in numbers; other errors name the address.
             told = {"message": str(error)} if isinstance(error, MismatchError) else {}
             log("engine_away", level="error", why=refusal.kind, error=type(error).__name__, **told)
-
-    def _told(self, outage: Refusal | None) -> Refusal:
-        """A refusal of its own for each batch."""
-        return self.failure() if outage is None else replace(outage)
 
 
 _PROBLEMS = {
@@ -242,6 +275,9 @@ _PROBLEMS = {
     "engine_mismatch": "engine serves another reward model",
 }
 
+# Refusals are raised as copies: each holds the frames of its own request.
+_UNAVAILABLE = Refusal(503, "engine_unavailable", "the inference engine cannot be reached: try again later", 5.0)
+
 
 def _refusal(error: Exception) -> Refusal:
     """What the sender is told of an engine that gives nothing to score; never its address or its words."""
@@ -249,7 +285,7 @@ def _refusal(error: Exception) -> Refusal:
         asked = 1.0 if error.retry_after_s is None else error.retry_after_s
         return Refusal(503, "engine_busy", "the inference engine is busy: try again later", asked)
     if isinstance(error, UnavailableError) and error.why == "unreachable":
-        return Refusal(503, "engine_unavailable", "the inference engine cannot be reached: try again later", 5.0)
+        return replace(_UNAVAILABLE)
     if isinstance(error, UnavailableError) and error.why == "timeout":
         return Refusal(504, "engine_timeout", "the inference engine did not answer in time", 1.0)
     if isinstance(error, MismatchError):

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
@@ -303,9 +303,7 @@ def test_an_engine_that_dies_and_comes_back_is_believed_when_it_is_the_same_mode
     made: tuple[Path, OODGuard], shared_decoder: Any
 ) -> None:
     folder, guard = made
-    other = copy.deepcopy(shared_decoder)
-    with torch.no_grad():
-        other.model.layers[-1].mlp.down_proj.weight.mul_(1.5)
+    other = another_model(shared_decoder)
     first = Engine(shared_decoder, shared_decoder.score)
     port = first.server.server_address[1]
     with served(folder, first, probe_s=0.2) as (client, _):
@@ -314,7 +312,6 @@ def test_an_engine_that_dies_and_comes_back_is_believed_when_it_is_the_same_mode
         answer = ask(client, ITEMS[:2])
         assert (answer.status, answer.json["type"], answer.headers["retry-after"]) == (503, "engine_unavailable", "5")
         assert client.get("/readyz").json["reasons"] == ["engine cannot be reached"]
-        # Of the same shapes and with the same head, so that only the canaries tell.
         with Engine(other, other.score, port=port) as another:
             wait_until(lambda: client.get("/readyz").json["reasons"] == ["engine serves another reward model"])
             answer = ask(client, ITEMS[:2])
@@ -345,6 +342,91 @@ def test_a_model_that_is_swapped_is_found_by_the_probe_and_what_is_under_way_is_
             assert (answer.status, answer.json["type"]) == (502, "engine_mismatch")
         assert client.metric("rm_ood_ready") == client.metric("rm_ood_scored_items_total") == 0
         assert server.service.unready() == ["engine serves another reward model"]
+
+
+def another_model(model: Any) -> Any:
+    """Of the same shapes and with the same head, so that only the canaries tell."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.layers[-1].mlp.down_proj.weight.mul_(1.5)
+    return other
+
+
+@contextmanager
+def under_way(folder: Path, engine: Engine, **settings: Any) -> Iterator[tuple[Client, Future[Answer]]]:
+    """A server whose engine has a request, and is stopped with it."""
+    with served(folder, engine, probe_s=30.0, **settings) as (client, _), ThreadPoolExecutor(1) as pool:
+        go = threading.Event()
+        asked = len(engine.requests)
+        engine.raw = lambda handler: not go.wait(20)
+        answer = pool.submit(ask, client, ITEMS[:2])
+        wait_until(lambda: len(engine.requests) > asked)
+        engine.stop()
+        go.set()
+        yield client, answer
+
+
+def test_a_try_that_was_lost_is_not_made_again_with_another_model(
+    made: tuple[Path, OODGuard], engine: Engine, shared_decoder: Any
+) -> None:
+    other = another_model(shared_decoder)
+    port = engine.server.server_address[1]
+    with under_way(made[0], engine, retries=2) as (client, answer), Engine(other, other.score, port=port) as another:
+        found = answer.result()
+        assert (found.status, found.json["type"]) == (502, "engine_mismatch")
+        assert client.get("/readyz").json["reasons"] == ["engine serves another reward model"]
+        assert client.metric("rm_ood_scored_items_total") == 0
+        assert all(len(body["items"]) == 4 for _, body, _ in another.requests), "no item was sent"
+
+
+def test_a_try_that_was_lost_is_made_again_when_the_same_model_is_back(
+    made: tuple[Path, OODGuard], engine: Engine, shared_decoder: Any
+) -> None:
+    folder, guard = made
+    port = engine.server.server_address[1]
+    with under_way(folder, engine, retries=3) as (client, answer):
+        # Down for longer than the first question whether it is back.
+        time.sleep(0.2)
+        with Engine(shared_decoder, shared_decoder.score, port=port) as again:
+            assert_rows(answer.result().json["results"], guard, ITEMS[:2])
+            assert [len(body["items"]) for _, body, _ in again.requests] == [4, 4, 2]
+            assert client.get("/readyz").status == 200
+
+
+def test_an_answer_that_came_while_another_try_was_lost_is_not_believed(
+    made: tuple[Path, OODGuard], engine: Engine, shared_decoder: Any, holds: Callable[[list[int]], bool]
+) -> None:
+    folder, guard = made
+    other = another_model(shared_decoder)
+
+    def raw(handler: Any) -> bool:
+        items = handler.body["items"]
+        if len(items) == 1 and holds(items[0]) and not lost.is_set():
+            # Hangs up without an answer, once.
+            lost.set()
+            raise ConnectionAbortedError
+        if len(items) == 2 and engine.model is shared_decoder and not late.is_set():
+            late.set()
+            engine.model = other
+            reply = engine.answer(handler.path, handler.body)
+            asked.set()
+            assert lost.wait(20)
+            engine.model = shared_decoder
+            assert done.wait(20)
+            handler.reply(200, json.dumps(reply).encode())
+            return True
+        return False
+
+    late, asked, lost, done = (threading.Event() for _ in range(4))
+    with served(folder, engine, probe_s=30.0, retries=2) as (client, _), ThreadPoolExecutor(1) as pool:
+        engine.raw = raw
+        answer = pool.submit(ask, client, ITEMS[:2])
+        assert asked.wait(20)
+        # This one is lost, asks the canaries, finds the right model and is scored by it.
+        assert ask(client, [BAD]).status == 200
+        done.set()
+        # What the other model said meanwhile is asked again.
+        assert_rows(answer.result().json["results"], guard, ITEMS[:2])
 
 
 def test_vectors_that_were_normalised_are_not_taken(made: tuple[Path, OODGuard], engine: Engine) -> None:
@@ -406,6 +488,18 @@ def test_what_cannot_be_served_is_refused_at_the_start(
     for wrong in ({"kind": "tgi"}, {"retries": -1}, {"concurrency": 0}, {"timeout_s": 0.0}, {"probe_s": float("nan")}):
         with pytest.raises(InputError, match=next(iter(wrong))):
             EngineSettings(engine.url, **wrong)  # type: ignore[arg-type]
+
+
+def test_a_guard_without_canaries_is_refused(made: tuple[Path, OODGuard], engine: Engine, tmp_path: Path) -> None:
+    folder, guard = made
+    bare = copy.copy(guard)
+    bare._state = replace(guard.state, identity=replace(guard.state.identity, canaries=None))
+    bare.save_pretrained(tmp_path / "guard")
+    with pytest.raises(InputError, match="keeps no answers to the canary texts"):
+        load_backend(
+            tmp_path / "guard", FILES(str(folder / "model")), EngineSettings(engine.url), None, channels="final"
+        )
+    assert not engine.requests
 
 
 def test_another_dtype_is_served_when_it_is_allowed_and_every_verdict_says_so(
@@ -484,7 +578,6 @@ def test_the_command_serves_without_the_models_weights(
             events = [json.loads(line) for line in lines]
             assert events[-1]["event"] == "listening", lines
             assert events[-2].items() >= {"event": "engine", "kind": "sglang", "head_checked": False}.items()
-            assert events[-2]["canaries_compared"]
             client = Client(int(events[-1]["url"].rpartition(":")[2]))
             assert_rows(ask(client, ITEMS[:5]).json["results"], guard, ITEMS[:5])
             # The guard is loaded anew, and asked the canaries before it takes over.
