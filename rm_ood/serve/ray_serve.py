@@ -3,12 +3,14 @@
     serve run rm_ood.serve.ray_serve:app guard=guard model=my-reward-model min_replicas=1 max_replicas=8
 
 or `serve.run(deployment("guard", "my-reward-model", replicas=(1, 8)))`. Routes, replies, modes and limits are those of
-`rm-ood serve`; the README's section on many machines says what Ray's proxies leave open.
+`rm-ood serve`; the README's section on many machines says what Ray's proxies leave open. Each replica has the reward model:
+in front of an inference engine there is little to scale, and `rm-ood serve --engine` does it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -21,6 +23,8 @@ from rm_ood.serve.settings import ServeSettings, read_api_key
 NAME, WATCH = "rm_ood", "rm_ood_watch"
 # After the last reply, for the last verdicts to be told.
 _SHUTDOWN_S = 10.0
+# Of the largest requests that fill a replica's queue: with fewer at each, Ray adds none.
+_BUSY = 0.75
 
 
 def deployment(
@@ -42,14 +46,19 @@ def deployment(
 
     Args:
         guard, model: folders or Hub ids that every machine sees.
-        settings: as for `rm-ood serve`, of each replica; `monitor_state` is a folder. `max_connections` has no effect.
+        settings: as for `rm-ood serve`, of each replica; `monitor_state` is a folder. `max_connections` has no effect. Without
+            `api_key` the key is that of the environment variable `RM_OOD_API_KEY`, if there is one, where this is called.
         replicas: how many, or the least and the most.
-        target_ongoing_requests: of each, between the least and the most; by default a batch: with fewer Ray would add replicas
-            before a batch is full.
+        target_ongoing_requests: requests, of however many items, at each replica; with more Ray adds one, between the least
+            and the most. By default three quarters of the requests of `settings.max_items` items that fill
+            `settings.max_queue`, and at most a batch: a replica answers 429 before it holds more. Where requests are smaller
+            than `max_items`, set that to what they have, or this to the requests of a batch: with fewer Ray adds replicas before
+            a batch is full.
         autoscaling: further settings of Ray's `AutoscalingConfig`.
         cpus, gpus: of each replica; without a GPU the model is on the CPU.
-        max_ongoing_requests: that Ray sends to a replica at once, by default `settings.max_queue`: what a replica cannot queue
-            waits at the proxy. max_queued_requests: that wait there, by default as many; more are answered 503.
+        max_ongoing_requests: requests that Ray sends to a replica at once, by default `settings.max_queue`: of one item each
+            they fill its queue, and further ones wait at the proxy; of larger ones the replica answers 429 to those whose items
+            have no room. max_queued_requests: that wait at a proxy, by default as many; more are answered 503.
         model_options: of `load_reward_model`. options: of `OODGuard.from_pretrained`.
 
     The guard is the deployment's `user_config`: a Serve config that names another one, `{guard: PATH}`, has it put in the
@@ -65,6 +74,8 @@ def deployment(
         raise InputError(f"this needs {error.name}: pip install 'rm_ood[ray-serve]'") from error
 
     settings = ServeSettings() if settings is None else settings
+    if settings.api_key is None:
+        settings = replace(settings, api_key=read_api_key(None))
     most = settings.max_queue if max_ongoing_requests is None else max_ongoing_requests
     queued = most if max_queued_requests is None else max_queued_requests
     for name, count in (("max_ongoing_requests", most), ("max_queued_requests", queued)):
@@ -75,8 +86,9 @@ def deployment(
     # A broken guard is told before any replica loads a model.
     own = OODGuard.from_pretrained(guard).config.batch_size
     batch = own if settings.batch_size is None else min(own, settings.batch_size)
+    busy = min(batch, _BUSY * (settings.max_queue // settings.max_items))
 
-    scaling = _scaling(replicas, autoscaling, target_ongoing_requests, batch, most)
+    scaling = _scaling(replicas, autoscaling, target_ongoing_requests, busy, most)
     # Ray counts GPUs, and hides none from a replica that asked for none.
     where = {} if gpus else {"device": "cpu"}
     plan = Plan(model, settings, {**where, **(model_options or {})}, options)
@@ -106,7 +118,7 @@ def deployment(
 
 
 def _scaling(
-    replicas: int | tuple[int, int], more: Mapping[str, Any] | None, target: float | None, batch: int, most: int
+    replicas: int | tuple[int, int], more: Mapping[str, Any] | None, target: float | None, busy: float, most: int
 ) -> dict[str, Any]:
     """How many replicas: options of `serve.deployment`."""
     from ray.serve.config import AutoscalingConfig
@@ -118,7 +130,7 @@ def _scaling(
         if more or target is not None:
             raise InputError(f"autoscaling of replicas={replicas}: give the least and the most of them, such as (1, 8)")
         return {"num_replicas": replicas}
-    target = float(min(batch, most)) if target is None else target
+    target = float(min(busy, most)) if target is None else target
     if not 0 < target <= most:
         raise InputError(
             f"target_ongoing_requests={target}: expected more than 0 and at most max_ongoing_requests={most}, above which no "
@@ -141,7 +153,9 @@ def app(args: dict[str, Any]) -> Any:
     Args:
         args: `guard` and `model`; `replicas`, or `min_replicas` and `max_replicas`; the other options of `deployment`;
             `trust_remote_code`, `dtype`, `device`, `allow_dtype_change`, `channels`, `api_key_file` as for `rm-ood serve`; and
-            the settings by their names in `ServeSettings`. Values may be text, as a command line gives them.
+            the settings by their names in `ServeSettings`. Values may be text, as a command line gives them: `a,b` for
+            several, JSON for `autoscaling`. The key is in `api_key_file`, or in the
+            environment variable `RM_OOD_API_KEY` of the process that runs this: for a Serve config a worker of the cluster.
 
     Raises:
         InputError: an unknown or missing argument, or a value out of range.
@@ -178,10 +192,13 @@ _ARGUMENTS: dict[str, Any] = {
 
 
 def _read(name: str, value: Any, kind: Any) -> Any:
-    if get_origin(kind) is tuple and isinstance(value, str):
-        value = value.split(",")
+    adapter = TypeAdapter(kind)
     try:
-        return TypeAdapter(kind).validate_python(value)
+        if get_origin(kind) is dict and isinstance(value, str):
+            return adapter.validate_json(value)
+        if get_origin(kind) is tuple and isinstance(value, str):
+            value = [part.strip() for part in value.split(",")]
+        return adapter.validate_python(value)
     except ValidationError as error:
         raise _told(name, error) from None
 

@@ -23,12 +23,13 @@ from test_serving import example
 
 from rm_ood import CalibrationWarning, OODGuard
 from rm_ood.cli import main as rm_ood
+from rm_ood.client import GuardClient
 from rm_ood.errors import InputError
 from rm_ood.ray_data import Scorer
 from rm_ood.reward_model import load_reward_model
 from rm_ood.serve.ray_replica import _check_proxies
 from rm_ood.serve.ray_serve import NAME, WATCH, app, deployment
-from rm_ood.serve.settings import ServeSettings
+from rm_ood.serve.settings import KEY_VARIABLE, ServeSettings, key_digest
 
 pytestmark = [
     pytest.mark.slow,
@@ -74,9 +75,18 @@ def test_autoscaling_goes_by_batches_and_is_checked(place: Path) -> None:
     config = built(replicas=(1, 3), autoscaling={"upscale_delay_s": 5.0}, settings=ServeSettings(max_queue=48))
     scaling = config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas, scaling.upscale_delay_s) == (1, 3, 5.0)
-    assert scaling.target_ongoing_requests == OODGuard.from_pretrained(place / "guard").config.batch_size == 16
     assert (config.max_ongoing_requests, config.max_queued_requests) == (48, 48)
-    assert built(replicas=(0, 2), settings=ServeSettings(batch_size=4)).autoscaling_config.target_ongoing_requests == 4
+    assert OODGuard.from_pretrained(place / "guard").config.batch_size == 16
+    # Ray counts requests, the queue items: with two of 32 in a queue of 64 there is no room for a third.
+    for settings, target in (
+        (ServeSettings(), 1.5),
+        (ServeSettings(max_queue=48), 0.75),
+        (ServeSettings(max_items=8), 6),
+        (ServeSettings(max_items=1), 16),
+        (ServeSettings(max_items=1, batch_size=4), 4),
+        (ServeSettings(max_items=1, max_queue=8), 6),
+    ):
+        assert built(replicas=(0, 2), settings=settings).autoscaling_config.target_ongoing_requests == target
     # A drain is given the time that the settings give it.
     assert built(settings=ServeSettings(drain_timeout_s=7)).graceful_shutdown_timeout_s > 7
     for options, message in (
@@ -108,11 +118,13 @@ def test_arguments_may_be_text_and_say_what_is_wrong_with_them(place: Path) -> N
             "mode": "enforce",
             "cpus": "0.5",
             "max_items": "8",
-            "allowed_hosts": "a,b",
+            "allowed_hosts": "a, b",
+            "autoscaling": '{"upscale_delay_s": 5}',
         }
     )
     chosen = bound._bound_deployment
-    assert chosen._deployment_config.autoscaling_config.max_replicas == 2
+    scaling = chosen._deployment_config.autoscaling_config
+    assert (scaling.max_replicas, scaling.upscale_delay_s) == (2, 5)
     assert chosen.ray_actor_options["num_cpus"] == 0.5
     plan = chosen.init_args[0]
     assert (plan.settings.mode, plan.settings.max_items, plan.settings.api_key) == ("enforce", 8, None)
@@ -125,6 +137,8 @@ def test_arguments_may_be_text_and_say_what_is_wrong_with_them(place: Path) -> N
         ({"model": "m"}, r"missing \['guard'\]"),
         ({**names, "replica": 2}, r"no arguments \['replica'\]"),
         ({**names, "replicas": "two"}, "replicas: Input should be a valid integer"),
+        ({**names, "autoscaling": "upscale_delay_s=5"}, "autoscaling: Invalid JSON"),
+        ({**names, "autoscaling": "[5]"}, "autoscaling: Input should be an object"),
         ({**names, "mode": "loud"}, "mode='loud': expected one of"),
         ({**names, "min_replicas": 1}, "both min_replicas and max_replicas"),
         ({**names, "replicas": 1, "min_replicas": 1, "max_replicas": 2}, "both min_replicas"),
@@ -133,6 +147,19 @@ def test_arguments_may_be_text_and_say_what_is_wrong_with_them(place: Path) -> N
         with pytest.raises(InputError, match=message) as told:
             app(given)
         assert KEY not in str(told.value)
+
+
+def test_a_key_may_be_in_the_environment(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def key(built: Any) -> Any:
+        return built._bound_deployment.init_args[0].settings.api_key
+
+    names = {"guard": str(place / "guard"), "model": str(place / "model")}
+    assert key(deployment(**names)) is None
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    assert key(deployment(**names)) == key(app(names)) == key_digest(KEY)
+    assert key(deployment(**names, settings=ServeSettings(api_key=b"another"))) == b"another"
+    with pytest.raises(InputError, match="both given"):
+        app({**names, "api_key_file": str(place / "key")})
 
 
 def test_the_command_of_the_readme_is_one(place: Path) -> None:
@@ -162,6 +189,7 @@ class Cluster:
             "api_key_file": str(self.place / "key"), "monitor_state": str(self.place / "monitor"),
             "monitor_save_s": 0.2, "max_chars": 500, "request_timeout_s": 2, **arguments,
         }  # fmt: skip
+        arguments = {name: value for name, value in arguments.items() if value is not None}
         one = {
             "name": "default", "import_path": "rm_ood.serve.ray_serve:app", "args": arguments,
             "deployments": [{"name": NAME, "user_config": {"guard": str(self.place / guard)}}],
@@ -214,14 +242,18 @@ def cluster(place: Path) -> Iterator[Cluster]:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
-    serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "ERROR"})
-    found = Cluster(place, port)
-    found.deploy("guard")
-    assert found.status() == "RUNNING"
-    yield found
-    serve.shutdown()
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as environment:
+        # How often Ray counts requests; 10 s by default.
+        environment.setenv("RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1")
+        environment.setenv("RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1")
+        ray.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
+        serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "ERROR"})
+        found = Cluster(place, port)
+        found.deploy("guard")
+        assert found.status() == "RUNNING"
+        yield found
+        serve.shutdown()
+        ray.shutdown()
 
 
 def test_both_replicas_answer_alike(cluster: Cluster, minilm_guard: OODGuard) -> None:
@@ -435,3 +467,32 @@ def test_a_replica_that_dies_comes_back_while_the_other_serves(cluster: Cluster)
     wait_until(new_one_answers, 120)
     # With the guard that was put in, not that of the arguments.
     assert cluster.digests() == {guard}
+
+
+def test_ray_adds_a_replica_for_full_requests_and_reloads_no_guard_for_it(cluster: Cluster) -> None:
+    delays = {"look_back_period_s": 11, "upscale_delay_s": 0.5, "downscale_delay_s": 0.5}
+    # Other arguments make other replicas. `replicas` of the arguments that the others share gives way.
+    cluster.deploy("recalibrated", replicas=None, min_replicas="1", max_replicas="2", autoscaling=json.dumps(delays))
+    assert cluster.status() == "RUNNING"
+    wait_until(lambda: len(cluster.actors(NAME)) == 1, 120)
+    (one,) = cluster.actors(NAME)
+    done = threading.Event()
+
+    def ask() -> None:
+        # 32 items a request.
+        client = GuardClient(f"http://127.0.0.1:{cluster.client.port}", api_key=KEY)
+        while not done.is_set():
+            client.check(*zip(*PAIRS[:16] * 2, strict=True))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        wait_until(lambda: len(cluster.actors(NAME)) == 2, 120)
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert one in cluster.actors(NAME)
+    # Of those that were before, shown for some seconds more, there may have been some.
+    wait_until(lambda: cluster.client.metric("rm_ood_guard_reloads_total") == 0, 30)
