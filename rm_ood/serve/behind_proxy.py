@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from typing import Any
 
-from starlette.responses import JSONResponse
-
-from rm_ood.serve.gate import OPEN, App, Message, Receive, Send
-from rm_ood.serve.logs import log
-from rm_ood.serve.refusal import Refusal
-from rm_ood.serve.settings import KEY_VARIABLE, is_loopback
+from rm_ood.serve.gate import App, Message, Receive, Send
+from rm_ood.serve.refusal import KEY_NEEDED
+from rm_ood.serve.settings import is_loopback
 
 
 class BehindProxy:
@@ -32,18 +29,13 @@ class BehindProxy:
         """One request."""
         prefix = scope.get("root_path", "").rstrip("/")
         path = scope["path"].removeprefix(prefix) or "/"
+        exposed = not self._has_key and not is_loopback((scope.get("server") or ("",))[0])
 
         async def reply(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
             await send(message)
 
-        if not self._has_key and path != OPEN and not is_loopback((scope.get("server") or ("",))[0]):
-            request_id = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-            refusal = Refusal(
-                403, "key_needed", f"this address asks for a key, and the server has none: set {KEY_VARIABLE}"
-            )
-            log("refused", level="warning", status=refusal.status, error=refusal.kind)
-            await JSONResponse(refusal.body(request_id), refusal.status)(scope, receive, reply)
-            return
-        await self._app({**scope, "path": path, "root_path": "", "raw_path": path.encode()}, receive, reply)
+        own = {"path": path, "root_path": "", "raw_path": path.encode()}
+        state = {**scope.get("state", {}), KEY_NEEDED: exposed}
+        await self._app({**scope, **own, "state": state}, receive, reply)

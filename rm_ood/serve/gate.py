@@ -16,8 +16,10 @@ from rm_ood.serve.logs import log
 from rm_ood.serve.metrics import OTHER, SCORING
 from rm_ood.serve.refusal import (
     EXCESS,
+    KEY_NEEDED,
     Refusal,
     body_too_large,
+    key_needed,
     other_host,
     slow_request,
     too_many_connections,
@@ -115,6 +117,8 @@ class Gate:
         if "content-length" in headers and "transfer-encoding" in headers:
             raise Refusal(400, "ambiguous_length", "both Content-Length and Transfer-Encoding: send one", close=True)
         if scope["path"] != OPEN:
+            if scope["state"].get(KEY_NEEDED):
+                raise key_needed()
             if settings.allowed_hosts and not is_allowed_host(
                 host_name(headers.get("host", "")), settings.allowed_hosts
             ):

@@ -19,7 +19,7 @@ from rm_ood.serve.scorer import Scorer
 
 SCORING = ("/v1/score", "/get_reward", "/classify")
 OTHER = "other"
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0)
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0)
 _WAITS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 1.0, 5.0, 30.0)
 _SIZES = (1, 2, 4, 8, 16, 32, 64)
 _P_VALUES = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
@@ -28,7 +28,7 @@ _REWARDS = (-20.0, -10.0, -5.0, -2.0, -1.0, 0.0, 1.0, 2.0, 5.0, 10.0, 20.0)
 # What stands first among the reasons of an item without a usable score.
 _UNSCORED = ("non_finite", "read_out_mismatch", "scoring_failed")
 # What the scoring endpoints, and all others together, can be answered.
-_EVERYWHERE = (200, 400, 401, 405, 408, 413, 421, 499, 500, 503)
+_EVERYWHERE = (200, 400, 401, 403, 405, 408, 413, 421, 499, 500, 503)
 _STATUSES = {**dict.fromkeys(SCORING, (*_EVERYWHERE, 415, 422, 429, 502, 504)), OTHER: (*_EVERYWHERE, 404, 431)}
 RELOADS = ("replaced", "rolled_back")
 MONITOR_CALLS = ("watch", "save")

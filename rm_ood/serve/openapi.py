@@ -72,6 +72,7 @@ _OTHER: dict[str, tuple[Any, tuple[int, ...]]] = {
 _REFUSALS = {
     400: "not JSON, or not HTTP that can be read in one way",
     401: "no API key, or another one",
+    403: "this address needs a key, and the server has none",
     408: "the request did not arrive in time",
     413: "the body is too large",
     415: "not application/json",
@@ -141,7 +142,9 @@ def _document(app: FastAPI, settings: ServeSettings, allow_empty: bool) -> dict[
                 if path == "/metrics":
                     operation["responses"] = {"200": {"description": "as it is", "content": {"text/plain": {}}}}
                 operation["responses"] |= (
-                    {"401": refusals[401], "421": refusals[421], **unready} if path != "/livez" else {}
+                    {**{str(status): refusals[status] for status in (401, 403, 421)}, **unready}
+                    if path != "/livez"
+                    else {}
                 )
             operation["security"] = [] if path == "/livez" else [{"key": []}]
     if settings.api_key is not None:

@@ -18,13 +18,15 @@ from rm_ood.serve.refusal import Refusal
 from rm_ood.serve.scorer import GuardScorer, Scorer
 from rm_ood.serve.service import Service
 from rm_ood.serve.settings import KEY_VARIABLE, ServeSettings, is_loopback
-from rm_ood.serve.shared_traffic import Ask, SharedTraffic, Together, Watch
+from rm_ood.serve.shared_traffic import LEASE_WAIT_S, Ask, SharedTraffic, Together, Watch
 from rm_ood.serve.traffic import Traffic
 
 # How often a replica hears of the alarm and shows its metrics.
 _BEAT_S = 1.0
 # For what a replica asks of the watch; a reply never waits for it.
 _ASK_TIMEOUT_S = 5.0
+# For its first question: the watch starts beside it, and may have to wait for the folder of the one before.
+_JOIN_TIMEOUT_S = LEASE_WAIT_S + 30.0
 
 
 @dataclass(frozen=True)
@@ -53,21 +55,27 @@ class ReplicaService(Service):
     """
 
     def __init__(self, scorer: Scorer, settings: ServeSettings, ask: Ask, replica: str) -> None:
-        self._ask, self._replica = ask, replica
+        self._call, self._replica = ask, replica
         super().__init__(scorer, replace(settings, monitor_state=None))
 
     def watching(self, scorer: Scorer, *, resume: bool) -> Traffic:
         """See `Service`; where it goes on from is the watch's own business."""
         return SharedTraffic(scorer, self.metrics, self._ask)
 
+    async def _ask(self, method: str, *args: Any) -> Any:
+        async with asyncio.timeout(_ASK_TIMEOUT_S):
+            return await self._call(method, *args)
+
     async def join(self) -> None:
         """Hear how the alarm stands; what goes wrong is raised."""
-        self.served.traffic.state = await self._ask("open", self.served.traffic.monitor)
+        async with asyncio.timeout(_JOIN_TIMEOUT_S):
+            self.served.traffic.state = await self._call("open", self.served.traffic.monitor)
 
     async def _keep(self) -> None:
         while True:
             await asyncio.sleep(_BEAT_S)
-            await self.served.traffic.save()
+            # What is being told when this ends is told to its end: `stop` waits for it.
+            await asyncio.shield(self.served.traffic.save())
             try:
                 await self._show("publish")
             except Exception as error:
@@ -107,11 +115,11 @@ class Replica:
         self._plan = plan
         self._model, self._tokenizer = load_reward_model(plan.model, **plan.model_options)
         self._service: ReplicaService | None = None
+        self._user_config: Any = None
         self._late = _LateApp(self._stop)
 
         async def ask(method: str, *args: Any) -> Any:
-            async with asyncio.timeout(_ASK_TIMEOUT_S):
-                return await getattr(watch, method).remote(*args)
+            return await getattr(watch, method).remote(*args)
 
         self._ask: Ask = ask
 
@@ -123,13 +131,15 @@ class Replica:
         """Serve the guard that `user_config` names: `{"guard": path}`; Ray updates one replica after the other.
 
         A replica that serves already goes on as it was where the new guard cannot be read or fails its checks
-        (`rm_ood_guard_reloads_total{outcome="rolled_back"}`); one that starts does not come up.
+        (`rm_ood_guard_reloads_total{outcome="rolled_back"}`); one that starts does not come up. Ray calls this with the same
+        `user_config` too, where a replica's rank changes: then nothing is done.
         """
         if self._service is None:
             self._service = await self._start(self._scorer(user_config))
-            return
-        self._service.load = lambda: self._scorer(user_config)
-        await self._service.reload()
+        elif user_config != self._user_config:
+            self._service.load = lambda: self._scorer(user_config)
+            await self._service.reload()
+        self._user_config = user_config
 
     def _scorer(self, user_config: Any) -> GuardScorer:
         known = isinstance(user_config, Mapping) and set(user_config) <= {"guard", "version"}

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 # In the state of a request whose connection was one past the limit when it was made.
 EXCESS = "rm_ood_excess"
+# In the state of a request that came in where other machines reach a server without a key.
+KEY_NEEDED = "rm_ood_key_needed"
 
 
 @dataclass(eq=False)
@@ -45,6 +47,10 @@ class Refusal(Exception):
 
 def unauthorized() -> Refusal:
     return Refusal(401, "unauthorized", "an API key is needed: send the header Authorization: Bearer KEY")
+
+
+def key_needed() -> Refusal:
+    return Refusal(403, "key_needed", "this address asks for a key, and the server has none: start it with one")
 
 
 def other_host() -> Refusal:

@@ -33,8 +33,10 @@ from rm_ood.serve.traffic import Traffic
 Ask = Callable[..., Awaitable[Any]]
 # A replica that has not been heard of for so long is gone, and its series with it.
 _GONE_S = 15.0
+# A monitor that nobody has told anything for so long, its guard replaced everywhere, is kept in its file alone.
+_FORGOTTEN_S = 300.0
 # How long a new watch waits for the one that it replaces to let go of the folder.
-_LEASE_WAIT_S = 60.0
+LEASE_WAIT_S = 60.0
 # Reports that wait in a replica while the watch does not answer; more are left out, and counted.
 _MOST_REPORTS = 1_000
 _OWN = "watch"
@@ -67,6 +69,8 @@ class Watch:
         self._lease = None if self._folder is None else _lease(self._folder)
         self._save_s = save_s
         self._monitors: dict[str, TrafficMonitor] = {}
+        # When each was last told something.
+        self._told: dict[str, float] = {}
         # Requests that each file knows of.
         self._saved: dict[str, int] = {}
         self._saving = asyncio.Lock()
@@ -96,6 +100,7 @@ class Watch:
                 raise IntegrityError(f"{path}: the state of another monitor. Start a new one: move the file away")
             self._monitors[key] = monitor
             self._saved[key] = monitor.state.requests if known else -1
+        self._told[key] = time.monotonic()
         return self._monitors[key].state
 
     async def watch(self, key: str, reports: Sequence[Report]) -> MonitorState | None:
@@ -103,6 +108,7 @@ class Watch:
         monitor = self._monitors.get(key)
         if monitor is None:
             return None
+        self._told[key] = time.monotonic()
         before = state = monitor.state
         for report in reports:
             state = monitor.update(report.scores, sessions=report.sessions, flags=report.flags)
@@ -112,7 +118,7 @@ class Watch:
         return state
 
     async def save(self) -> None:
-        """Write what has changed."""
+        """Write what has changed, and forget whom nobody tells anything and the folder knows: `open` brings it back."""
         async with self._saving:
             for key, monitor in list(self._monitors.items()):
                 path, now = self._path(key), monitor.state.requests
@@ -125,16 +131,21 @@ class Watch:
                     log("monitor_not_saved", level="error", error=type(error).__name__)
                 else:
                     self._saved[key] = now
+            last = time.monotonic() - _FORGOTTEN_S
+            for key in [key for key, at in self._told.items() if at < last]:
+                # Never so without a folder.
+                if self._saved[key] == self._monitors[key].state.requests:
+                    del self._monitors[key], self._saved[key], self._told[key]
 
     async def publish(self, replica: str, families: Sequence[Metric]) -> None:
-        """Take a replica's metrics."""
-        self._families[replica] = time.monotonic(), families
+        """Take a replica's metrics, and forget those that were not heard of lately."""
+        now = time.monotonic()
+        self._families[replica] = now, families
+        self._families = {name: entry for name, entry in self._families.items() if entry[0] > now - _GONE_S}
 
     async def collected(self, replica: str, families: Sequence[Metric]) -> dict[str, Sequence[Metric]]:
         """The metrics of all replicas that were heard of lately, after those of one."""
         await self.publish(replica, families)
-        last = time.monotonic() - _GONE_S
-        self._families = {name: entry for name, entry in self._families.items() if entry[0] > last}
         return {_OWN: list(self._registry.collect()), **{name: entry[1] for name, entry in self._families.items()}}
 
     async def close(self) -> None:
@@ -165,10 +176,10 @@ def _lease(folder: Path) -> int:
             f"monitor_state={folder}: not a folder that can be written ({error.strerror}). Behind several replicas it is a "
             "folder, on a disk that each machine sees"
         ) from error
-    held = acquire(handle, _LEASE_WAIT_S)
+    held = acquire(handle, LEASE_WAIT_S)
     if held is not True:
         os.close(handle)
-        why = "cannot be locked" if held is None else f"another deployment has been using it for {_LEASE_WAIT_S:.0f} s"
+        why = "cannot be locked" if held is None else f"another deployment has been using it for {LEASE_WAIT_S:.0f} s"
         raise SaveError(f"monitor_state={folder}: {why}. Name another folder: one monitor writes to each")
     return handle
 

@@ -81,9 +81,10 @@ class Traffic:
             log("traffic_alarm", level="warning", message=state.message)
 
     def _hear(self, before: MonitorState, now: MonitorState) -> None:
-        """Count what came without counting; of a batch that counts, nothing does."""
+        """Count what came without counting; of a batch that counts, nothing does, nor before a monitor that began anew."""
         silent = self.uncounted
-        self.uncounted = 0 if now.counted > before.counted else silent + now.requests - before.requests
+        heard = now.counted > before.counted or now.requests < before.requests
+        self.uncounted = 0 if heard else silent + now.requests - before.requests
         if silent < _QUIET <= self.uncounted:
             log("monitor_hears_nothing", level="warning", items=self.uncounted, counted=now.counted)
 
