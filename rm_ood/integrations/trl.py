@@ -231,7 +231,7 @@ class OODReward:
             monitor.save(path, calls=calls)
 
     def resume_monitor(self, path: str | os.PathLike[str]) -> None:
-        """Go on from what `save_monitor` kept.
+        """Go on from what `save_monitor` kept, where the monitor here has seen less.
 
         Raises:
             FileNotFoundError, FormatError, IntegrityError: there is no such file, or it is something else.
@@ -240,7 +240,9 @@ class OODReward:
         monitor = self._new_monitor()
         calls = monitor.resume(path).get("calls", 0)
         with self._lock:
-            self.monitor, self.calls = monitor, calls
+            # One that has lived on in this process knows what came after the file, an alarm too.
+            if self.monitor is None or self.monitor.state.requests < monitor.state.requests:
+                self.monitor, self.calls = monitor, calls
 
     # -- inside
 

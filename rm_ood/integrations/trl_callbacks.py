@@ -30,7 +30,7 @@ class Watched(Protocol):
         """Keep the monitor in a file."""
 
     def resume_monitor(self, path: Path) -> None:
-        """Go on from there."""
+        """Go on from there, unless the monitor here has seen as much."""
 
 
 def alarm_callback(reward: Watched, action: str = "stop") -> Any:
@@ -41,7 +41,9 @@ def alarm_callback(reward: Watched, action: str = "stop") -> Any:
     Each checkpoint has the monitors of all processes (`<reward's name>_monitor_<process>.json`), and a run that goes on from
     one goes on with them: its promise is for the whole run. Where that cannot be, as without the file, with another
     calibration or another number of processes, a warning says that the monitor begins anew. The checkpoint is looked for
-    where the trainer's arguments say (`resume_from_checkpoint`), else in their `output_dir`.
+    where the trainer's arguments say (`resume_from_checkpoint`), else in their `output_dir`. A monitor that lives on in this
+    process, and has seen more than the checkpoint's, is kept with its alarm: a run that it stopped, gone on with, stops again
+    at its first step. A new `OODReward` has no such past.
 
     Args:
         reward: the one among `reward_funcs`.
@@ -63,7 +65,8 @@ def alarm_callback(reward: Watched, action: str = "stop") -> Any:
         warned = False
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            """Go on with the monitor of the checkpoint that the run goes on from."""
+            """Go on with the monitor of the checkpoint that the run goes on from; an alarm is told in each run."""
+            self.warned = False
             if not state.global_step:
                 return
             files = [folder / _file(reward, args) for folder in _checkpoints(args, state)]

@@ -532,6 +532,8 @@ def test_a_run_that_goes_on_from_a_checkpoint_goes_on_with_its_monitor(guard: OO
     first, other = OODReward(guard, session="call"), OODReward(guard, session="call")
     before = run(2, first, True)
     assert (tmp_path / "checkpoint-2" / "ood_reward_monitor_0.json").is_file()
+    # One that has seen less than the checkpoint's is replaced.
+    other(*rollouts(2, 0, ""))
     after = run(3, other, False)
     assert other.calls == first.calls + 1
     assert after.requests == before.requests + 8
@@ -542,6 +544,23 @@ def test_a_run_that_goes_on_from_a_checkpoint_goes_on_with_its_monitor(guard: OO
     with pytest.warns(CalibrationWarning, match="goes on at step 2, and its monitor begins anew"):
         anew = run(3, OODReward(guard, session="call"), False)
     assert anew.requests == 8
+
+
+def test_a_run_that_goes_on_in_its_process_has_not_forgotten_the_alarm(guard: OODGuard, tmp_path: Path) -> None:
+    reward = OODReward(guard, session="call")
+    run = trainer(
+        "GRPO", guard, reward, tmp_path, prompts(40), callbacks=[alarm_callback(reward)], max_steps=2,
+        save_strategy="steps", save_steps=2,
+    )  # fmt: skip
+    run.train()
+    # The checkpoint's monitor knows nothing of this.
+    reward(*rollouts(150, 80, HACKED))
+    assert reward.alarmed
+    run.args.max_steps = 4
+    for calls in (4, 5):
+        with pytest.warns(CalibrationWarning, match="stopped at step 3: the traffic's response scores are"):
+            run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert reward.calls == calls
 
 
 def test_a_monitor_that_cannot_be_saved_does_not_end_the_run(guard: OODGuard, tmp_path: Path) -> None:
