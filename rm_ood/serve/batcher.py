@@ -8,17 +8,16 @@ the order of arrival. Work that nobody waits for any more never reaches the mode
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rm_ood.serve.refusal import no_model, overloaded
+from rm_ood.serve.refusal import no_model, overloaded, stuck_model
 from rm_ood.serve.worker import Worker
 
-# Weight of the newest batch in the time that one is expected to take.
-_SMOOTHING = 0.2
+# What a batch weighs of the one after it, in the time that the next is expected to take.
+_KEPT = 0.8
 
 
 @dataclass(eq=False)
@@ -51,6 +50,42 @@ class Ran:
     took_s: float
 
 
+@dataclass
+class Pace:
+    """How long a batch takes, by those that ran lately.
+
+    Some models take as long whatever is in a batch, others by the item; which it is shows only once batches differ. So a batch is
+    expected to take as long as lately one took, or as its items did, whichever is longer: full ones, after such of one item,
+    rather too long than too short.
+    """
+
+    batches: float = 0.0
+    items: float = 0.0
+    seconds: float = 0.0
+    _is_warm: bool = False
+
+    def ran(self, size: int, took_s: float) -> None:
+        """A batch of so many items took so long."""
+        # The first one loads what later ones find: it counts until there is another.
+        kept = _KEPT if self._is_warm else 0.0
+        self._is_warm = self.batches > 0
+        self.batches = kept * self.batches + 1
+        self.items = kept * self.items + size
+        self.seconds = kept * self.seconds + took_s
+
+    def expects(self, size: int) -> float:
+        """Seconds that a batch of so many items is expected to take; 0 where none has run."""
+        return max(self.seconds / self.batches, size * self.seconds / self.items) if self.batches else 0.0
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A batch in the model, and since when."""
+
+    since: float
+    batch: Sequence[Job]
+
+
 class Batcher:
     """A bounded queue before a model.
 
@@ -61,6 +96,7 @@ class Batcher:
         max_queue: items that may wait, those being tokenised included.
         max_wait_s: what an item may be expected to wait for its outcome, by the time that batches took lately; more are not
             taken while the model has others. An idle model takes what it is given.
+        timeout_s: how long a batch may be in the model before no more are taken.
         wait_s: how long an idle model waits for a batch to fill.
         observe: told of each batch.
         needs: threads without which no item gets as far as a batch.
@@ -73,6 +109,7 @@ class Batcher:
         batch_size: int,
         max_queue: int,
         max_wait_s: float,
+        timeout_s: float,
         wait_s: float,
         concurrency: int = 1,
         observe: Callable[[Ran], None] = lambda ran: None,
@@ -82,6 +119,7 @@ class Batcher:
         self.batch_size = batch_size
         self._max_queue = max_queue
         self._max_wait_s = max_wait_s
+        self._timeout_s = timeout_s
         self._wait_s = wait_s
         self._observe = observe
         self._needs = needs
@@ -90,15 +128,19 @@ class Batcher:
         self._arrived = asyncio.Event()
         self._workers = [Worker("rm-ood-model") for _ in range(concurrency)]
         self._free: asyncio.Queue[Worker] = asyncio.Queue()
-        # What runs: since when, and with which key.
-        self._calls: dict[asyncio.Task[None], tuple[float, Any]] = {}
+        self._calls: dict[asyncio.Task[None], _Call] = {}
         self._task: asyncio.Task[None] | None = None
-        self._batch_s = 0.0
+        self.pace = Pace()
 
     @property
     def busy_since(self) -> float | None:
         """When the call began that has been running for the longest; None: none runs."""
-        return min((since for since, _ in self._calls.values()), default=None)
+        return min((call.since for call in self._calls.values()), default=None)
+
+    @property
+    def stuck(self) -> bool:
+        """Whether a batch has been in the model for longer than one may be."""
+        return (busy := self.busy_since) is not None and time.monotonic() - busy > self._timeout_s
 
     @property
     def waiting(self) -> int:
@@ -118,12 +160,13 @@ class Batcher:
         self._task = asyncio.get_running_loop().create_task(self._run(), name="rm-ood-batcher")
 
     async def stop(self) -> None:
-        """Take no more batches; what waits is cancelled."""
+        """Take no more batches; what waits is cancelled, and so is what is in the model: nobody will hear of it."""
         tasks = [*([] if self._task is None else [self._task]), *self._calls]
+        running = [job for call in self._calls.values() for job in call.batch]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for job in self._queue:
+        for job in (*running, *self._queue):
             job.result.cancel()
         self._queue.clear()
         for worker in self._workers:
@@ -142,10 +185,13 @@ class Batcher:
         """Whether n more items would be taken now.
 
         Raises:
-            Refusal: the queue has no room for them, or they would wait too long (429); there is no thread to score them (503).
+            Refusal: the queue has no room for them, or they would wait too long (429); there is no thread to score them, or
+                the model does not answer (503).
         """
         if not (self.alive and all(worker.alive for worker in self._needs)):
             raise no_model()
+        if self.stuck:
+            raise stuck_model(self._timeout_s)
         self._drop_cancelled()
         waiting = self.waiting
         idle = not waiting and len(self._calls) < len(self._workers)
@@ -154,10 +200,14 @@ class Batcher:
 
     def wait_s(self, n: int) -> float:
         """Seconds until n waiting items are expected to have their outcomes, the batches before them done first."""
+        workers, now = len(self._workers), time.monotonic()
         left = 0.0
-        if (busy := self.busy_since) is not None and len(self._calls) == len(self._workers):
-            left = max(0.0, busy + self._batch_s - time.monotonic())
-        return left + math.ceil(n / self.batch_size / len(self._workers)) * self._batch_s
+        if len(self._calls) == workers:
+            # One that is overdue is expected to take as long again as it is late.
+            left = min(abs(c.since + self.pace.expects(len(c.batch)) - now) for c in self._calls.values())
+        rounds, rest = divmod(n, self.batch_size * workers)
+        last = self.pace.expects(min(rest, self.batch_size)) if rest else 0.0
+        return left + rounds * self.pace.expects(self.batch_size) + last
 
     def release(self, n: int) -> None:
         """Give n reserved places back."""
@@ -171,7 +221,7 @@ class Batcher:
 
     def runs(self, key: Any) -> bool:
         """Whether a batch with this key is in the model."""
-        return any(one is key for _, one in self._calls.values())
+        return any(call.batch[0].key is key for call in self._calls.values())
 
     def _drop_cancelled(self) -> None:
         self._queue[:] = [job for job in self._queue if not job.result.done()]
@@ -189,7 +239,7 @@ class Batcher:
             batch = self._take()
             if batch:
                 task = asyncio.get_running_loop().create_task(self._call(worker, batch), name="rm-ood-batch")
-                self._calls[task] = time.monotonic(), batch[0].key
+                self._calls[task] = _Call(time.monotonic(), batch)
                 task.add_done_callback(self._ended)
             else:
                 self._free.put_nowait(worker)
@@ -216,7 +266,7 @@ class Batcher:
         oldest = self._queue[0]
         alike = [job for job in self._queue if job.key is oldest.key][: 2 * self.batch_size]
         # Those first that the next batch would be too late for.
-        late = time.monotonic() + 2 * self._batch_s - self._max_wait_s
+        late = time.monotonic() + 2 * self.pace.expects(self.batch_size) - self._max_wait_s
         due = [job for job in alike if job.passed_over or job.since < late][: self.batch_size]
         others = [job for job in alike if job not in due]
         alike = due + sorted(others, key=lambda job: abs(job.length - oldest.length))
@@ -240,7 +290,7 @@ class Batcher:
         finally:
             self._free.put_nowait(worker)
         took = time.monotonic() - start
-        self._batch_s += (_SMOOTHING if self._batch_s else 1.0) * (took - self._batch_s)
+        self.pace.ran(len(batch), took)
         longest = max(job.length for job in batch)
         waited = start - min(job.since for job in batch)
         self._observe(Ran(len(batch), sum(job.length for job in batch), longest * len(batch), waited, took))

@@ -69,6 +69,15 @@ def no_model() -> Refusal:
     return Refusal(503, "no_model", "a thread that scoring needs has ended: the server must be started again", 1.0)
 
 
+def stuck_model(timeout_s: float) -> Refusal:
+    return Refusal(
+        503,
+        "model_stuck",
+        f"the reward model has not answered for {timeout_s:g} s: try again later",
+        min(timeout_s, 10.0),
+    )
+
+
 def too_many_connections() -> Refusal:
     return Refusal(503, "too_many_connections", "too many open connections: try again later", 1.0, close=True)
 

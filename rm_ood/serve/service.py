@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -68,6 +67,7 @@ class Service:
             batch_size=scorer.batch_size,
             max_queue=settings.max_queue,
             max_wait_s=settings.model_timeout_s if settings.max_wait_s is None else settings.max_wait_s,
+            timeout_s=settings.model_timeout_s,
             wait_s=settings.batch_wait_s,
             concurrency=scorer.concurrency,
             observe=self.metrics.ran,
@@ -214,12 +214,10 @@ class Service:
 
     def broken(self) -> list[str]:
         """What only a new process mends."""
-        busy = self.batcher.busy_since
-        stuck = busy is not None and time.monotonic() - busy > self.settings.model_timeout_s
         found = {
             "model thread ended": not self.batcher.alive,
             "tokenizer thread ended": not self._tokenizer.alive,
-            "model does not answer": stuck,
+            "model does not answer": self.batcher.stuck,
         }
         return [reason for reason, holds in found.items() if holds]
 

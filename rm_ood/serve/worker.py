@@ -29,7 +29,8 @@ class Worker:
     def __init__(self, name: str) -> None:
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._ended = False
-        # Between the look at `_ended` and the queue, the thread must not end: nobody would take the call.
+        self._stopped = False
+        # Between the look at these and the queue, the thread must not be asked to end: nobody would take the call.
         self._ending = threading.Lock()
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
@@ -40,7 +41,7 @@ class Worker:
         A cancelled wait does not stop a call that has begun; one that has not is left out.
 
         Raises:
-            WorkerEnded: the thread has ended, or ends in this call.
+            WorkerEnded: the thread has ended or was stopped, or ends in this call.
             RuntimeError: for what is no Exception, of which only SystemExit and KeyboardInterrupt end the thread.
         """
         loop = asyncio.get_running_loop()
@@ -80,19 +81,21 @@ class Worker:
                     loop.call_soon_threadsafe(settle, result, failure)
 
         with self._ending:
-            if self._ended:
+            if self._ended or self._stopped:
                 raise WorkerEnded
             self._calls.put(work)
         return await future
 
     def stop(self) -> None:
         """Let the thread end after the calls that wait for it."""
-        self._calls.put(None)
+        with self._ending:
+            self._stopped = True
+            self._calls.put(None)
 
     @property
     def alive(self) -> bool:
         """Whether the thread still takes calls."""
-        return not self._ended and self._thread.is_alive()
+        return not (self._ended or self._stopped) and self._thread.is_alive()
 
     def _work(self) -> None:
         try:

@@ -101,6 +101,23 @@ def test_a_call_that_comes_as_the_thread_ends_is_told() -> None:
     assert [type(one) for one in asyncio.run(run())] == 2 * [WorkerEnded]
 
 
+def test_a_stopped_thread_makes_the_calls_of_before_and_no_others() -> None:
+    async def run() -> list[Any]:
+        worker = Worker("stopped")
+        before = [asyncio.ensure_future(worker.run(go.wait, 5)), asyncio.ensure_future(worker.run(int))]
+        await asyncio.sleep(0)
+        worker.stop()
+        assert not worker.alive
+        go.set()
+        async with asyncio.timeout(5):
+            return await asyncio.gather(*before, worker.run(int), return_exceptions=True)
+
+    go = threading.Event()
+    *made, refused = asyncio.run(run())
+    assert made == [True, 0]
+    assert isinstance(refused, WorkerEnded)
+
+
 class Panicking(FaultyScorer):
     """Panics on a word, in the Rust of the real tokenizer."""
 

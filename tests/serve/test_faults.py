@@ -94,6 +94,8 @@ def test_a_model_that_hangs_is_told_by_time_and_by_readiness(
     assert 1.0 <= time.monotonic() - start < 3
     wait_until(lambda: client.get("/readyz").status == 503)
     assert client.get("/readyz").json["reasons"] == ["model does not answer"]
+    answer = client.post("/v1/score", {"prompt": "q", "response": GOOD[2]})
+    assert (answer.status, answer.json["type"], answer.headers["retry-after"]) == (503, "model_stuck", "1")
     assert client.get("/livez").status == 200
     assert server.service.batcher.waiting == 0
     faulty.go.set()
