@@ -170,7 +170,7 @@ class Service:
         """Put a newly loaded guard in the place of this one; a guard that fails its checks changes nothing.
 
         Requests that were accepted before are scored by the guard that tokenised them. The traffic monitor goes on where
-        both guards have the same calibration, and begins anew where they have not.
+        both guards have the same calibration, and begins anew where they have not; the state of before is kept (`.old`).
 
         Returns:
             Whether it was replaced.
@@ -186,6 +186,7 @@ class Service:
                 return False
             traffic = self.served.traffic
             if not traffic.watches_as(scorer.monitor(None)):
+                await traffic.set_aside()
                 traffic = self.watching(scorer, resume=False)
             before, self.served = self.served, Served(scorer, traffic)
             self.batcher.batch_size = scorer.batch_size
@@ -196,6 +197,7 @@ class Service:
             while before.requests or self.batcher.runs(before):
                 await asyncio.sleep(_SWAP_POLL_S)
             if traffic is not before.traffic:
+                await before.traffic.save()
                 before.traffic.stop()
             before.scorer.close()
             return True

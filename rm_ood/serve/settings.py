@@ -17,6 +17,7 @@ MODES = ("shadow", "warn", "enforce")
 KEY_VARIABLE = "RM_OOD_API_KEY"
 ENGINE_KEY_VARIABLE = "RM_OOD_ENGINE_KEY"
 _HOST = re.compile(r"\*|(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+_HEADER = re.compile(r"(?:\[([^\[\]]*)\]|([^:\[\]]*))(?::[0-9]*)?")
 _SHORTEST_KEY, _LONGEST_KEY = 16, 512
 
 
@@ -147,9 +148,9 @@ def is_loopback(host: str) -> bool:
 
 
 def host_name(header: str) -> str:
-    """The name in a `Host` header, without its port."""
-    name = header.rpartition("]")[0].removeprefix("[") if header.startswith("[") else header.partition(":")[0]
-    return name.rstrip(".").lower()
+    """The name in a `Host` header, without its port; "" where there is more, or other, than both."""
+    found = _HEADER.fullmatch(header)
+    return "" if found is None else (found[1] or found[2] or "").rstrip(".").lower()
 
 
 def is_allowed_host(name: str, allowed: Sequence[str]) -> bool:

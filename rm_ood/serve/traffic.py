@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,11 +38,13 @@ class Traffic:
         metrics: told of it.
         resume: go on from the saved state; else begin anew.
 
-    A saved state of another calibration is moved aside (`.old`).
+    A saved state of another calibration is moved aside (`.old`): one that is found, and in a swap that of the guard before.
 
     Raises:
         FormatError, IntegrityError: the saved state is none.
     """
+
+    _path: Path | None = None
 
     def __init__(self, scorer: Scorer, settings: ServeSettings, metrics: Metrics, *, resume: bool) -> None:
         self._path = settings.monitor_state
@@ -61,7 +65,7 @@ class Traffic:
             return monitor, monitor.state.requests
         except MismatchError:
             # Evidence about another calibration says nothing about this one; a person may still want to read it.
-            self._path.replace(self._path.with_name(f"{self._path.name}.old"))
+            self._path.replace(_old(self._path))
             log("monitor_begins_anew", level="warning")
         return scorer.monitor(None), -1
 
@@ -125,6 +129,17 @@ class Traffic:
             return
         self._saved = now
 
+    async def set_aside(self) -> None:
+        """Leave the file to another monitor: what this one saw, and what it may still see, is kept beside it (`.old`)."""
+        if self._path is None:
+            return
+        path, self._path = self._path, _old(self._path)
+        # Where there is none yet, or it cannot be moved, the state is written all the same.
+        with contextlib.suppress(OSError):
+            path.replace(self._path)
+        self._saved = -1
+        await self.save()
+
     def watches_as(self, other: TrafficMonitor) -> bool:
         """Whether a monitor of another scorer would be this one: the same calibration scores and the same promise."""
         mine, theirs = self.monitor.calibration, other.calibration
@@ -134,3 +149,7 @@ class Traffic:
     def stop(self) -> None:
         """Let the thread end."""
         self._worker.stop()
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(f"{path.name}.old")

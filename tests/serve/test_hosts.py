@@ -8,7 +8,8 @@ import pytest
 from serving import guard_scorer, serving
 
 from rm_ood import InputError, OODGuard
-from rm_ood.serve.settings import ServeSettings, host_name, is_allowed_host, key_digest
+from rm_ood.serve.server import Server
+from rm_ood.serve.settings import ServeSettings, host_name, key_digest
 
 KEY = "correct-horse-battery-staple"
 ITEM = {"prompt": "question about the river", "response": "the answer is small"}
@@ -27,6 +28,7 @@ ITEM = {"prompt": "question about the river", "response": "the answer is small"}
                 "127.0.0.1.evil.example",
                 "10.0.0.1",
                 "[::2]",
+                "[::1]evil.example",
                 "",
             ],
         ),
@@ -58,8 +60,35 @@ def test_who_may_ask_under_which_name(
             assert client.get("/livez", headers={"Host": name}).status == 200
 
 
-def test_a_server_answers_for_the_name_that_it_is_bound_to() -> None:
-    assert is_allowed_host(host_name("Guard.Internal:8000"), ("guard.internal",))
+def test_a_server_answers_for_the_name_that_it_is_bound_to(minilm_guard: OODGuard) -> None:
+    server = Server(
+        guard_scorer(minilm_guard),
+        ServeSettings(api_key=key_digest(KEY), allowed_hosts=("a.b",)),
+        host="0.0.0.0",
+        port=0,
+    )
+    server.socket.close()
+    assert server.service.settings.allowed_hosts == ("a.b", "0.0.0.0")
+
+
+@pytest.mark.parametrize(
+    ("header", "name"),
+    [
+        ("Guard.Internal:8000", "guard.internal"),
+        ("localhost.", "localhost"),
+        ("[::1]", "::1"),
+        ("[::1]:80", "::1"),
+        ("[::1]evil.example", ""),
+        ("[::1].evil:80", ""),
+        ("[::1]:80]", ""),
+        ("[::1]:evil", ""),
+        ("[::1", ""),
+        ("localhost:80.evil", ""),
+        ("", ""),
+    ],
+)
+def test_a_name_is_all_of_the_header_but_its_port(header: str, name: str) -> None:
+    assert host_name(header) == name
 
 
 @pytest.mark.parametrize("name", ["http://guard", "guard:8000", "a b", "", "ex*mple", "*example"])

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -125,17 +126,33 @@ def test_the_monitor_goes_on_only_where_the_calibration_does(
         assert reload(server, lambda: again(folder, minilm_guard))
         assert client.post("/v1/score", items(3)).json["monitor"]["requests"] == 6
         assert reload(server, lambda: again(tmp_path / "recalibrated", minilm_guard))
+        # What the one before saw is kept beside it, and so is what it sees of requests that it had accepted.
+        assert again(folder, minilm_guard).monitor(f"{state}.old").state.requests == 6
         assert client.post("/v1/score", items(2)).json["monitor"]["requests"] == 2
     # What was saved at the end is the state of the guard that was served at the end.
     with pytest.raises(MismatchError, match="other calibration scores"):
         again(folder, minilm_guard).monitor(state)
     assert again(tmp_path / "recalibrated", minilm_guard).monitor(state).state.requests == 2
+    assert again(folder, minilm_guard).monitor(f"{state}.old").state.requests == 6
     # A server that finds another calibration's state moves it aside; a swap leaves none of the old one, traffic or not.
     with serving(again(folder, minilm_guard), monitor_state=state) as (client, server):
         assert client.post("/v1/score", items(1)).json["monitor"]["requests"] == 1
         assert again(tmp_path / "recalibrated", minilm_guard).monitor(f"{state}.old").state.requests == 2
         assert reload(server, lambda: again(tmp_path / "recalibrated", minilm_guard))
     assert again(tmp_path / "recalibrated", minilm_guard).monitor(state).state.requests == 0
+    # What a request that was accepted before the swap shows is evidence about the guard that scores it.
+    faulty = FaultyScorer(minilm_guard)
+    state.unlink()
+    with serving(faulty, monitor_state=state) as (client, server), ThreadPoolExecutor(2) as pool:
+        faulty.go.clear()
+        asked = pool.submit(client.post, "/v1/score", items(3))
+        wait_until(lambda: faulty.seen)
+        swapped = pool.submit(reload, server, lambda: again(tmp_path / "recalibrated", minilm_guard))
+        wait_until(lambda: server.service.scorer is not faulty)
+        faulty.go.set()
+        assert swapped.result()
+        assert asked.result().status == 200
+        assert again(folder, minilm_guard).monitor(f"{state}.old").state.requests == 3
 
 
 def test_one_of_a_session_counts(minilm_guard: OODGuard) -> None:
