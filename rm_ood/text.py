@@ -25,7 +25,7 @@ from rm_ood.template import ChatTemplate
 FORMATS = ("chat", "pair", "plain")
 ON_TOO_LONG = ("flag", "truncate", "error")
 # Tokenizers without a limit report about 1e30.
-_NO_LIMIT = 1_000_000
+NO_LIMIT = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.text_format = text_format
         limit = max_length if max_length is not None else tokenizer.model_max_length
-        self.max_length = int(min(limit, _NO_LIMIT))
+        self.max_length = int(min(limit, NO_LIMIT))
         self.on_too_long = on_too_long
         self.split_special_tokens = split_special_tokens
         self.append_eos = append_eos

@@ -27,10 +27,15 @@ class Engine:
         owner: what it calls itself in `/v1/models`.
         key: that requests must bring.
         port: 0 takes a free one.
+
+    Attributes:
+        limit: its `max_model_len`. lists: whether it has `/v1/models`.
     """
 
     def __init__(self, model: Any, head: Any, *, owner: str = "sglang", key: str | None = None, port: int = 0) -> None:
         self.model, self.head, self.owner, self.key = model, head, owner, key
+        self.limit: int | None = 512
+        self.lists = True
         self.in_flight, self.most_in_flight = 0, 0
         self.connections: set[socket.socket] = set()
         lock = threading.Lock()
@@ -52,9 +57,15 @@ class Engine:
             def do_GET(self) -> None:
                 if self.refused():
                     return
-                card = {"id": "rm", "object": "model", "created": 1, "owned_by": engine.owner, "max_model_len": 512}
+                card = {
+                    "id": "rm",
+                    "object": "model",
+                    "created": 1,
+                    "owned_by": engine.owner,
+                    "max_model_len": engine.limit,
+                }
                 listed = json.dumps({"object": "list", "data": [card]}).encode()
-                self.reply(*((200, listed) if self.path == "/v1/models" else (404, b"{}")))
+                self.reply(*((200, listed) if engine.lists and self.path == "/v1/models" else (404, b"{}")))
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -41,7 +41,7 @@ LINES = (
     "choice doctor batch demo",
     "serve serve.hangup serve.settings serve.refusal serve.worker serve.batcher serve.scorer serve.schemas serve.reading",
     "serve.policy serve.logs serve.metrics serve.traffic serve.tracing serve.service serve.gate serve.openapi serve.app",
-    "serve.protocol serve.server serve.engine",
+    "serve.protocol serve.server serve.engine_refusal serve.engine",
     "serve.shared_traffic serve.behind_proxy serve.ray_replica serve.ray_serve",
 )
 ORDER = " ".join(LINES).split()

@@ -26,13 +26,13 @@ _LIST_BYTES = 2**20
 _DISTANCE_TOLERANCE = 0.1
 
 
-def engine_kind(url: str, **client: Any) -> str:
-    """`"sglang"` or `"vllm"`, as the engine says in `GET /v1/models`.
+def engine_models(url: str, **client: Any) -> list[dict[str, Any]]:
+    """What the engine lists in `GET /v1/models`.
 
     Args:
         url, client: of `JsonClient`.
     Raises:
-        UnavailableError: nobody answers. EngineError: what answers does not say that it is one of them.
+        UnavailableError: nobody answers. EngineError: no such list.
     """
     connection = JsonClient(url, **client)
     try:
@@ -43,11 +43,22 @@ def engine_kind(url: str, **client: Any) -> str:
         raise EngineError(f"{error} {_NAME_IT}") from error
     finally:
         connection.close()
-    names = {one.get("owned_by") for one in listed if isinstance(one, dict)} if isinstance(listed, list) else set()
+    return [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+
+
+def engine_kind(models: list[dict[str, Any]]) -> str:
+    """`"sglang"` or `"vllm"`, as `engine_models` say. Raises EngineError where they do not say one of them."""
+    names = [one.get("owned_by") for one in models]
     found = [kind for kind in _OWNERS if kind in names]
     if len(found) != 1:
         raise EngineError(f"/v1/models names neither SGLang nor vLLM as the owner of its models. {_NAME_IT}")
     return found[0]
+
+
+def engine_limit(models: list[dict[str, Any]], name: str | None) -> int | None:
+    """Most tokens of an item, as `engine_models` say of the model of this name, or of any; None where they do not say."""
+    limits = [one.get("max_model_len") for one in models if name is None or one.get("id") == name]
+    return min((n for n in limits if isinstance(n, int)), default=None)
 
 
 _NAME_IT = f"Say which engine it is (--engine-kind): one of {list(KINDS)}."

@@ -7,6 +7,7 @@ judges by its channel `final`. README.md beside this file: how to start them, an
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ from rm_ood.integrations.vllm_plugin import UNSCORABLE, distance_columns, guard_
 from rm_ood.reward_model import reward_column
 from rm_ood.skew import EndsCheck
 from rm_ood.state import ChannelScores, FittedState
-from rm_ood.text import Encoded, TextEncoder
+from rm_ood.text import NO_LIMIT, Encoded, TextEncoder
 
 Floats = NDArray[np.float64]
 # Room in a reply: for its frame, and per item and number. A float64 takes at most 25 characters.
@@ -361,9 +362,12 @@ def _text(state: FittedState, tokenizer: Any, max_length: int | None) -> TextEnc
     found = text_fingerprint(tokenizer, text.contract())
     wrong = [name for name, value in found.items() if state.identity.fields.get(name, value) != value]
     if wrong == ["text"]:
+        fitted = json.loads(state.identity.fields["text"])["max_length"]
+        here = "the tokenizer names none" if text.max_length == NO_LIMIT else f"not max_length={text.max_length}"
         raise MismatchError(
-            f"the guard was fitted with another limit than max_length={text.max_length} tokens. Pass the reward model's own "
-            "(max_position_embeddings of its config) as max_length=, or fit the guard with max_length."
+            f"the guard was fitted with a limit of {fitted} tokens, {here}. Pass the reward model's own "
+            "(max_position_embeddings of its config) as max_length= (for rm-ood serve, put its config.json into the --model "
+            "folder), or fit the guard with max_length."
         )
     if wrong:
         raise MismatchError(f"tokenizer: differs from the one that the guard was fitted with in {wrong}")

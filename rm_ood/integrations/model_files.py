@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rm_ood.errors import InputError
+from rm_ood.text import NO_LIMIT
 
 _CHECKPOINTS = ("model.safetensors", "model.safetensors.index.json")
 
@@ -55,8 +56,9 @@ def model_files(model_id: str, *, trust_remote_code: bool = False) -> ModelFiles
     except (OSError, ValueError):
         # A folder of the tokenizer alone.
         positions = None
-    limit = int(tokenizer.model_max_length)
-    limits = [limit, *([positions] if isinstance(positions, int) and positions > 0 else [])]
+    known = [
+        int(n) for n in (tokenizer.model_max_length, positions) if isinstance(n, (int, float)) and 0 < n < NO_LIMIT
+    ]
     folder = Path(model_id)
     has_checkpoint = is_folder and any((folder / name).is_file() for name in _CHECKPOINTS)
-    return ModelFiles(tokenizer, min(limits), folder if has_checkpoint else None)
+    return ModelFiles(tokenizer, min(known, default=None), folder if has_checkpoint else None)

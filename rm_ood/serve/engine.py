@@ -22,17 +22,25 @@ from rm_ood.channels import FINAL, REWARD
 from rm_ood.decision import Decisions
 from rm_ood.dialogue import Response, Text
 from rm_ood.embed import Embedded
-from rm_ood.errors import EngineError, InputError, MismatchError, UnavailableError
+from rm_ood.errors import EngineError, InputError, MismatchError
 from rm_ood.guard import OODGuard
-from rm_ood.integrations.engine_check import KINDS, canary_items, check_canaries, engine_kind
+from rm_ood.integrations.engine_check import (
+    KINDS,
+    canary_items,
+    check_canaries,
+    engine_kind,
+    engine_limit,
+    engine_models,
+)
 from rm_ood.integrations.engines import EngineScorer
 from rm_ood.integrations.model_files import ModelFiles
 from rm_ood.integrations.read_out import read_head
+from rm_ood.serve.engine_refusal import PROBLEMS, UNAVAILABLE, engine_refusal
 from rm_ood.serve.logs import log
 from rm_ood.serve.refusal import Refusal
 from rm_ood.serve.scorer import StateScorer, Work
 from rm_ood.state import ChannelScores
-from rm_ood.text import Encoded
+from rm_ood.text import NO_LIMIT, Encoded
 
 # What a head in another dtype may round by, which an engine does not tell.
 _COARSE = torch.finfo(torch.bfloat16).eps
@@ -116,8 +124,14 @@ class EngineBackend(StateScorer):
             "retries": 0,
         }
         kind = settings.kind
+        try:
+            models = engine_models(settings.url, **{**client, "retries": settings.retries})
+        except EngineError:
+            if kind == "auto":
+                raise
+            models = []
         if kind == "auto":
-            kind = engine_kind(settings.url, **{**client, "retries": settings.retries})
+            kind = engine_kind(models)
         options = {**client, "model": settings.model, "batch_size": self.batch_size}
         if guard.config.max_length is None:
             options["max_length"] = files.max_length
@@ -144,12 +158,21 @@ class EngineBackend(StateScorer):
         except BaseException:
             self.close()
             raise
+        self._limit = engine_limit(models, settings.model)
         self._facts: dict[str, Any] = {"kind": kind, "head_checked": "head" in options}
         threading.Thread(target=self._watch, name="rm-ood-engine", daemon=True).start()
 
     def tell(self) -> None:
         """Log which engine it is, and what is known of it."""
         log("engine", **self._facts, dtype_changed=bool(self._state.overrides))
+        own = self._engine.text.max_length
+        if self._limit is not None and self._limit < own:
+            message = (
+                f"the engine takes {self._limit} tokens and the guard {'any number' if own == NO_LIMIT else own}: longer items "
+                "come back as scoring_failed. Start the engine with the guard's limit (vLLM: --max-model-len, SGLang: "
+                "--context-length)."
+            )
+            log("engine_limit", level="warning", message=message)
 
     def _encode(self, items: Sequence[tuple[Text, Response]]) -> list[Encoded]:
         return self._engine.encode(items)
@@ -166,20 +189,20 @@ class EngineBackend(StateScorer):
                     return self._decide(works, *answer)
                 lost = True
                 continue
-            outage = self._outage or _UNAVAILABLE
+            outage = self._outage or UNAVAILABLE
             if not lost or outage.kind != "engine_unavailable":
                 raise replace(outage)
             if left:
                 time.sleep(self._hold_s)
         self._wake.set()
-        raise replace(self._outage or _UNAVAILABLE)
+        raise replace(self._outage or UNAVAILABLE)
 
     def _answer(self, works: Sequence[Work]) -> tuple[ChannelScores, Embedded] | None:
         """What the engine says of a batch; None where the connection was lost. Raises as `score`."""
         try:
             return self._engine.score([work.encoded for work in works], self._state)
         except (EngineError, MismatchError) as error:
-            refusal = _refusal(error)
+            refusal = engine_refusal(error)
             if refusal.kind == "engine_unavailable":
                 self._down(refusal, error, in_doubt=True)
                 return None
@@ -239,7 +262,7 @@ class EngineBackend(StateScorer):
         try:
             self._compare()
         except Exception as error:  # whatever it is: nothing is scored before it is known to be right again
-            refusal = _refusal(error)
+            refusal = engine_refusal(error)
             if refusal.kind != "engine_busy" and not self._closed:
                 self._down(refusal, error)
             return False
@@ -260,38 +283,12 @@ class EngineBackend(StateScorer):
     def _down(self, refusal: Refusal, error: Exception, *, in_doubt: bool = False) -> None:
         with self._change:
             before, self._outage, self._in_doubt = self._outage, refusal, in_doubt
-            self.problem = _PROBLEMS[refusal.kind]
+            self.problem = PROBLEMS[refusal.kind]
             self._doubts += refusal.kind in ("engine_unavailable", "engine_mismatch")
         if before is None or before.kind != refusal.kind:
             # A mismatch is told in numbers; other errors name the address.
             told = {"message": str(error)} if isinstance(error, MismatchError) else {}
             log("engine_away", level="error", why=refusal.kind, error=type(error).__name__, **told)
-
-
-_PROBLEMS = {
-    "engine_unavailable": "engine cannot be reached",
-    "engine_timeout": "engine does not answer in time",
-    "engine_failed": "engine fails",
-    "engine_mismatch": "engine serves another reward model",
-}
-
-# Refusals are raised as copies: each holds the frames of its own request.
-_UNAVAILABLE = Refusal(503, "engine_unavailable", "the inference engine cannot be reached: try again later", 5.0)
-
-
-def _refusal(error: Exception) -> Refusal:
-    """What the sender is told of an engine that gives nothing to score; never its address or its words."""
-    if isinstance(error, UnavailableError) and error.why == "busy":
-        asked = 1.0 if error.retry_after_s is None else error.retry_after_s
-        return Refusal(503, "engine_busy", "the inference engine is busy: try again later", asked)
-    if isinstance(error, UnavailableError) and error.why == "unreachable":
-        return replace(_UNAVAILABLE)
-    if isinstance(error, UnavailableError) and error.why == "timeout":
-        return Refusal(504, "engine_timeout", "the inference engine did not answer in time", 1.0)
-    if isinstance(error, MismatchError):
-        message = "the inference engine does not serve the reward model that the guard was fitted on"
-        return Refusal(502, "engine_mismatch", message, 5.0)
-    return Refusal(502, "engine_failed", "the inference engine failed, or its answer cannot be used", 5.0)
 
 
 def _check_channels(guard: OODGuard) -> None:

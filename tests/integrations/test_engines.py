@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from rm_ood import Decision, Decisions, EngineError, InputError, MismatchError, NotFittedError, OODGuard
 from rm_ood.integrations import transport
 from rm_ood.integrations.engines import SGLangScorer, VLLMScorer
+from rm_ood.integrations.model_files import model_files
 from rm_ood.integrations.vllm_plugin import GuardedClassifier
 
 pytestmark = [
@@ -157,8 +158,14 @@ def test_chat_templates_and_unknown_groups(
         with pytest.raises(InputError, match="groups"):
             scorer.check(prompts, responses)
     # The model's own limit is below the tokenizer's, which the client cannot know; the guard does.
-    with pytest.raises(MismatchError, match=r"another limit than max_length=\d+ tokens\. Pass the reward model's own"):
-        SGLangScorer(engine.url, alone, decoder_tokenizer)
+    decoder_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    files = model_files(str(tmp_path / "tokenizer"))
+    assert files.max_length is None
+    lacking = r"a limit of 512 tokens, the tokenizer names none.*as max_length=.*config\.json into the --model folder"
+    with pytest.raises(MismatchError, match=lacking):
+        SGLangScorer(engine.url, alone, files.tokenizer, max_length=files.max_length)
+    shared_decoder.config.save_pretrained(tmp_path / "tokenizer")
+    assert model_files(str(tmp_path / "tokenizer")).max_length == 512
 
 
 @pytest.mark.parametrize("name", ["sglang", "vllm_scorer"])
@@ -596,7 +603,7 @@ def test_guards_that_an_engine_cannot_serve(
     other.chat_template = "{{ messages[0].content }}"
     with pytest.raises(MismatchError, match=r"in \['chat_template'\]"):
         SGLangScorer(url, vectors, other)
-    with pytest.raises(MismatchError, match="another limit than max_length=32"):
+    with pytest.raises(MismatchError, match="a limit of 64 tokens, not max_length=32"):
         SGLangScorer(url, vectors, decoder_tokenizer, max_length=32)
 
 

@@ -502,6 +502,30 @@ def test_a_guard_without_canaries_is_refused(made: tuple[Path, OODGuard], engine
     assert not engine.requests
 
 
+@pytest.mark.parametrize("kind", ["auto", "sglang"])
+def test_an_engine_that_takes_less_than_the_guard_is_told_at_the_start(
+    kind: str, made: tuple[Path, OODGuard], engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    monkeypatch.setattr("rm_ood.serve.engine.log", lambda event, **_: events.append(event))
+    # The guard's own limit is 64.
+    for limit, told in ((64, []), (63, ["engine_limit"]), (None, [])):
+        engine.limit = limit
+        events.clear()
+        scorer = backend(made[0], engine, kind=kind)
+        scorer.tell()
+        scorer.close()
+        assert events == ["engine", *told]
+
+
+def test_an_engine_of_a_named_kind_needs_no_list_of_models(made: tuple[Path, OODGuard], engine: Engine) -> None:
+    engine.lists = False
+    with pytest.raises(EngineError, match="--engine-kind"):
+        backend(made[0], engine)
+    with served(made[0], engine, kind="sglang") as (client, _):
+        assert ask(client, ITEMS[:1]).status == 200
+
+
 def test_another_dtype_is_served_when_it_is_allowed_and_every_verdict_says_so(
     made: tuple[Path, OODGuard], shared_decoder: Any
 ) -> None:
