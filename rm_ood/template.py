@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 from rm_ood.dialogue import Dialogue, Message, Response, Text, content_text, messages_of
 from rm_ood.errors import InputError
+from rm_ood.frames import Frames
 
 # Stand in for the texts while a template is rendered, to learn what the template writes between them.
 _PLACEHOLDER = "\u2039response\u203a"
@@ -26,7 +27,8 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 _LABELS = frozenset({"name", "tool_call_id", "id"})
 # Roles that a template may refuse; only these are named in an error, since any other role is the caller's own text.
 _ROLES = ("system", "developer", "tool", "function", "user", "assistant")
-_FRAMES = 1024
+# Of frames and their keys: a dialogue of 256 turns with all its cuts takes less than half of it.
+_FRAME_CHARS = 2**23
 
 Characters = tuple[int, int]
 
@@ -69,7 +71,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._frame = lru_cache(maxsize=_FRAMES)(self._fresh_frame)
+        self._frame = Frames(self._fresh_frame, _FRAME_CHARS)
 
     def render(self, prompt: Text, response: Response, where: str, *, turns: bool = False) -> Rendered:
         """The dialogue's text, and what is where in it.
@@ -98,7 +100,7 @@ class ChatTemplate:
             # The template may have read the clock since the frame was made.
             fresh = self._fresh_frame(key)
             if fresh != frame:
-                self._frame.cache_clear()
+                self._frame.clear()
                 frame, placed = fresh, _align(text, fresh, pieces, words, is_more)
         if placed is None:
             placed = _search(text, self._fresh_frame(_key([*messages, _MASKED_ANSWER], *beside)) or "", pieces, where)

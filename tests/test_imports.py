@@ -17,7 +17,7 @@ ROOT = Path(rm_ood.__file__).parent
 LINES = (
     "errors channels canaries",
     "strict_json atomic artifact hub",
-    "rows dialogue preferences rewriting spans template read_back text skew wrappers readers reward_model fingerprint",
+    "rows dialogue preferences rewriting spans frames template read_back text skew wrappers readers reward_model fingerprint",
     "vectors ops.reference ops.arithmetic ops.streams ops.triangle ops.packing ops.distance_kernel ops.distance_launch",
     "ops.distance ops.metric ops.scatter_kernel ops.scatter_launch ops.scatter ops moments covariance",
     "detectors.base detectors.learned detectors.mahalanobis detectors.gaussian detectors.contrasted detectors.sklearn",

@@ -608,6 +608,29 @@ def test_items_of_one_shape_cost_one_rendering_each(setups: dict[str, Setup], mo
         assert count == 20 + once
 
 
+def test_what_senders_write_beside_their_messages_fills_no_memory(
+    setups: dict[str, Setup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rm_ood.template._FRAME_CHARS", 200_000)
+    template = ChatTemplate(setups["qwen3"].tokenizer)
+    template.render([USER], RESPONSE, "x")
+    made = []
+    inner = template._fresh_frame
+    monkeypatch.setattr(template._frame, "_make", lambda key: made.append(key) or inner(key))
+    for i in range(12):
+        long = {"type": "function", "function": {"name": f"f{i}", "description": f"{i} " * 10_000, "parameters": {}}}
+        for beside in ({"tools": [long]}, {"template_kwargs": {"unread": f"{i} " * 10_000}}):
+            template.render(Dialogue([USER], **beside), RESPONSE, "x")
+            # What is in use stays.
+            template.render([USER], RESPONSE, "x")
+            assert 0 < template._frame.size <= 200_000
+    assert len(made) == 24
+    # What is larger than all that may be kept takes no other's place.
+    template.render(Dialogue([USER], template_kwargs={"unread": "x" * 200_000}), RESPONSE, "x")
+    template.render([USER], RESPONSE, "x")
+    assert len(made) == 25
+
+
 def test_a_template_that_reads_the_clock_is_rendered_anew(
     setups: dict[str, Setup], monkeypatch: pytest.MonkeyPatch
 ) -> None:
