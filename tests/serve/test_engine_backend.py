@@ -429,6 +429,39 @@ def test_an_answer_that_came_while_another_try_was_lost_is_not_believed(
         assert_rows(answer.result().json["results"], guard, ITEMS[:2])
 
 
+def test_canaries_that_were_asked_before_a_connection_was_lost_prove_nothing(
+    made: tuple[Path, OODGuard],
+    engine: Engine,
+    shared_decoder: Any,
+    holds: Callable[[list[int]], bool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events: list[str] = []
+    monkeypatch.setattr("rm_ood.serve.engine.log", lambda event, **_: events.append(event))
+    held, go = threading.Event(), threading.Event()
+
+    def raw(handler: Any) -> bool:
+        if any(map(holds, handler.body["items"])):
+            raise ConnectionAbortedError
+        # The second half of a probe's canaries.
+        if held.is_set() or len(engine.requests) % 2:
+            return False
+        reply = engine.answer(handler.path, handler.body)
+        held.set()
+        assert go.wait(20)
+        handler.reply(200, json.dumps(reply).encode())
+        return True
+
+    with served(made[0], engine, probe_s=0.2) as (client, _):
+        engine.raw = raw
+        assert held.wait(20)
+        assert ask(client, [BAD]).json["type"] == "engine_unavailable"
+        engine.model = another_model(shared_decoder)
+        go.set()
+        wait_until(lambda: client.get("/readyz").json["reasons"] == ["engine serves another reward model"])
+        assert "engine_back" not in events
+
+
 def test_vectors_that_were_normalised_are_not_taken(made: tuple[Path, OODGuard], engine: Engine) -> None:
     def spoil(reply: dict[str, Any]) -> dict[str, Any]:
         for row in reply["data"]:
