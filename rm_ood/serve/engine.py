@@ -35,7 +35,7 @@ from rm_ood.integrations.engine_check import (
 from rm_ood.integrations.engines import EngineScorer
 from rm_ood.integrations.model_files import ModelFiles
 from rm_ood.integrations.read_out import read_head
-from rm_ood.serve.engine_refusal import PROBLEMS, UNAVAILABLE, engine_refusal
+from rm_ood.serve.engine_refusal import PROBLEMS, engine_refusal, unavailable
 from rm_ood.serve.logs import log
 from rm_ood.serve.refusal import Refusal
 from rm_ood.serve.scorer import StateScorer, Work
@@ -189,13 +189,14 @@ class EngineBackend(StateScorer):
                     return self._decide(works, *answer)
                 lost = True
                 continue
-            outage = self._outage or UNAVAILABLE
+            outage = self._outage or unavailable()
             if not lost or outage.kind != "engine_unavailable":
+                # A copy of its own for each batch, since an exception holds the frames that it went through.
                 raise replace(outage)
             if left:
                 time.sleep(self._hold_s)
         self._wake.set()
-        raise replace(self._outage or UNAVAILABLE)
+        raise replace(self._outage or unavailable())
 
     def _answer(self, works: Sequence[Work]) -> tuple[ChannelScores, Embedded] | None:
         """What the engine says of a batch; None where the connection was lost. Raises as `score`."""

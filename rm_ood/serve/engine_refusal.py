@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from rm_ood.errors import MismatchError, UnavailableError
 from rm_ood.serve.refusal import Refusal
 
@@ -15,8 +13,9 @@ PROBLEMS = {
     "engine_mismatch": "engine serves another reward model",
 }
 
-# Refusals are raised as copies: each holds the frames of its own request.
-UNAVAILABLE = Refusal(503, "engine_unavailable", "the inference engine cannot be reached: try again later", 5.0)
+
+def unavailable() -> Refusal:
+    return Refusal(503, "engine_unavailable", "the inference engine cannot be reached: try again later", 5.0)
 
 
 def engine_refusal(error: Exception) -> Refusal:
@@ -25,7 +24,7 @@ def engine_refusal(error: Exception) -> Refusal:
         asked = 1.0 if error.retry_after_s is None else error.retry_after_s
         return Refusal(503, "engine_busy", "the inference engine is busy: try again later", asked)
     if isinstance(error, UnavailableError) and error.why == "unreachable":
-        return replace(UNAVAILABLE)
+        return unavailable()
     if isinstance(error, UnavailableError) and error.why == "timeout":
         return Refusal(504, "engine_timeout", "the inference engine did not answer in time", 1.0)
     if isinstance(error, MismatchError):

@@ -99,6 +99,7 @@ def test_a_call_that_comes_as_the_thread_ends_is_told() -> None:
 
     go, worker = threading.Event(), Worker("ending")
     assert [type(one) for one in asyncio.run(run())] == 2 * [WorkerEnded]
+    worker._thread.join(5)
 
 
 def test_a_stopped_thread_makes_the_calls_of_before_and_no_others() -> None:
