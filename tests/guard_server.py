@@ -9,6 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
 from rm_ood import OODGuard
+from rm_ood.dialogue import Dialogue
+
+# What an item may carry for its chat template.
+BESIDE: dict[str, Any] = {"tools": [], "chat_template_kwargs": {}}
 
 
 class GuardServer:
@@ -64,10 +68,11 @@ class GuardServer:
         items = body.get("items", [body])
         prompts, answers, ids, sessions = [], [], [], []
         for i, item in enumerate(items):
-            assert item.keys() <= {"id", "session", "prompt", "response", "responses", "messages"}
+            assert item.keys() <= {"id", "session", "prompt", "response", "responses", "messages", *BESIDE}
             given = item["responses"] if "responses" in item else [item["response"]]
             name = item.get("id", str(i))
-            prompts.append(item["prompt"])
+            beside = [item.get(name, empty) for name, empty in BESIDE.items()]
+            prompts.append(Dialogue(item["prompt"], *beside) if any(beside) else item["prompt"])
             answers.append(given)
             ids += [f"{name}#{j}" for j in range(len(given))] if "responses" in item else [name]
             sessions += [item.get("session", f"{len(self.requests)} {i}")] * len(given)

@@ -11,6 +11,7 @@ from rm_ood.calls import read_call
 from rm_ood.client import GuardClient, ScoreReply
 from rm_ood.conformal import p_of_rank, ranks
 from rm_ood.decision import Decisions
+from rm_ood.dialogue import Dialogue, messages_of
 from rm_ood.errors import InputError, MismatchError
 from rm_ood.guard import OODGuard
 from rm_ood.monitor_inputs import session_key
@@ -60,13 +61,20 @@ class ServedGuard:
         self.client, self.guard = client, guard
 
     def score(
-        self, items: Items, groups: Sequence[str] | None = None, sessions: Sequence[str] | None = None
+        self,
+        items: Items,
+        groups: Sequence[str] | None = None,
+        sessions: Sequence[str] | None = None,
+        *,
+        tools: Any = None,
+        chat_template_kwargs: Any = None,
     ) -> ScoreReply:
         """Verdicts on (prompt, response) items, at least one.
 
         Args:
             groups: for a guard with a grouping column.
             sessions: for the server's own alarm; it is sent a hash of each.
+            tools, chat_template_kwargs: for every prompt, as in `OODGuard.check`.
         Raises:
             UnavailableError: no answer after every try. EngineError: refused, or another answer than was asked for.
             MismatchError: another guard, or calibration, than the copy. InputError: names the item as `items[i]`.
@@ -75,7 +83,10 @@ class ServedGuard:
             raise InputError(f"groups: this guard is calibrated by {self.guard.config.group_column!r}")
         keys = None if sessions is None else [f"{session_key(name):016x}" for name in sessions]
         alpha = self.guard.config.alpha
-        reply = self.client.score(*_columns(items), sessions=keys, groups=groups, alpha=alpha)
+        prompts, responses = _columns(items)
+        if tools or chat_template_kwargs:
+            prompts = [Dialogue(messages_of(prompt), tools or [], chat_template_kwargs or {}) for prompt in prompts]
+        reply = self.client.score(prompts, responses, sessions=keys, groups=groups, alpha=alpha)
         self._compare(reply.decisions)
         return reply
 

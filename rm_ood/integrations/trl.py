@@ -90,7 +90,7 @@ class OODReward:
 
     Raises:
         InputError: an option out of range, an axis that the guard does not judge; with `client` a baseline (calibrate before
-            serving), tools or template keywords, which a server does not take.
+            serving).
         MismatchError: a guard without its model, and no client; in a call, the guard was calibrated or fitted anew since this
             was made: penalty and monitor are of the calibration before. Then make a new one; those that calibrate at different
             times want a guard each (`guard.on(model, tokenizer)`).
@@ -127,10 +127,9 @@ class OODReward:
             raise InputError(f"outages={outages!r}: expected a number of calls of at least 1")
         if client is None:
             guard.scoring()
-        elif baseline is not None or tools or chat_template_kwargs:
+        elif baseline is not None:
             raise InputError(
-                "client: a served guard takes no baseline, tools or chat_template_kwargs. Calibrate it on the initial policy's "
-                "rollouts before it is served"
+                "client: a served guard takes no baseline. Calibrate it on the initial policy's rollouts before it is served"
             )
         if baseline is not None and not steps:
             guard.calibrate(baseline, progress=False)
@@ -139,7 +138,7 @@ class OODReward:
         self.mode, self.axis, self.session, self.neutral, self.missing = mode, axis, session, neutral, missing
         self._strength, self._cap = strength, cap
         self._monitor_settings = dict(monitor or {})
-        self._tools, self._template_kwargs = tools, chat_template_kwargs
+        self._beside: dict[str, Any] = {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
         self._served = None if client is None else ServedGuard(client, guard)
         self._outages, self._out = outages, 0
         self._steps_left, self._until = steps, steps
@@ -306,12 +305,10 @@ class OODReward:
     ) -> Decisions | None:
         """Verdicts; None where the served guard is out of reach."""
         if self._served is None:
-            decisions = judged_here(
-                self.guard, items, groups, tools=self._tools, chat_template_kwargs=self._template_kwargs
-            )
+            decisions = judged_here(self.guard, items, groups, **self._beside)
         else:
             try:
-                decisions = self._served.score(items, groups, self._sessions(keys, now)).decisions
+                decisions = self._served.score(items, groups, self._sessions(keys, now), **self._beside).decisions
             except UnavailableError as error:
                 self._missed(error)
                 return None
@@ -401,10 +398,9 @@ class OODReward:
     def _collect(
         self, items: list[tuple[Any, Any]], keys: list[str], groups: list[str] | None, rewards: Floats
     ) -> None:
-        beside = {"tools": self._tools, "chat_template_kwargs": self._template_kwargs}
         for i, (prompt, response) in enumerate(items):
             if np.isfinite(rewards[i]) and keys[i] not in self._rows:
-                row = {"prompt": prompt, "response": response, **{k: v for k, v in beside.items() if v}}
+                row = {"prompt": prompt, "response": response, **{k: v for k, v in self._beside.items() if v}}
                 self._rows[keys[i]] = row if groups is None else {**row, str(self.guard.config.group_column): groups[i]}
 
     def __getstate__(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from guard_server import GuardServer
 from test_trl import METRICS, assistant, chat, fitted, preference_rows, prompts, rollouts, trainer
@@ -84,6 +85,24 @@ def test_rewards_and_metrics_are_those_of_the_guard_itself(
     for name in METRICS:
         assert there[name] == pytest.approx(here[name], abs=1e-3)
     assert there["ood_flag"] == here["ood_flag"]
+
+
+def test_tools_and_template_keywords_are_sent(
+    guard: OODGuard, copied: OODGuard, client: GuardClient, server: GuardServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}]
+    beside = (
+        "{% if tools or brief %}<|im_start|>system\n{{ tools | tojson if tools }}{{ 'Be brief.' if brief }}<|im_end|>\n"
+        "{% endif %}"
+    )
+    monkeypatch.setattr(guard.tokenizer, "chat_template", beside + guard.tokenizer.chat_template)
+    bare = OODReward(guard)(*some())
+    for asked in ({"tools": tools}, {"chat_template_kwargs": {"brief": True}}):
+        local = OODReward(guard, **asked)(*some())
+        served = OODReward(copied, client=client, **asked)(*some())
+        assert np.allclose(np.array(served, float), np.array(local, float), atol=1e-4, equal_nan=True)
+        assert not np.allclose(np.array(local, float), np.array(bare, float), atol=1e-3, equal_nan=True)
+        assert all(item[name] == value for item in server.requests[-1]["items"] for name, value in asked.items())
 
 
 def test_a_real_run_asks_the_server(
@@ -182,7 +201,7 @@ def test_another_guard_than_the_copy_is_noticed(
 
 
 def test_what_a_server_cannot_do_is_refused(copied: OODGuard, client: GuardClient) -> None:
-    for wrong in ({"baseline": 3}, {"baseline": [{}]}, {"tools": [{}]}, {"chat_template_kwargs": {"a": 1}}):
+    for wrong in ({"baseline": 3}, {"baseline": [{}]}):
         with pytest.raises(InputError, match="a served guard takes no baseline"):
             OODReward(copied, client=client, **wrong)  # type: ignore[arg-type]
     for outages in (0, True, 1.5):
