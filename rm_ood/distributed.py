@@ -61,7 +61,8 @@ def save_shards(
     if not all(0 <= i < count for i in wanted):
         raise InputError(f"only={wanted}: the shards are 0 to {count - 1}")
     is_share = isinstance(calibration, numbers.Real)
-    fitter = Fitter(column, guard.config, float(calibration) if is_share else 0.0)
+    workers = Workers(shards=count, folder=folder)
+    fitter = Fitter(column, guard.config, float(calibration) if is_share else 0.0, workers)
     done: list[str] = []
     for data, labelled in ((dataset, True), *(() if is_share else ((calibration, False),))):
         task = fitter.task(data, labelled=labelled)
@@ -76,7 +77,7 @@ def save_shards(
                 done.append(f"{fitter.stage} {shard.index} of {count}")
             text_format = part.text_format
         settled = replace(guard.config, text_format=text_format or guard.config.text_format)
-        fitter = Fitter(column, settled, 1.0)
+        fitter = Fitter(column, settled, 1.0, workers)
     return done
 
 

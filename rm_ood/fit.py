@@ -28,7 +28,7 @@ from rm_ood.identity import Identity
 from rm_ood.moments import ClassMoments
 from rm_ood.one_pass import Pass
 from rm_ood.preferences import CHOSEN, CLASSES, REJECTED
-from rm_ood.rows import data_digest, is_one_pass
+from rm_ood.rows import data_digest, data_glance, is_one_pass
 from rm_ood.state import ChannelScores, FittedState, class_log_odds
 from rm_ood.strict_json import canonical_json
 from rm_ood.text import TextEncoder
@@ -105,12 +105,14 @@ class Fitter:
         model = hashlib.sha256(canonical_json(fields).encode())
         if identity.weights is not None:
             model.update(identity.weights.names.encode() + identity.weights.values.numpy().tobytes())
+        workers = self.workers
         settings = canonical_json([self.config.to_dict(), self.share, labelled])
         return {
             "version": package_version(),
             "settings": hashlib.sha256(settings.encode()).hexdigest(),
             "reward model": model.hexdigest(),
-            "data": data_digest(dataset),
+            # All rows are compared once they are read, unless finished shards stand for them.
+            "data": data_glance(dataset) if workers.folder is None else data_digest(dataset, workers.beat),
         }
 
     def read(self, dataset: Any, shard: Shard, *, labelled: bool, progress: bool) -> Collected:

@@ -7,12 +7,15 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
 from rm_ood.errors import InputError
+
+# Bytes that are read at once for a digest.
+_PIECE = 2**20
 
 
 def iter_rows(dataset: Any) -> Iterator[Mapping[str, Any]]:
@@ -65,21 +68,43 @@ def is_one_pass(dataset: Any) -> bool:
     return isinstance(rows, Iterator)
 
 
-def data_digest(dataset: Any) -> str:
-    """SHA-256 of a file's bytes, or of every row in its order; empty for what can be read only once, or is not there."""
+def data_digest(dataset: Any, beat: Callable[[], None] = lambda: None) -> str:
+    """SHA-256 of a file's bytes, or of every row in its order; empty for what can be read only once, or is not there.
+
+    Args:
+        beat: called now and then, to show that the reading is getting on.
+    """
+    sha = hashlib.sha256()
     if isinstance(dataset, (str, os.PathLike)):
         path = Path(dataset)
         if not path.is_file():
             return ""
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            while piece := file.read(_PIECE):
+                sha.update(piece)
+                beat()
+        return sha.hexdigest()
     rows = dataset.pairs if isinstance(dataset, NumberedRows) else dataset
     if is_one_pass(rows) or isinstance(rows, Mapping) or not isinstance(rows, Iterable):
         return ""
-    sha = hashlib.sha256()
     for row in rows:
         sha.update(row_bytes(row))
+        beat()
     return sha.hexdigest()
+
+
+def data_glance(dataset: Any) -> str:
+    """What tells most data apart without reading them: a file's size, or the number of rows and the first; empty where
+    that takes a pass."""
+    if isinstance(dataset, (str, os.PathLike)):
+        path = Path(dataset)
+        return f"{path.stat().st_size} bytes" if path.is_file() else ""
+    rows = dataset.pairs if isinstance(dataset, NumberedRows) else dataset
+    length = dataset_length(rows)
+    if length is None or isinstance(rows, Mapping) or not isinstance(rows, Iterable):
+        return ""
+    first = hashlib.sha256(row_bytes(next(iter(rows), None))).hexdigest()
+    return f"{length} rows, {first}"
 
 
 def row_bytes(row: Any) -> bytes:
@@ -88,7 +113,7 @@ def row_bytes(row: Any) -> bytes:
 
 
 def dataset_length(dataset: Any) -> int | None:
-    """Number of rows where the source knows it; for progress bars only."""
+    """Number of rows where the source knows it."""
     return len(dataset) if hasattr(dataset, "__len__") and not isinstance(dataset, (str, os.PathLike)) else None
 
 

@@ -37,6 +37,7 @@ def main(rank: int, folder: Path) -> None:
     from rm_ood.errors import OODGuardError
     from rm_ood.gang import Gang
     from rm_ood.preferences import prompt_key
+    from rm_ood.rows import data_digest
 
     warnings.simplefilter("ignore", CalibrationWarning)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
@@ -69,6 +70,38 @@ def main(rank: int, folder: Path) -> None:
     run("other-data", lambda gang: guard().fit(rows, calibration=other, progress=False, workers=gang))
     run("settings", lambda gang: guard(seed=rank).fit(rows, progress=False, workers=gang))
     run("data", lambda gang: guard().fit(rows[rank:], progress=False, workers=gang))
+    read: list[int] = []
+
+    class Stream:
+        """Rows that can be read again, of which nobody knows how many there are."""
+
+        def __iter__(self) -> Iterator[Any]:
+            read.append(0)
+            for row in rows:
+                read[-1] += 1
+                yield row
+
+    def once(gang: Gang) -> list[int]:
+        guard().fit(Stream(), calibration=0.75, progress=False, workers=gang)
+        return read
+
+    run("once", once)
+
+    def slow_rows() -> Iterator[Any]:
+        # The second one's disk is slow: longer in all than the others wait, never so between two rows.
+        for row in rows[:6]:
+            time.sleep(rank)
+            yield row
+
+    def digest(gang: Gang) -> str:
+        class Slow:
+            def __iter__(self) -> Iterator[Any]:
+                return slow_rows()
+
+        gang.agree({"data": data_digest(Slow(), gang.beat)})
+        return "agreed"
+
+    run("slow-data", digest, timeout=3)
     changed = guard()
     with torch.no_grad():
         changed.model.score.weight[0, rank] += rank

@@ -116,6 +116,14 @@ def test_processes_that_differ_are_refused(together: Path, name: str, field: str
         assert result.startswith(f"MismatchError: rank 1 has other {field} than rank 0")
 
 
+def test_without_kept_shards_the_data_are_read_once(together: Path) -> None:
+    assert said(together, "once") == [[len(ROWS)]] * 2
+
+
+def test_who_reads_slowly_is_alive(together: Path) -> None:
+    assert said(together, "slow-data") == ["agreed"] * 2
+
+
 def test_an_error_of_the_first_is_told_to_the_others(together: Path) -> None:
     first, second = said(together, "few")
     assert first.startswith("CalibrationError: alpha=0.001")

@@ -22,7 +22,7 @@ from rm_ood.errors import FormatError, InputError, IntegrityError, MismatchError
 from rm_ood.fit import Fitter
 from rm_ood.one_pass import Pass
 from rm_ood.preferences import Item
-from rm_ood.rows import NumberedRows, data_digest, is_one_pass
+from rm_ood.rows import NumberedRows, data_digest, data_glance, is_one_pass
 from rm_ood.workers import ShardFolder, Workers
 
 pytestmark = [
@@ -207,6 +207,20 @@ def test_what_a_digest_of_data_sees(tmp_path: Path) -> None:
     assert data_digest(dataset) == data_digest(dataset.to_iterable_dataset()) == data_digest(list(dataset))
     assert data_digest(dataset) != data_digest(dataset.select(range(len(ROWS) - 1)))
     assert data_digest(iter(ROWS)) == data_digest({"train": ROWS}) == data_digest(tmp_path / "none") == ""
+
+
+def test_what_a_glance_at_data_sees(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b"{}\n")
+    glances = [data_glance(file)]
+    file.write_bytes(b"{}\n{}\n")
+    numbered = [NumberedRows(list(enumerate(rows))) for rows in (ROWS, ROWS[::-1])]
+    glances += [data_glance(one) for one in (str(file), ROWS, ROWS[:-1], ROWS[::-1], [], *numbered)]
+    assert len(set(glances)) == len(glances)
+    dataset = datasets.Dataset.from_list(ROWS)
+    assert data_glance(dataset) == data_glance(ROWS)
+    passes = [iter(ROWS), dataset.to_iterable_dataset(), NumberedRows(enumerate(ROWS)), {"train": ROWS}, tmp_path, 5]
+    assert {data_glance(one) for one in passes} == {""}
 
 
 def test_finished_shards_of_data_that_changed_in_the_middle_are_not_taken(model: Any, tmp_path: Path) -> None:
