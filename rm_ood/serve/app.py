@@ -87,8 +87,9 @@ def _scoring_routes(app: FastAPI, service: Service) -> None:
     @app.post("/get_reward")
     async def get_reward(request: Request) -> Response:
         """OpenRLHF's remote reward model: rewards, and verdicts to log."""
+        data, limit = await _json(request), settings.max_body_bytes
+        queries = await service.read(reward_queries, data, service.rules(), limit, service.scorer.split)
         scorer = service.scorer
-        queries = reward_queries(await _json(request), service.rules(), settings.max_body_bytes, scorer.split)
         outcomes = await _decide(request, service, queries)
         decisions = [outcome.decision for outcome in outcomes]
         rewards = [policy.number(d, settings.mode, _withheld(scorer, settings)) for d in decisions]
@@ -104,9 +105,9 @@ def _scoring_routes(app: FastAPI, service: Service) -> None:
     @app.post("/classify")
     async def classify(request: Request) -> Response:
         """vLLM's classification reply: per item flag, p-value, and last the reward."""
+        data, limit = await _json(request), settings.max_body_bytes
+        queries, model = await service.read(classify_queries, data, service.rules(), limit, service.scorer.split)
         scorer = service.scorer
-        data = await _json(request)
-        queries, model = classify_queries(data, service.rules(), settings.max_body_bytes, scorer.split)
         outcomes = await _decide(request, service, queries)
         rows = []
         for i, d in enumerate(outcome.decision for outcome in outcomes):

@@ -16,6 +16,7 @@ from rm_ood.preferences import prompt_key
 from rm_ood.serve.refusal import Refusal
 from rm_ood.serve.schemas import (
     CLASSIFY,
+    MOST_TURNS,
     REWARD,
     SCORE,
     Batch,
@@ -232,11 +233,15 @@ def _of_text(text: str, prompt: str | None, i: int, where: str, rules: TextRules
 
 
 def read_prompt(value: Any, where: str, rules: TextRules) -> Text:
-    """A checked prompt. Raises Refusal (422)."""
+    """A checked prompt, of so many turns at most, also where they are written in a string. Raises Refusal (422)."""
     try:
-        return check_prompt(_plain(value), where, allow_empty=rules.allow_empty, max_chars=rules.max_chars)
+        prompt = check_prompt(_plain(value), where, allow_empty=rules.allow_empty, max_chars=rules.max_chars)
     except InputError as error:
         raise text_refusal(error) from None
+    turns = len(messages_of(prompt))
+    if turns > MOST_TURNS:
+        raise Refusal(422, "invalid_request", f"{where}: {turns} turns before the response: at most {MOST_TURNS}")
+    return prompt
 
 
 def read_response(value: Any, where: str, rules: TextRules) -> Response:

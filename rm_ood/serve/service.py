@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from rm_ood.serve.tracing import Tracing
 from rm_ood.serve.traffic import Traffic
 from rm_ood.serve.worker import Worker, WorkerEnded
 
+T = TypeVar("T")
 SCORING_FAILED = "scoring_failed"
 _SWAP_POLL_S = 0.02
 
@@ -119,6 +121,18 @@ class Service:
             await self.served.traffic.save()
 
     # -- scoring
+
+    async def read(self, queries_of: Callable[..., T], *args: Any) -> T:
+        """`queries_of(*args)` in the tokenizer's thread, for what needs the chat template to be read: nobody else waits for it.
+
+        Raises:
+            Refusal: that of `queries_of`; it takes too long (504). WorkerEnded: the thread ended.
+        """
+        try:
+            async with asyncio.timeout(self.settings.model_timeout_s):
+                return await self._tokenizer.run(queries_of, *args)
+        except TimeoutError:
+            raise slow_model(self.settings.model_timeout_s) from None
 
     async def decide(self, queries: Sequence[Query]) -> list[Outcome]:
         """Verdicts on the queries of one request, in their order.

@@ -6,6 +6,7 @@ import asyncio
 import queue
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -44,47 +45,46 @@ class Worker:
             WorkerEnded: the thread has ended or was stopped, or ends in this call.
             RuntimeError: for what is no Exception, of which only SystemExit and KeyboardInterrupt end the thread.
         """
+        # A failure holds the frames that it went through: none of them keeps the future, which holds the failure, or both would
+        # stay, and what the call was given, until a collection.
+        return await self._queued(call, *args)
+
+    def _queued(self, call: Callable[..., T], *args: Any) -> asyncio.Future[T]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
-
-        def settle(result: T | None, error: BaseException | None) -> None:
-            if future.done():
-                return
-            if error is None:
-                future.set_result(result)  # type: ignore[arg-type]
-            else:
-                future.set_exception(error)
-
-        def work() -> None:
-            if future.cancelled():
-                return
-            if self._ended:
-                loop.call_soon_threadsafe(settle, None, WorkerEnded())
-                return
-            result: T | None = None
-            failure: BaseException | None = None
-            try:
-                result = call(*args)
-            except Exception as error:
-                failure = error
-            except _ENDS:
-                with self._ending:
-                    self._ended = True
-                failure = WorkerEnded()
-                raise
-            except BaseException as error:
-                # Its message may quote what the call was given.
-                failure = RuntimeError(f"the call ended by {type(error).__name__}")
-            finally:
-                # The loop may have ended while the call ran.
-                if not loop.is_closed():
-                    loop.call_soon_threadsafe(settle, result, failure)
-
         with self._ending:
             if self._ended or self._stopped:
                 raise WorkerEnded
-            self._calls.put(work)
-        return await future
+            self._calls.put(partial(self._make, loop, future, call, args))
+        return future
+
+    def _make(
+        self, loop: asyncio.AbstractEventLoop, future: asyncio.Future[T], call: Callable[..., T], args: tuple[Any, ...]
+    ) -> None:
+        if future.cancelled():
+            return
+        result: T | None = None
+        failure: Exception | None = None
+        try:
+            if self._ended:
+                failure = WorkerEnded()
+            else:
+                result = call(*args)
+        except Exception as error:
+            failure = error
+        except _ENDS:
+            with self._ending:
+                self._ended = True
+            failure = WorkerEnded()
+            raise
+        except BaseException as error:
+            # Its message may quote what the call was given.
+            failure = RuntimeError(f"the call ended by {type(error).__name__}")
+        finally:
+            # The loop may have ended while the call ran.
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_settle, future, result, failure)
+            del future, result, failure
 
     def stop(self) -> None:
         """Let the thread end after the calls that wait for it."""
@@ -101,8 +101,19 @@ class Worker:
         try:
             while (work := self._calls.get()) is not None:
                 work()
+                # Nor does this frame, while it waits for the next.
+                del work
         finally:
             # What waits behind a call that ended the thread is told so.
             while self._ended and not self._calls.empty():
                 if (work := self._calls.get()) is not None:
                     work()
+
+
+def _settle(future: asyncio.Future[T], result: T | None, failure: Exception | None) -> None:
+    if future.done():
+        return
+    if failure is None:
+        future.set_result(result)  # type: ignore[arg-type]
+    else:
+        future.set_exception(failure)

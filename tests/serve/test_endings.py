@@ -194,6 +194,8 @@ def test_a_refused_request_is_let_go_without_a_collection(minilm_guard: OODGuard
                     {**ITEM, "response": "explode"},
                 )
             }
+            # In the tokenizer's thread.
+            statuses.add(client.post("/get_reward", {"query": ["abc"], "prompts": ["b"]}).status)
             statuses.add(
                 client.ask("GET", "/livez", headers={"transfer-encoding": "chunked", "content-length": "0"}).status
             )

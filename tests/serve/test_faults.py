@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from conftest import POISON
@@ -101,6 +102,29 @@ def test_a_model_that_hangs_is_told_by_time_and_by_readiness(
     faulty.go.set()
     wait_until(lambda: client.get("/readyz").status == 200)
     assert client.post("/v1/score", {"prompt": "q", "response": GOOD[0]}).status == 200
+
+
+def test_a_template_that_hangs_holds_up_nobody_who_needs_none(minilm_guard: OODGuard) -> None:
+    class Slow(FaultyScorer):
+        splits = 0
+
+        def split(self, text: str, prompt: str | None, where: str) -> Any:
+            self.splits += 1
+            self.go.wait(30)
+            return super().split(text, prompt, where)
+
+    slow = Slow(minilm_guard)
+    body = {"query": ["a question and an answer"], "prompts": ["a question"]}
+    with serving(slow, model_timeout_s=1.0) as (client, _), ThreadPoolExecutor(1) as pool:
+        slow.go.clear()
+        asked = pool.submit(client.post, "/get_reward", body)
+        try:
+            wait_until(lambda: slow.splits)
+            assert Client(client.port, timeout=0.8).get("/livez").status == 200
+            assert (asked.result().status, asked.result().json["type"]) == (504, "model_timeout")
+        finally:
+            slow.go.set()
+        assert client.post("/get_reward", body).status == 200
 
 
 def test_a_server_whose_model_hangs_still_ends(minilm_guard: OODGuard) -> None:

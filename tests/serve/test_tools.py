@@ -122,6 +122,22 @@ def test_a_dialogue_has_so_many_turns_at_most(client: Client) -> None:
     assert client.post("/v1/score", {"prompt": turns, "response": "b"}).status == 200
 
 
+@pytest.mark.parametrize(("pairs", "status"), [(128, 200), (129, 422), (300, 422)])
+def test_a_text_holds_so_many_turns_at_most(client: Client, pairs: int, status: int) -> None:
+    ask, end = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"
+    rendered = f"{ask}b{end}" * (pairs - 1) + ask
+    written = "\n\nHuman: a\n\nAssistant: b" * pairs
+    for path, body in (
+        ("/classify", {"input": [f"{rendered}b{end}"]}),
+        ("/classify", {"input": written}),
+        ("/get_reward", {"query": [f"{rendered}b{end}"], "prompts": [rendered]}),
+        ("/v1/score", {"prompt": written, "response": "b"}),
+    ):
+        answer = client.post(path, body)
+        assert answer.status == status, (path, answer.body)
+        assert status == 200 or "at most 256" in answer.json["error"]
+
+
 def test_a_template_that_does_not_render_tools_refuses_them(minilm_guard: OODGuard) -> None:
     with serving(guard_scorer(minilm_guard)) as (client, _):
         answer = client.post("/v1/score", {"prompt": "a question", "response": "b", "tools": TOOLS})
