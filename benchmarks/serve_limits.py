@@ -1,4 +1,4 @@
-"""What is the server's own, over a model that takes 20 ms for a batch of four: load, overload, floods, bad clients, endurance.
+"""What is the server's own, over a model that takes 20 ms for a batch of four: load, rushes, floods, bad clients, endurance.
 
 `rate` is of requests with one item each, sent on time whether the ones before are answered or not. Times are from when a request
 was due to its reply's last byte.
@@ -30,6 +30,7 @@ STUB_MS = 20
 CAPACITY = 1000 / STUB_MS * stub_server.BATCH
 CALM, CALM_S = CAPACITY / 2, 20.0
 OVERLOAD, OVERLOAD_S = 3 * CAPACITY, 10.0
+RUSH, RUSH_WAIT_S = 100, 0.4
 FLOOD, FLOOD_S = 600.0, 10.0
 # Bad clients: how many of a kind, the deadline that they miss, and how long the others are asked beside them.
 HALF_HEADS, SLOW_BODIES, STUCK_READERS = 200, 50, 5
@@ -42,10 +43,10 @@ REQUESTS, WARM_UP = 30_000, 5_000
 
 
 @contextmanager
-def _stub(folder: Path, milliseconds: int = STUB_MS, **settings: float) -> Iterator[tuple[int, int]]:
+def _stub(folder: Path, milliseconds: int = STUB_MS, item_ms: int = 0, **settings: float) -> Iterator[tuple[int, int]]:
     options = [f"{name}={value}" for name, value in settings.items()]
     with serving(
-        [str(ROOT / "benchmarks/stub_server.py"), "guard", "model", str(milliseconds), *options], folder
+        [str(ROOT / "benchmarks/stub_server.py"), "guard", "model", str(milliseconds), str(item_ms), *options], folder
     ) as both:
         yield both
 
@@ -74,6 +75,19 @@ def load_and_overload(folder: Path) -> Iterator[Row]:
         calm_p99 = quantile([shot.seconds for shot in answered], 0.99)
         yield from latency("stub, accepted in overload", shape, accepted, calm_p99)
         yield from latency("stub, shed in overload", shape, shed, None)
+
+
+def rush(folder: Path) -> Iterator[Row]:
+    """One after the other, then many at once, with a model that takes its time by the item."""
+    with _stub(folder, 0, STUB_MS, max_wait_s=RUSH_WAIT_S) as (port, _):
+        load.closed(port, _bodies(), 1.0, 1)
+        shots = load.opened(port, _bodies(), RUSH / 1e4, 1e4)
+        shape = f"{STUB_MS} ms/item max_wait={RUSH_WAIT_S} s load={os.getloadavg()[0]:.1f}"
+        answered = [shot for shot in shots if shot.status == 200]
+        late = sum(shot.seconds > RUSH_WAIT_S for shot in answered)
+        for provider, value in (("answered", len(answered)), ("answered later than they may be", late)):
+            yield measured("rush", f"{provider}, of {len(shots)}", shape, [float(value)], "requests", metric="count")
+        yield from latency("stub, accepted in the rush", shape, answered, None)
 
 
 def flood(folder: Path) -> Iterator[Row]:

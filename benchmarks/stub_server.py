@@ -1,4 +1,4 @@
-"""A server whose model takes a fixed time a batch: `stub_server.py GUARD MODEL MILLISECONDS [SETTING=NUMBER ...]`."""
+"""A server whose model takes a fixed time a batch, and one an item: `stub_server.py GUARD MODEL MS MS [SETTING=NUMBER ...]`."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ class StubScorer(GuardScorer):
     """Tokenises, waits, and says that nothing could be scored."""
 
     seconds = 0.0
+    item_seconds = 0.0
 
     def score(self, works: Sequence[Work]) -> Decisions:
         """See `Scorer`."""
-        time.sleep(self.seconds)
+        time.sleep(self.seconds + self.item_seconds * len(works))
         return self.failed(works, "non_finite")
 
 
 def main() -> None:
-    folder, model, milliseconds, *options = sys.argv[1:]
-    StubScorer.seconds = float(milliseconds) / 1000
+    folder, model, batch_ms, item_ms, *options = sys.argv[1:]
+    StubScorer.seconds, StubScorer.item_seconds = float(batch_ms) / 1000, float(item_ms) / 1000
     guard = OODGuard.from_pretrained(folder, *load_reward_model(model))
     logs.configure()
     # Small batches, so that a small machine can send three times what the stub can do.

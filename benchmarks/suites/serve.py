@@ -43,6 +43,7 @@ def measure() -> Iterator[Row]:
         saved("minilm", Path(folder)).detach()
         for part in (
             serve_limits.load_and_overload,
+            serve_limits.rush,
             serve_limits.flood,
             serve_limits.bad_clients,
             serve_limits.endurance,
