@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Collection, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -295,13 +296,22 @@ def _holds(folder: Path, envelope: Mapping[str, Any]) -> bool:
     return not differing and _digest(as_now, _parts(tensors)) == envelope["digest"]
 
 
+def _is_regular(path: Path) -> bool | None:
+    """None where nothing is there. Asked once: a save may come between two questions."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
 def _find(folder: Path) -> Path:
     path = folder / GUARD_FILE
     if folder.exists() and not folder.is_dir():
         raise FormatError(f"{folder} is a file; expected the folder of a saved guard, which holds {GUARD_FILE}")
-    if path.is_file():
+    regular = _is_regular(path)
+    if regular:
         return path
-    if path.exists():
+    if regular is False:
         raise FormatError(f"{path} is not a regular file")
     if folder.is_dir() and not any(folder.iterdir()):
         raise FormatError(f"{folder} is empty; expected {GUARD_FILE} in it")
@@ -429,7 +439,7 @@ def _verify(path: Path | str, text: str, slices: Mapping[str, tuple[str, list[in
 def _copy_differences(folder: Path, envelope: Mapping[str, Any]) -> list[str] | None:
     """Fields in which the readable copy differs from the authority; None when there is no copy."""
     path = folder / CONFIG_FILE
-    if path.exists() and not path.is_file():
+    if _is_regular(path) is False:
         raise FormatError(f"{path} is not a regular file: delete it, it is rebuilt from {GUARD_FILE}")
     try:
         with path.open("rb") as file:

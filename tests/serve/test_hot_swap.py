@@ -212,7 +212,8 @@ def test_a_monitor_that_cannot_be_saved_is_counted_and_spoils_nothing(minilm_gua
 
 def test_batches_hold_items_of_like_length_and_one_guard(minilm_guard: OODGuard) -> None:
     faulty = FaultyScorer(minilm_guard)
-    with serving(faulty, max_queue=64) as (client, server):
+    # As long as the first one is held here, nothing is late.
+    with serving(faulty, max_queue=64, model_timeout_s=3600.0, request_timeout_s=3600.0) as (client, server):
         faulty.go.clear()
         threads = []
 

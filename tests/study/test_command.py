@@ -93,12 +93,14 @@ def test_what_is_wrong_is_told_before_a_model_is_loaded(place: Path, tmp_path: P
         (["--shift", "wordy noise"], "no such shift"),
         (["--shift", "word noise:sideways"], "neither a side"),
         (["--subset", "nothing"], "no value in the grouping column 'nothing'"),
-        (["--limit", 0], "limit=0: expected at least 1 row"),
         (["--model", "no/such-model", "--guard", tmp_path], "ood_guard.safetensors"),
         (["--data", tmp_path / "none.jsonl"], "no data file"),
     ]:
         assert run(place, tmp_path / "out", "--model", "no/such-model", *options) == 1
         assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        run(place, tmp_path / "out", "--limit", 0)
+    assert "--limit: expected a whole number from 1" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert run(place, tmp_path / "out", "--background", place / "text.jsonl", *SHIFTS, "--no-progress") == 1
     assert "pass the fit data too" in capsys.readouterr().err
