@@ -43,10 +43,7 @@ def load_reward_model(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device={device!r}: not usable here ({str(error).splitlines()[0]})") from error
-    is_folder = os.path.isdir(model_id)
-    if not is_folder and model_id.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"no reward model folder at {model_id}")
-    options = {"trust_remote_code": trust_remote_code, "local_files_only": is_folder}
+    options = source_options(model_id, trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(model_id, **options)
         tokenizer = AutoTokenizer.from_pretrained(model_id, **options)
@@ -72,6 +69,18 @@ def load_reward_model(
             + (f" Or {_OWN_CODE}" if classes and not trust_remote_code else "")
         )
     return model.to(device).eval(), tokenizer
+
+
+def source_options(model_id: str, trust_remote_code: bool) -> dict[str, bool]:
+    """Options of every `from_pretrained` of a reward model: nothing of a folder is looked for on the Hub.
+
+    Raises:
+        FileNotFoundError: the path of a folder that is not there.
+    """
+    is_folder = os.path.isdir(model_id)
+    if not is_folder and model_id.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"no reward model folder at {model_id}")
+    return {"trust_remote_code": trust_remote_code, "local_files_only": is_folder}
 
 
 _OWN_CODE = (

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from rm_ood.dialogue import Response, Text
 from rm_ood.embed import Embedded, Embedder, merge
-from rm_ood.skew import EndsCheck
+from rm_ood.skew import EndsCheck, encode_items
 from rm_ood.state import ChannelScores, FittedState
 from rm_ood.text import Encoded, TextEncoder
 
@@ -42,11 +42,7 @@ class Scoring:
         Raises:
             InputError: an item that cannot be encoded; names it as `items[i]`.
         """
-        encoded = [self.text.encode(prompt, response, f"items[{i}]") for i, (prompt, response) in enumerate(items)]
-        if self.ends is None:
-            return encoded
-        notes = self.ends.encoded(encoded)
-        return [replace(item, reasons=(*item.reasons, *note)) for item, note in zip(encoded, notes, strict=True)]
+        return encode_items(self.text, items, self.ends)
 
     def batches(self, encoded: Sequence[Encoded]) -> Iterator[tuple[NDArray[np.int64], ChannelScores, Embedded]]:
         """(indices into `encoded`, raw scores, rewards and vectors) of length-sorted batches, one forward each."""

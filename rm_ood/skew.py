@@ -9,11 +9,13 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rm_ood.dialogue import Response, Text
 from rm_ood.errors import TokenisationWarning
 from rm_ood.preferences import Item
 from rm_ood.text import Encoded, TextEncoder, first_tokens, is_doubled
@@ -86,7 +88,7 @@ class EndsCheck:
     def encoded(self, items: Sequence[Encoded]) -> list[tuple[str, ...]]:
         """Reasons for n items: `tokenised_unlike_fit`, such as a text that lacks the EOS that the fit data had typed."""
         notes = [self._note(item.input_ids[0], item.input_ids[-1]) for item in items]
-        return self._reasons(notes, [False] * len(items), stacklevel=6)
+        return self._reasons(notes, [False] * len(items), stacklevel=7)
 
     def inputs(self, input_ids: Tensor, attention_mask: Tensor | None) -> list[tuple[str, ...]]:
         """Reasons for the rows of padded ids, (B, T): `tokenised_unlike_fit`, `doubled_bos`."""
@@ -130,6 +132,19 @@ class EndsCheck:
         if note is None and self._is_chat and ends["last_share"] >= _RULE and last != ends["last"]:
             return "end with another token than the chat template's"
         return note
+
+
+def encode_items(text: TextEncoder, items: Sequence[tuple[Text, Response]], ends: EndsCheck | None) -> list[Encoded]:
+    """Token ids and spans of n items, with what their ends say of the tokenisation among their reasons.
+
+    Raises:
+        InputError: an item that cannot be encoded; names it as `items[i]`.
+    """
+    encoded = [text.encode(prompt, response, f"items[{i}]") for i, (prompt, response) in enumerate(items)]
+    if ends is None:
+        return encoded
+    notes = ends.encoded(encoded)
+    return [replace(item, reasons=(*item.reasons, *note)) for item, note in zip(encoded, notes, strict=True)]
 
 
 def _unlike(share: float, has: bool, verb: str, name: str) -> str | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self, overload
 
 import numpy as np
@@ -30,7 +30,7 @@ from rm_ood.integrations.read_out import RewardHead, read_head
 from rm_ood.integrations.transport import JsonClient, number_rows
 from rm_ood.integrations.vllm_plugin import UNSCORABLE, distance_columns, guard_number
 from rm_ood.reward_model import reward_column
-from rm_ood.skew import EndsCheck
+from rm_ood.skew import EndsCheck, encode_items
 from rm_ood.state import ChannelScores, FittedState
 from rm_ood.text import NO_LIMIT, Encoded, TextEncoder
 
@@ -156,11 +156,7 @@ class EngineScorer(ABC):
         Raises:
             InputError: an item that cannot be encoded; names it as `items[i]`.
         """
-        encoded = [self.text.encode(prompt, response, f"items[{i}]") for i, (prompt, response) in enumerate(items)]
-        if self._ends is None:
-            return encoded
-        notes = self._ends.encoded(encoded)
-        return [replace(item, reasons=(*item.reasons, *note)) for item, note in zip(encoded, notes, strict=True)]
+        return encode_items(self.text, items, self._ends)
 
     def ask(self, encoded: Sequence[Encoded], state: FittedState) -> EngineReply:
         """What the engine says of n items, at least one, in one request. Raises EngineError and MismatchError as `check`."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rm_ood.errors import InputError
+from rm_ood.reward_model import source_options
 from rm_ood.text import NO_LIMIT
 
 _CHECKPOINTS = ("model.safetensors", "model.safetensors.index.json")
@@ -39,10 +39,7 @@ def model_files(model_id: str, *, trust_remote_code: bool = False) -> ModelFiles
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    is_folder = os.path.isdir(model_id)
-    if not is_folder and model_id.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"no reward model folder at {model_id}")
-    options = {"trust_remote_code": trust_remote_code, "local_files_only": is_folder}
+    options = source_options(model_id, trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_id, **options)
     except (OSError, ValueError) as error:
@@ -60,5 +57,5 @@ def model_files(model_id: str, *, trust_remote_code: bool = False) -> ModelFiles
         int(n) for n in (tokenizer.model_max_length, positions) if isinstance(n, (int, float)) and 0 < n < NO_LIMIT
     ]
     folder = Path(model_id)
-    has_checkpoint = is_folder and any((folder / name).is_file() for name in _CHECKPOINTS)
+    has_checkpoint = any((folder / name).is_file() for name in _CHECKPOINTS)
     return ModelFiles(tokenizer, min(known, default=None), folder if has_checkpoint else None)
