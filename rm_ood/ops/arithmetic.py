@@ -9,9 +9,10 @@ import torch
 
 # Entering a context costs as much as the arithmetic of a short row.
 AS_IS: AbstractContextManager[object] = nullcontext()
-# Held here: each attribute on the way to a setting costs as much as a small sum.
-_CPU: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-_CUDA: Any = torch.backends.cuda.matmul
+# Held here, and asked by `__getattr__`: each attribute on the way costs as much as a small sum, and the settings, looked for
+# as other attributes are, raise an error inside first.
+_CPU: Any = torch.backends.mkldnn.matmul.__getattr__  # type: ignore[attr-defined]
+_CUDA: Any = torch.backends.cuda.matmul.__getattr__
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
@@ -27,4 +28,4 @@ def exact_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
     if dtype != torch.float32:
         return dtype
     products = _CUDA if device_type == "cuda" else _CPU
-    return dtype if products.fp32_precision in ("none", "ieee") else torch.float64
+    return dtype if products("fp32_precision") in ("none", "ieee") else torch.float64

@@ -5,6 +5,7 @@ The derivation is in ops/README.md. On a GPU the whitening comes packed, and `rm
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -13,14 +14,14 @@ from torch import Tensor
 from rm_ood.ops import distance_launch
 from rm_ood.ops.arithmetic import exact_dtype, without_autocast
 from rm_ood.ops.packing import Packed, unpack
-from rm_ood.ops.triangle import Triangle
+from rm_ood.ops.triangle import KEPT_ROWS, Triangle, Workspace
 
-# Rows of x at a time, by the most columns: z stays in the cache of a core while it is summed.
-_CHUNKS = ((1024, 1024), (math.inf, 512))
+# Rows of x at a time, by the most columns: W is read once for all of them.
+_CHUNKS = ((1024, 2048), (math.inf, 1024))
 # Rows times classes times columns up to which the differences of all classes at once are fastest: they stay in cache.
 _DIFFERENCES = 2**16
-# Least share of |z|^2 + |t_c|^2 that a distance from their expansion may have: what cancels then costs one bit.
-_UNCANCELLED = 0.5
+# Least share of |z|^2 + |t_c|^2 that a distance from their expansion may have: what cancels then costs two bits.
+_UNCANCELLED = 0.25
 
 
 def whitened_sq_distance(
@@ -63,26 +64,28 @@ def triangle_sq_distance(x: Tensor, whitening: Triangle, center: Tensor, class_o
         with without_autocast(x.device.type):
             return triangle_sq_distance(x, whitening, center, class_offsets)
     n, d = x.shape
-    chunk = next(rows for most, rows in _CHUNKS if d <= most)
-    if n <= chunk:
+    if n <= KEPT_ROWS:
         sq = _squares(whitening.whiten(x, center), class_offsets)
     else:
-        space = whitening.workspace(chunk)
-        sq = torch.cat(
-            [
-                _squares(whitening.whiten(rows, center, space if len(rows) == chunk else None), class_offsets)
-                for rows in torch.split(x, chunk)
-            ]
-        )
+        chunk = next(rows for most, rows in _CHUNKS if d <= most)
+        space = whitening.workspace(min(n, chunk))
+        sq = torch.cat([_by_parts(rows, whitening, center, class_offsets, space) for rows in torch.split(x, chunk)])
     # inf - inf and 0 * inf inside the products are NaN; NaN would pass every `score > threshold`.
     return sq.nan_to_num_(torch.inf, torch.inf)
 
 
+def _by_parts(x: Tensor, whitening: Triangle, center: Tensor, class_offsets: Tensor, space: Workspace) -> Tensor:
+    if len(x) != len(space.centred):
+        space = whitening.workspace(len(x))
+    parts = whitening.parts(x, center, space)
+    each = (_squares(z, class_offsets[:, first : first + z.shape[1]]) for first, z in parts)
+    # One after the other: a part is overwritten by the next.
+    return functools.reduce(Tensor.add_, each)
+
+
 def _squares(z: Tensor, class_offsets: Tensor) -> Tensor:
     if z.numel() * class_offsets.shape[0] <= _DIFFERENCES:
-        apart = z.unsqueeze(1) - class_offsets
-        squares: Tensor = torch.linalg.vecdot(apart, apart)
-        return squares
+        return (z.unsqueeze(1) - class_offsets).square_().sum(2)
     # Which rows need their differences is a question to the device: not asked where the answer has to be waited for.
     return _expanded(z, class_offsets) if z.is_cpu else _by_class(z, class_offsets)
 

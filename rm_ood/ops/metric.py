@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from rm_ood.errors import InputError
 from rm_ood.ops.arithmetic import exact_dtype
@@ -59,7 +60,7 @@ class Metric:
         self._gaussians = [Gaussian(*(t.detach() if t.requires_grad else t for t in g)) for g in gaussians]
         self._unit = unit
         self._packed: Packed | None = None
-        self._triangles: list[Triangle] | None = None
+        self._held: list[tuple[Triangle, Tensor, Tensor]] = []
 
     def distances(self, x: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """`whitened_sq_distance` of x (n, d) under each Gaussian, on their device."""
@@ -102,18 +103,19 @@ class Metric:
     def _on_cpu(self, x: Tensor) -> list[Tensor] | None:
         """The distances by PyTorch on a CPU, (n, k) each; None where they are not measured so."""
         # What is traced, or stands for a tensor, leaves nothing behind here: the operator takes it.
-        if torch.compiler.is_compiling() or type(x) is not Tensor:
+        if is_compiling() or type(x) is not Tensor:
             return None
-        first = self._gaussians[0].whitening
+        first = self.whitenings[0]
         # A process that lets float32 products be rounded has them in float64, of a W that is not kept.
         if not first.is_cpu or INTERPRETED or exact_dtype("cpu", first.dtype) is not first.dtype:
             return None
-        if self._triangles is None:
-            self._triangles = [Triangle(g.whitening, pack=True) for g in self._gaussians]
-        x = x if x.is_cpu else x.cpu()
-        rows = unit_rows(x) if self._unit else x
-        pairs = zip(self._triangles, self._gaussians, strict=True)
-        return [triangle_sq_distance(rows, triangle, g.center, g.offsets) for triangle, g in pairs]
+        if not self._held:
+            self._held = [(Triangle(g.whitening, pack=True), g.center, g.offsets) for g in self._gaussians]
+        if not x.is_cpu:
+            x = x.cpu()
+        if self._unit:
+            x = unit_rows(x)
+        return [triangle_sq_distance(x, *held) for held in self._held]
 
     def _pack(self, pairs: list[tuple[Tensor, Tensor]]) -> Packed:
         if self.precision is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,14 +15,16 @@ _WHOLE_ROWS, _WHOLE_COLUMNS = 8, 512
 # Rows of a triangle at a time, by the most columns: small where what is left out is the time, large where reading it is.
 _BLOCKS = ((512, 128), (math.inf, 256))
 # The same for blocks that lie in memory one after another, which are read faster.
-_PACKED_BLOCKS = ((2048, 128), (math.inf, 256))
-# Rows of x up to which a thread keeps the memory of a product, and numbers of rows whose views a triangle keeps for it.
-_KEPT_ROWS, _KEPT_SIZES = 64, 8
+_PACKED_BLOCK = 128
+# Rows of x up to which z is made as a whole; a thread keeps the memory of it, and a triangle the views of so many sizes.
+KEPT_ROWS, _KEPT_SIZES = 64, 8
+# Entries of a part of z that is used while it is in the cache.
+_PART = 2**18
 
 
-def block_rows(d: int, *, packed: bool = False) -> int:
+def block_rows(d: int) -> int:
     """Rows of a triangle of d columns that are taken at a time."""
-    return next(rows for most, rows in (_PACKED_BLOCKS if packed else _BLOCKS) if d <= most)
+    return next(rows for most, rows in _BLOCKS if d <= most)
 
 
 def inverse(factor: Tensor) -> Tensor:
@@ -46,12 +49,19 @@ def _invert(factor: Tensor, result: Tensor) -> None:
     result[last, first] = torch.linalg.solve_triangular(factor[last, last], below, upper=False).neg_()
 
 
-class Workspace(NamedTuple):
-    """Memory of a product, (n, d) each, and the (columns of x, block of W, columns of z) that it consists of."""
+class _Part(NamedTuple):
+    """Columns of z from one on, and the (columns of x, block of W^T, columns of z) that they are made from."""
 
-    centred: Tensor
+    first: int
     z: Tensor
     products: list[tuple[Tensor, Tensor, Tensor]]
+
+
+class Workspace(NamedTuple):
+    """Memory of a product: of x - center (n, d), and of the parts of z, which all have the same."""
+
+    centred: Tensor
+    parts: list[_Part]
 
 
 class _Memory(threading.local):
@@ -83,11 +93,12 @@ class Triangle:
         self.dtype = whitening.dtype
         self._transposed = whitening.T.contiguous() if pack and len(whitening) <= _WHOLE_COLUMNS else whitening.T
         self._pack = pack
+        self._size = _PACKED_BLOCK if pack else block_rows(len(whitening))
         self._blocks: list[Tensor] = []
         self._views = _Views()
 
-    def whiten(self, x: Tensor, center: Tensor, space: Workspace | None = None) -> Tensor:
-        """W (x - center) for each row of x (n, d), (n, d); overwritten by the thread's next call, or the next with this space.
+    def whiten(self, x: Tensor, center: Tensor) -> Tensor:
+        """W (x - center) for each of up to `KEPT_ROWS` rows of x (n, d), (n, d); overwritten by the thread's next call.
 
         Centred in the wider of the two dtypes: a float64 row far from 0 keeps its digits.
         """
@@ -95,37 +106,52 @@ class Triangle:
         if n <= _WHOLE_ROWS and d <= _WHOLE_COLUMNS:
             centred = x - center
             return torch.mm(centred if centred.dtype is self.dtype else centred.to(self.dtype), self._transposed)
-        if space is None:
-            space = self._views.by_rows.get(n) or self.workspace(n)
+        ((_, z),) = self.parts(x, center, self._views.by_rows.get(n) or self._kept(n))
+        return z
+
+    def parts(self, x: Tensor, center: Tensor, space: Workspace) -> Iterator[tuple[int, Tensor]]:
+        """`whiten` of as many rows as the workspace has, in parts: the first column, and the columns from there on (n, w).
+
+        Each is overwritten by the next, which so is in the cache of the core.
+        """
         torch.sub(x, center, out=space.centred)
-        for columns, block, part in space.products:
-            torch.mm(columns, block, out=part)
-        return space.z
+        for first, z, products in space.parts:
+            for columns, block, part in products:
+                torch.mm(columns, block, out=part)
+            yield first, z
 
     def workspace(self, n: int) -> Workspace:
-        """For n rows; kept for the thread if they are few."""
-        d = len(self._transposed)
+        """For n rows."""
+        width = max(_PART // n // self._size, 1) * self._size
         # Memory made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
-            if n > _KEPT_ROWS:
-                return self._divided(self._transposed.new_empty(2, n, d))
-            kind = (d, self.dtype)
+            new, d = self._transposed.new_empty, len(self._transposed)
+            return self._divided(new(n, d), new(n, min(width, d)))
+
+    def _kept(self, n: int) -> Workspace:
+        """Of the thread's memory, with one part."""
+        d = len(self._transposed)
+        kind = (d, self.dtype)
+        with torch.inference_mode(False):
             if kind not in _memory.by_kind:
-                _memory.by_kind[kind] = self._transposed.new_empty(2, _KEPT_ROWS, d)
+                _memory.by_kind[kind] = self._transposed.new_empty(2, KEPT_ROWS, d)
             views = self._views.by_rows
             if len(views) >= _KEPT_SIZES:
                 views.clear()
-            views[n] = self._divided(_memory.by_kind[kind][:, :n])
+            views[n] = self._divided(*_memory.by_kind[kind][:, :n])
             return views[n]
 
-    def _divided(self, memory: Tensor) -> Workspace:
-        centred, z = memory
+    def _divided(self, centred: Tensor, z: Tensor) -> Workspace:
+        d, size, width = len(self._transposed), self._size, z.shape[1]
         if not self._blocks:
-            d = len(self._transposed)
-            size = block_rows(d, packed=self._pack)
             # Rows of W up to `last` have only zeros from column `last` on.
             columns = torch.split(self._transposed, size, 1)
             blocks = [block[: (i + 1) * size] for i, block in enumerate(columns)]
             self._blocks = [block.contiguous() for block in blocks] if self._pack and d > _WHOLE_COLUMNS else blocks
-        pairs = zip(self._blocks, torch.split(z, self._blocks[0].shape[1], 1), strict=True)
-        return Workspace(centred, z, [(centred[:, : len(block)], block, part) for block, part in pairs])
+        parts = []
+        for first in range(0, d, width):
+            blocks = self._blocks[first // size : -(-(first + width) // size)]
+            own = z[:, : d - first]
+            pairs = zip(blocks, torch.split(own, size, 1), strict=True)
+            parts.append(_Part(first, own, [(centred[:, : len(block)], block, part) for block, part in pairs]))
+        return Workspace(centred, parts)

@@ -9,7 +9,7 @@ import torch
 from rm_ood import ClassMoments, InputError, MahalanobisDetector
 from rm_ood.detectors import ContrastedMahalanobis
 from rm_ood.ops import distance, reference, whitened_sq_distance
-from rm_ood.ops.triangle import Triangle, block_rows, inverse
+from rm_ood.ops.triangle import KEPT_ROWS, Triangle, block_rows, inverse
 
 
 def lower(d, *, dtype=torch.float32):
@@ -32,17 +32,31 @@ def test_blocks_grow_with_the_width():
 
 
 @pytest.mark.parametrize("d", [3, 384, 600])
-@pytest.mark.parametrize("n", [0, 1, 16, 17, 64, 65])
+@pytest.mark.parametrize("n", [0, 1, 16, 17, KEPT_ROWS, KEPT_ROWS + 1, 1500])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_whiten(d, n, dtype):
+@pytest.mark.parametrize("pack", [False, True])
+def test_whiten(d, n, dtype, pack):
     rng = torch.Generator().manual_seed(n)
     whitening, center = lower(d), torch.randn(d, generator=rng)
     # Every second row of a wider tensor: no row is where the last one ends.
     x = torch.randn(2 * n, d + 5, generator=rng).to(dtype)[::2, 2 : d + 2]
     expected = (x.double() - center.double()) @ whitening.double().T
-    triangle = Triangle(whitening)
+    triangle = Triangle(whitening, pack=pack)
     for _ in range(2):
-        torch.testing.assert_close(triangle.whiten(x, center).double(), expected, rtol=1e-4, atol=1e-5)
+        if n <= KEPT_ROWS:
+            found = triangle.whiten(x, center)
+        else:
+            parts = triangle.parts(x, center, triangle.workspace(n))
+            found = torch.cat([z.clone() for _, z in parts], 1)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_part_of_many_columns_starts_where_the_last_one_ends():
+    triangle = Triangle(lower(700), pack=True)
+    parts = list(triangle.parts(torch.ones(1500, 700), torch.zeros(700), triangle.workspace(1500)))
+    assert [first for first, _ in parts] == [0, 128, 256, 384, 512, 640]
+    assert [z.shape[1] for _, z in parts] == [128] * 5 + [60]
+    assert len({z.data_ptr() for _, z in parts}) == 1
 
 
 def test_wide_rows_far_from_the_centre_keep_their_digits():
@@ -77,9 +91,8 @@ def test_results_outlive_the_next_call_and_other_threads():
     assert torch.equal(pickle.loads(pickle.dumps(detector)).sq_distances(batches[2]), expected[2])
 
 
-@pytest.mark.parametrize(("n", "k"), [(1100, 2), (600, 16), (2, 300)])
-def test_many_distances_at_once(n, k, monkeypatch):
-    d = 300
+@pytest.mark.parametrize(("n", "k", "d"), [(1100, 2, 300), (600, 16, 300), (2, 300, 300), (3000, 3, 600)])
+def test_many_distances_at_once(n, k, d, monkeypatch):
     rng = torch.Generator().manual_seed(k)
     whitening, offsets, center = lower(d), torch.randn(k, d, generator=rng) / 4, torch.randn(d, generator=rng)
     x = torch.randn(n, d, generator=rng)
@@ -109,6 +122,18 @@ def test_classes_far_apart(apart):
     torch.testing.assert_close(sq.double()[finite], truth[finite], rtol=1e-5, atol=0)
     assert sq[~finite].isposinf().all()
     assert finite[torch.arange(640), torch.arange(640) % 16].all()
+
+
+@pytest.mark.parametrize("apart", [0.6, 1.0, 1.4, 1.8, 2.2])
+@pytest.mark.parametrize("d", [64, 384, 1024])
+def test_the_expansion_costs_at_most_a_few_bits(apart, d):
+    """Own distances of a quarter of the squares and a little above, where the most cancels."""
+    rng = torch.Generator().manual_seed(d)
+    offsets = apart * torch.randn(16, d, generator=rng)
+    z = offsets.repeat(32, 1) + torch.randn(512, d, generator=rng)
+    sq = whitened_sq_distance(z, torch.eye(d), torch.zeros(d), offsets)[0]
+    truth = (z.double()[:, None] - offsets.double()).square().sum(2)
+    torch.testing.assert_close(sq.double(), truth, rtol=5e-6, atol=0)
 
 
 def test_rows_at_a_class_mean_are_not_left_to_cancellation():
