@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from rm_ood.errors import CalibrationError, InputError
-from rm_ood.ops.triangle import inverse
+from rm_ood.ops.triangle import cholesky, inverse
 
 # Rules that choose the shrinkage from the data.
 SHRINKAGES = ("oas", "likelihood")
 # Of `blinded`: small beside the 2^53 of a double, large beside anything a distance is read for.
 _BLIND = 1e6
+# Of a matrix at a time, where a pass over it would leave the cache before the next.
+_ROWS = 64
 
 
 def oas_shrinkage(scatter: Tensor, n: int) -> float:
@@ -37,9 +39,8 @@ def oas_shrinkage(scatter: Tensor, n: int) -> float:
     trace = float(scatter.trace())
     if trace == 0:
         return 1.0
-    # Normalised to mean variance 1 first, so that squares of very small or large units stay in range.
-    unit = scatter * (d / trace)
-    alpha = float(unit.square().mean())
+    # Normalised to mean variance 1 first, so that squares of very small or large units stay in range; by rows in the cache.
+    alpha = sum(float((rows * (d / trace)).square_().sum()) for rows in torch.split(scatter, _ROWS)) / d**2
     spread = (n + 1.0) * (alpha - 1.0 / d)
     return 1.0 if spread <= 0 else min((alpha + 1.0) / spread, 1.0)
 
@@ -165,10 +166,10 @@ def whitening(covariance: Tensor) -> Tensor:
     Raises:
         CalibrationError: the covariance is singular in float64; shrinkage or a floor above 0 prevents it.
     """
-    factor, info = torch.linalg.cholesky_ex(covariance)
-    if int(info) != 0:
+    factor, info = cholesky(covariance)
+    if info != 0:
         raise CalibrationError(
-            f"the covariance is singular: direction {int(info)} of {len(covariance)} has no variance of its own. "
+            f"the covariance is singular: direction {info} of {len(covariance)} has no variance of its own. "
             "Set floor or shrinkage above 0, or pass more vectors."
         )
     return inverse(factor)

@@ -9,17 +9,18 @@ import copy
 from collections.abc import Mapping
 from typing import Any, Self
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from rm_ood.errors import CalibrationError, FormatError, InputError, MismatchError
 from rm_ood.ops import class_scatter
-from rm_ood.vectors import as_tensor, as_vectors, check_finite
+from rm_ood.vectors import as_tensor, as_vectors, check_finite, is_finite
 
 # Rows held back until the product with them is worth the (d, d) sum in memory.
 _FLUSH_ROWS = 2048
-# Rows of one update that are moved to the device, and take one sum there, at a time.
+# Rows of one update that are moved to the device, and take one sum in float32, at a time.
 _MOST_ROWS = 2**15
 
 
@@ -48,9 +49,10 @@ class ClassMoments:
         self._counts = torch.zeros(n_classes, dtype=torch.int64, device=self.device)
         self._pivot = torch.zeros(n_features, dtype=torch.float64, device=self.device)
         self._sums = self._pivot.new_zeros(n_classes, n_features)
-        self._scatter = self._pivot.new_zeros(n_features, n_features)
+        # Pages of zeros that nothing has touched yet: the first rows bring a scatter of their own.
+        self._scatter = torch.from_numpy(np.zeros((n_features, n_features))).to(self.device)
         self._n_at_pivot = 0
-        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
         self._n_pending = 0
 
     @_outside_inference_mode
@@ -62,14 +64,15 @@ class ClassMoments:
             InputError: not a dense real (n, d); labels missing, not one a row, or out of range.
             MismatchError: another width.
         """
-        x, y = self._checked(x, y)
+        x, y, total = self._checked(x, y)
         if len(x) >= _FLUSH_ROWS:
             self._flush()
-            self._accumulate(x, y)
+            self._accumulate(x, y, total)
         elif len(x):
             # A copy: the caller may reuse the buffer of the batch before it is flushed.
             wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-            self._pending.append((x.to(self.device, wide, copy=True), y.to(self.device, copy=True)))
+            copies = x.to(self.device, wide, copy=True), y.to(self.device, copy=True)
+            self._pending.append((*copies, total.to(self.device)))
             self._n_pending += len(x)
             if self._n_pending >= _FLUSH_ROWS:
                 self._flush()
@@ -211,7 +214,7 @@ class ClassMoments:
         # sum_c n_c m_c m_c^T as one product of (k, d) factors, m_c the mean about the pivot.
         scaled = self._sums / self._counts.clamp(min=1).to(torch.float64).sqrt()[:, None]
         within = torch.addmm(self._scatter, scaled.T, scaled, alpha=-1)
-        if not bool(torch.stack(torch.aminmax(within)).isfinite().all()):
+        if not is_finite(within):
             raise CalibrationError("the squares of the vectors overflow float64; rescale them")
         diagonal = within.diagonal()
         # What is left of a feature that only moves between the classes is rounding of the two terms.
@@ -221,7 +224,8 @@ class ClassMoments:
             within[:, constant] = 0.0
         return within
 
-    def _checked(self, x: Any, y: Any) -> tuple[Tensor, Tensor]:
+    def _checked(self, x: Any, y: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """x, y, and the sum of the rows."""
         x = as_vectors(x, n_features=self.n_features)
         if y is None:
             if self.n_classes > 1:
@@ -235,23 +239,30 @@ class ClassMoments:
         y = y.to(torch.int64)
         if len(y) and not 0 <= int(y.min()) <= int(y.max()) < self.n_classes:
             raise InputError(f"y: classes {int(y.min())} to {int(y.max())} are outside 0 to {self.n_classes - 1}")
-        check_finite(x)
-        return x, y
+        # NaN and infinity pass through the sum, which is needed anyway.
+        total = _column_sums(x)
+        if not bool(total.isfinite().all()):
+            check_finite(x)
+        return x, y, total
 
     @_outside_inference_mode
     def _flush(self) -> None:
         if self._pending:
-            x = torch.cat([x for x, _ in self._pending])
-            y = torch.cat([y for _, y in self._pending])
+            x, y, totals = (list(each) for each in zip(*self._pending, strict=True))
             self._pending, self._n_pending = [], 0
-            self._accumulate(x, y)
+            self._accumulate(torch.cat(x), torch.cat(y), torch.stack(totals).sum(0))
 
-    def _accumulate(self, x: Tensor, y: Tensor) -> None:
-        for start in range(0, len(x), _MOST_ROWS):
-            rows = x[start : start + _MOST_ROWS].to(self.device)
-            labels = y[start : start + _MOST_ROWS].to(self.device)
-            self._recentre(_column_sums(rows) - len(rows) * self._pivot, len(rows))
-            self._add(*class_scatter(rows, labels, self._pivot, self.n_classes), 1)
+    def _accumulate(self, x: Tensor, y: Tensor, total: Tensor) -> None:
+        """Add rows x (n, d) of classes y and of this sum."""
+        first = self._n_at_pivot == 0
+        self._recentre(total.to(self.device) - len(x) * self._pivot, len(x))
+        for rows, labels in zip(torch.split(x, _MOST_ROWS), torch.split(y, _MOST_ROWS), strict=True):
+            added = class_scatter(rows.to(self.device), labels.to(self.device), self._pivot, self.n_classes)
+            if first:
+                self._counts, self._sums, self._scatter = added
+                first = False
+            else:
+                self._add(*added, 1)
 
     def _recentre(self, coming: Tensor, n_coming: int) -> None:
         """Move the pivot to the mean, that of rows about to be added included, when the rows have doubled.
@@ -312,5 +323,5 @@ class ClassMoments:
 def _column_sums(x: Tensor) -> Tensor:
     """Of a pivot, which only has to be near the mean: in float32 where that does not overflow. (d,) float64."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    sums = x.sum(0, dtype=wide).to(torch.float64)
+    sums = torch.stack([rows.sum(0, dtype=wide).to(torch.float64) for rows in torch.split(x, _MOST_ROWS)]).sum(0)
     return sums if bool(sums.isfinite().all()) else x.sum(0, dtype=torch.float64)

@@ -41,14 +41,18 @@ def as_vectors(x: Any, *, n_features: int | None = None, name: str = "x") -> Ten
     return tensor if tensor.is_floating_point() else tensor.to(torch.float64)
 
 
+def is_finite(x: Tensor) -> bool:
+    """Whether a floating tensor holds no NaN or infinity: they pass through the extremes, which take one fast pass."""
+    return x.numel() == 0 or bool(torch.stack(torch.aminmax(x)).isfinite().all())
+
+
 def check_finite(x: Tensor, *, name: str = "x") -> None:
     """Refuse vectors (n, d) with NaN or infinity.
 
     Raises:
         NonFiniteError: the message has the first row indices and the count.
     """
-    # NaN and infinity pass through: one fast pass over good rows.
-    if x.numel() == 0 or bool(torch.stack(torch.aminmax(x)).isfinite().all()):
+    if is_finite(x):
         return
     bad = (~x.isfinite().all(1)).nonzero().flatten()
     shown = ", ".join(map(str, bad[:10].tolist())) + (", ..." if len(bad) > 10 else "")

@@ -16,11 +16,13 @@ from rm_ood.errors import CalibrationError, CalibrationWarning, FormatError, Inp
 from rm_ood.moments import ClassMoments
 from rm_ood.ops.metric import Gaussian, Metric
 from rm_ood.ops.packing import MODES
-from rm_ood.vectors import as_labels, as_vectors
+from rm_ood.vectors import as_labels, as_vectors, is_finite
 
 Shrinkage = Literal["oas", "likelihood"] | float
 # Of the draw of the rows of one half.
 _SEED = 0
+# Rows of W that are taken in float64 at a time.
+_OFFSET_ROWS = 64
 
 
 class MahalanobisDetector:
@@ -294,7 +296,7 @@ class MahalanobisDetector:
         means = moments.means
         center = means.mean(0).to(self.dtype)
         offsets = _offsets(means, center, whitening).to(self.dtype)
-        in_range = all(bool(t.isfinite().all()) for t in (whitening, center, offsets))
+        in_range = all(is_finite(t) for t in (whitening, center, offsets))
         if not in_range or not bool((whitening.diagonal() > 0).all()):
             raise CalibrationError(f"the scale of the vectors does not fit {self.dtype}; rescale them, or use float64")
         _warn_about(counts, classes, scatter, n, d)
@@ -326,7 +328,9 @@ def check_factor(factor: float) -> None:
 
 def _offsets(means: Tensor, center: Tensor, whitening: Tensor) -> Tensor:
     """Class means in whitened space, from the stored, rounded state: so its rounding cancels out of the distance."""
-    return (means - center.double()) @ whitening.double().T
+    differences = means - center.double()
+    # By rows of W, whose copy in float64 stays in the cache.
+    return torch.cat([differences @ rows.double().T for rows in torch.split(whitening, _OFFSET_ROWS)], 1)
 
 
 def _warn_about(counts: Tensor, classes: np.ndarray[Any, Any], scatter: Tensor, n: int, d: int) -> None:
@@ -381,7 +385,7 @@ def _check_state(tensors: dict[str, Tensor]) -> None:
             raise FormatError(
                 f"{name}: expected {dtype} of shape {shape}, got {tensor.dtype} of shape {tuple(tensor.shape)}"
             )
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if tensor.is_floating_point() and not is_finite(tensor):
             raise FormatError(f"{name}: holds NaN or infinity")
     if bool(whitening.triu(1).any()) or not bool((whitening.diagonal() > 0).all()):
         raise FormatError("whitening: not lower triangular with a positive diagonal")

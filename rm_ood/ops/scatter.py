@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from rm_ood.ops import scatter_launch
-from rm_ood.ops.triangle import block_rows
+from rm_ood.ops.triangle import add_products_, mirror_
 
-# Rows in float64 at a time: bounds the copy, and is long enough to pay for the (d, d) sum in memory.
-_CHUNK = 2048
+# Rows in float64 at a time, on a CPU and elsewhere: bounds the copy, and is long enough to pay for the (d, d) sum in memory.
+_ROWS, _ROWS_ELSEWHERE = 512, 2048
 
 
 def class_scatter(x: Tensor, labels: Tensor, pivot: Tensor, n_classes: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,17 +42,16 @@ def _forward(x: Tensor, labels: Tensor, pivot: Tensor, n_classes: int) -> tuple[
     counts.index_add_(0, labels, torch.ones_like(labels))
     sums = pivot.new_zeros(n_classes, d)
     scatter = pivot.new_zeros(d, d)
-    block = block_rows(d)
-    memory = pivot.new_empty(min(n, _CHUNK), d)
+    size = _ROWS if x.is_cpu else _ROWS_ELSEWHERE
+    memory = pivot.new_empty(min(n, size), d)
+    classes = torch.arange(n_classes, device=x.device)[:, None]
     with torch.no_grad():
-        for start in range(0, n, _CHUNK):
-            rows = x[start : start + _CHUNK]
-            centred = torch.sub(rows, pivot, out=memory[: len(rows)])
-            sums.index_add_(0, labels[start : start + _CHUNK], centred)
-            for first in range(0, d, block):
-                last = min(first + block, d)
-                scatter[first:last, :last].addmm_(centred[:, first:last].T, centred[:, :last])
-    return counts, sums, scatter_launch.mirror_(scatter)
+        for rows, y in zip(torch.split(x, size), torch.split(labels, size), strict=True):
+            # In two steps: one would convert into memory of its own.
+            centred = memory[: len(rows)].copy_(rows).sub_(pivot)
+            sums.addmm_((y == classes).to(pivot.dtype), centred)
+            add_products_(scatter, centred)
+    return counts, sums, mirror_(scatter)
 
 
 def _dispatched(x: Tensor, labels: Tensor, pivot: Tensor, n_classes: int) -> tuple[Tensor, Tensor, Tensor]:

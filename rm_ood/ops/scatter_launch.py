@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rm_ood.errors import InputError, MismatchError
 from rm_ood.ops.distance_launch import INPUTS, MOST_CLASSES, device_of, unavailable, unsupported
+from rm_ood.ops.triangle import mirror_
 
 # Columns of a tile, rows at a time, warps, stages. float32 products run outside the tensor cores, in smaller tiles: larger
 # ones become TF32 on 10.0.
@@ -99,8 +100,3 @@ def launch(
     del scatter
     whole.addr_(summed, delta).addr_(delta, summed).addr_(delta, delta, alpha=n)
     return counts, total + counts[:, None] * delta, mirror_(whole)
-
-
-def mirror_(whole: Tensor) -> Tensor:
-    """A matrix with its lower triangle above the diagonal as well, in place."""
-    return whole.tril_().add_(whole.tril(-1).T)

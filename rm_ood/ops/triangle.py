@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from scipy.linalg import blas, lapack
 from torch import Tensor
 
 # Up to so many rows of x, and columns, the whole of W at once is fastest.
@@ -15,7 +16,7 @@ _WHOLE_ROWS, _WHOLE_COLUMNS = 8, 512
 # Rows of a triangle at a time, by the most columns: small where what is left out is the time, large where reading it is.
 _BLOCKS = ((512, 128), (math.inf, 256))
 # The same for blocks that lie in memory one after another, which are read faster.
-_PACKED_BLOCK = 128
+BLOCK = 128
 # Rows of x up to which z is made as a whole; a thread keeps the memory of it, and a triangle the views of so many sizes.
 KEPT_ROWS, _KEPT_SIZES = 64, 8
 # Entries of a part of z that is used while it is in the cache.
@@ -47,6 +48,39 @@ def _invert(factor: Tensor, result: Tensor) -> None:
     # [[A, 0], [B, C]]^-1 has -C^-1 B A^-1 below the diagonal.
     below = torch.linalg.solve_triangular(factor[first, first], factor[last, first], upper=False, left=False)
     result[last, first] = torch.linalg.solve_triangular(factor[last, last], below, upper=False).neg_()
+
+
+def cholesky(matrix: Tensor) -> tuple[Tensor, int]:
+    """L with L L^T = a symmetric matrix (d, d), by columns and with anything above its diagonal; and 0, or the size of the
+    first leading block that is not positive definite."""
+    if not matrix.is_cpu or matrix.dtype != torch.float64:
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        return factor, int(info)
+    # torch.linalg clears what is above the diagonal: that takes longer than the factorisation.
+    found, info = lapack.dpotrf(matrix.numpy().T, lower=1, clean=0)
+    return torch.from_numpy(found), int(info)
+
+
+def add_products_(lower: Tensor, x: Tensor) -> None:
+    """Add x^T x of rows x (n, d) to the lower triangle of a contiguous (d, d); what is above it is undefined then."""
+    if not x.is_cpu or x.dtype != torch.float64:
+        size = block_rows(len(lower))
+        for first in range(0, len(lower), size):
+            some = slice(first, first + size)
+            lower[some, : first + size].addmm_(x[:, some].T, x[:, : first + size])
+    elif len(x):
+        # By columns, as BLAS has them, the upper triangle is the lower one by rows.
+        blas.dsyrk(1.0, x.numpy().T, 1.0, lower.numpy().T, overwrite_c=1)
+
+
+def mirror_(lower: Tensor) -> Tensor:
+    """A matrix with its lower triangle above the diagonal as well, in place."""
+    for first in range(0, len(lower), BLOCK):
+        some = slice(first, first + BLOCK)
+        lower[:first, some] = lower[some, :first].T
+        own = lower[some, some]
+        own.tril_().add_(own.tril(-1).T)
+    return lower
 
 
 class _Part(NamedTuple):
@@ -93,7 +127,7 @@ class Triangle:
         self.dtype = whitening.dtype
         self._transposed = whitening.T.contiguous() if pack and len(whitening) <= _WHOLE_COLUMNS else whitening.T
         self._pack = pack
-        self._size = _PACKED_BLOCK if pack else block_rows(len(whitening))
+        self._size = BLOCK if pack else block_rows(len(whitening))
         self._blocks: list[Tensor] = []
         self._views = _Views()
 

@@ -10,7 +10,7 @@ from whitenings import draws, gaussian
 
 from rm_ood import ops
 from rm_ood.errors import InputError, MismatchError
-from rm_ood.ops import distance_launch, reference, scatter_launch
+from rm_ood.ops import distance_launch, reference
 from rm_ood.ops.arithmetic import exact_dtype
 from rm_ood.ops.packing import pack
 from rm_ood.ops.streams import capturing, settle
@@ -111,12 +111,3 @@ def test_operator_refuses_what_the_kernel_would_misread_without_it_too(x, error,
         moved = p.to(device)
         with pytest.raises(error, match=message):
             ops.packed_sq_distance(x.to(device), moved)
-
-
-@pytest.mark.parametrize("d", [1, 40])
-def test_mirror_takes_no_more_than_one_copy(d):
-    whole = torch.randn(d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    lower = whole.tril()
-    got = scatter_launch.mirror_(whole)
-    assert got.data_ptr() == whole.data_ptr()
-    assert torch.equal(got, lower + lower.tril(-1).T)

@@ -31,7 +31,7 @@ def test_scatter_equals_the_reference(n, k, d, dtype):
 def test_batches_longer_than_a_chunk(monkeypatch):
     x, labels, pivot = problem(50, 2, 6)
     whole = ops.class_scatter(x, labels, pivot, 2)
-    monkeypatch.setattr(scatter, "_CHUNK", 8)
+    monkeypatch.setattr(scatter, "_ROWS", 8)
     for part, expected in zip(ops.class_scatter(x, labels, pivot, 2), whole, strict=True):
         torch.testing.assert_close(part, expected, rtol=1e-12, atol=1e-12)
 
