@@ -10,6 +10,8 @@ from torch import Tensor
 
 from rm_ood.errors import InputError, MismatchError, NonFiniteError
 
+_FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+
 
 def as_vectors(x: Any, *, n_features: int | None = None, name: str = "x") -> Tensor:
     """`x` as a dense real floating tensor (n, d), on its own device, without gradient; NaN and infinity pass.
@@ -27,18 +29,21 @@ def as_vectors(x: Any, *, n_features: int | None = None, name: str = "x") -> Ten
         raise InputError(f"{name}: sparse vectors are not supported, got {tensor.layout}; pass {name}.to_dense()")
     if tensor.is_meta:
         raise InputError(f"{name}: a tensor on the meta device holds no values")
-    if tensor.is_complex() or tensor.is_quantized:
-        raise InputError(f"{name}: expected real vectors, got {tensor.dtype}. Complex data not supported")
-    if tensor.is_floating_point() and tensor.element_size() < 2:
-        raise InputError(f"{name}: {tensor.dtype} has too few bits for a distance; pass bfloat16 or wider vectors")
-    if tensor.ndim != 2:
-        hint = f" Reshape your data: {name}[None] is one vector." if tensor.ndim == 1 else ""
-        raise InputError(f"{name}: expected shape (n, d), got {tuple(tensor.shape)}.{hint}")
-    if tensor.shape[1] == 0:
-        raise InputError(f"{name}: 0 features, shape {tuple(tensor.shape)}")
-    if n_features is not None and tensor.shape[1] != n_features:
-        raise MismatchError(f"{name}: expected {n_features} features, got {tensor.shape[1]}")
-    return tensor if tensor.is_floating_point() else tensor.to(torch.float64)
+    if tensor.dtype not in _FLOATING:
+        if tensor.is_complex() or tensor.is_quantized:
+            raise InputError(f"{name}: expected real vectors, got {tensor.dtype}. Complex data not supported")
+        if tensor.is_floating_point():
+            raise InputError(f"{name}: {tensor.dtype} has too few bits for a distance; pass bfloat16 or wider vectors")
+        tensor = tensor.to(torch.float64)
+    shape = tensor.shape
+    if len(shape) != 2:
+        hint = f" Reshape your data: {name}[None] is one vector." if len(shape) == 1 else ""
+        raise InputError(f"{name}: expected shape (n, d), got {tuple(shape)}.{hint}")
+    if shape[1] == 0:
+        raise InputError(f"{name}: 0 features, shape {tuple(shape)}")
+    if n_features is not None and shape[1] != n_features:
+        raise MismatchError(f"{name}: expected {n_features} features, got {shape[1]}")
+    return tensor
 
 
 def is_finite(x: Tensor) -> bool:

@@ -60,13 +60,15 @@ def _forward(x: Tensor, whitening: Tensor, center: Tensor, class_offsets: Tensor
 
 def triangle_sq_distance(x: Tensor, whitening: Triangle, center: Tensor, class_offsets: Tensor) -> Tensor:
     """The distances alone, of any strides, with W held ready in the dtype of the offsets; no tensor may ask for a gradient."""
-    if torch.is_autocast_enabled(x.device.type):
-        with without_autocast(x.device.type):
+    device_type = "cpu" if x.is_cpu else x.device.type
+    if torch.is_autocast_enabled(device_type):
+        with without_autocast(device_type):
             return triangle_sq_distance(x, whitening, center, class_offsets)
-    n, d = x.shape
+    n = x.shape[0]
     if n <= KEPT_ROWS:
         sq = _squares(whitening.whiten(x, center), class_offsets)
     else:
+        d = x.shape[1]
         chunk = next(rows for most, rows in _CHUNKS if d <= most)
         space = whitening.workspace(min(n, chunk))
         sq = torch.cat([_by_parts(rows, whitening, center, class_offsets, space) for rows in torch.split(x, chunk)])

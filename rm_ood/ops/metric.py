@@ -59,6 +59,7 @@ class Metric:
         # Without what a caller may have asked of them: no gradient flows through.
         self._gaussians = [Gaussian(*(t.detach() if t.requires_grad else t for t in g)) for g in gaussians]
         self._unit = unit
+        self._is_cpu = all(w.is_cpu for w in self.whitenings) and not INTERPRETED
         self._packed: Packed | None = None
         self._held: list[tuple[Triangle, Tensor, Tensor]] = []
 
@@ -103,11 +104,11 @@ class Metric:
     def _on_cpu(self, x: Tensor) -> list[Tensor] | None:
         """The distances by PyTorch on a CPU, (n, k) each; None where they are not measured so."""
         # What is traced, or stands for a tensor, leaves nothing behind here: the operator takes it.
-        if is_compiling() or type(x) is not Tensor:
+        if not self._is_cpu or is_compiling() or type(x) is not Tensor:
             return None
-        first = self.whitenings[0]
+        dtype = self.whitenings[0].dtype
         # A process that lets float32 products be rounded has them in float64, of a W that is not kept.
-        if not first.is_cpu or INTERPRETED or exact_dtype("cpu", first.dtype) is not first.dtype:
+        if exact_dtype("cpu", dtype) is not dtype:
             return None
         if not self._held:
             self._held = [(Triangle(g.whitening, pack=True), g.center, g.offsets) for g in self._gaussians]
