@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rm_ood.errors import CalibrationError, InputError
-from rm_ood.ops.triangle import cholesky, inverse
+from rm_ood.ops.linalg import cholesky, inverse
 
 # Rules that choose the shrinkage from the data.
 SHRINKAGES = ("oas", "likelihood")

@@ -18,7 +18,7 @@ LINES = (
     "errors channels canaries",
     "strict_json atomic artifact hub",
     "rows dialogue preferences rewriting spans frames template read_back text skew wrappers readers reward_model fingerprint",
-    "vectors ops.reference ops.arithmetic ops.streams ops.triangle ops.packing ops.distance_kernel ops.distance_launch",
+    "vectors ops.reference ops.arithmetic ops.streams ops.triangle ops.linalg ops.packing ops.distance_kernel ops.distance_launch",
     "ops.distance ops.metric ops.scatter_kernel ops.scatter_launch ops.scatter ops moments covariance",
     "detectors.base detectors.learned detectors.mahalanobis detectors.gaussian detectors.contrasted detectors.sklearn",
     "detectors.relative detectors.conditional detectors.baselines detectors.subspace detectors.rewards detectors.projected",

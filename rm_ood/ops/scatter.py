@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rm_ood.ops import scatter_launch
-from rm_ood.ops.triangle import add_products_, mirror_
+from rm_ood.ops.linalg import add_products_, mirror_
 
 # Rows in float64 at a time, on a CPU and elsewhere: bounds the copy, and is long enough to pay for the (d, d) sum in memory.
 _ROWS, _ROWS_ELSEWHERE = 512, 2048

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rm_ood.errors import InputError, MismatchError
 from rm_ood.ops.distance_launch import INPUTS, MOST_CLASSES, device_of, unavailable, unsupported
-from rm_ood.ops.triangle import mirror_
+from rm_ood.ops.linalg import mirror_
 
 # Columns of a tile, rows at a time, warps, stages. float32 products run outside the tensor cores, in smaller tiles: larger
 # ones become TF32 on 10.0.

@@ -1,0 +1,59 @@
+"""Symmetric and triangular matrices, against general ones."""
+
+import pytest
+import torch
+
+from rm_ood.ops.linalg import add_products_, cholesky, inverse, mirror_
+
+
+@pytest.mark.parametrize("d", [1, 2, 255, 256, 257, 700])
+def test_inverse(d):
+    rng = torch.Generator().manual_seed(d)
+    factor = torch.randn(d, d, generator=rng, dtype=torch.float64).div(d**0.5).tril()
+    factor.diagonal().abs_().add_(1)
+    found = inverse(factor)
+    torch.testing.assert_close(found @ factor, torch.eye(d, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert not found.triu(1).any()
+    assert found.is_contiguous()
+
+
+@pytest.mark.parametrize("d", [1, 2, 128, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cholesky(d, dtype):
+    x = torch.randn(2 * d + 1, d, generator=torch.Generator().manual_seed(d), dtype=torch.float64)
+    matrix = (x.T @ x).to(dtype)
+    before, expected = matrix.clone(), torch.linalg.cholesky(matrix)
+    for layout in (matrix, matrix.T.contiguous().T):
+        factor, info = cholesky(layout)
+        assert info == 0
+        torch.testing.assert_close(factor.tril(), expected)
+        assert torch.equal(layout, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cholesky_names_the_first_minor_that_is_not_positive(dtype):
+    matrix = torch.diag(torch.tensor([1.0, 2.0, -1.0, 3.0], dtype=dtype))
+    assert cholesky(matrix)[1] == 3
+
+
+@pytest.mark.parametrize("d", [1, 40, 128, 300])
+@pytest.mark.parametrize("n", [0, 1, 500])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_are_added_to_the_lower_triangle(d, n, dtype):
+    rng = torch.Generator().manual_seed(d)
+    x = torch.randn(600, d, generator=rng, dtype=dtype)[:n]
+    lower = torch.ones(d, d, dtype=dtype)
+    for _ in range(2):
+        add_products_(lower, x)
+    expected = 1 + 2 * (x.double().T @ x.double())
+    tolerance = {"rtol": 1e-4, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-11}
+    torch.testing.assert_close(lower.tril().double(), expected.tril(), **tolerance)
+
+
+@pytest.mark.parametrize("d", [1, 40, 128, 300])
+def test_mirror_takes_no_more_than_one_copy(d):
+    whole = torch.randn(d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    lower = whole.tril()
+    got = mirror_(whole)
+    assert got.data_ptr() == whole.data_ptr()
+    assert torch.equal(got, lower + lower.tril(-1).T)
