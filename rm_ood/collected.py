@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,11 @@ from torch import Tensor
 from rm_ood.config import GuardConfig
 from rm_ood.copies import NOISY_PROMPTS, Copied, NoisyCopies
 from rm_ood.detectors.gaussian import NormalisedMahalanobis
-from rm_ood.dialogue import Dialogue
+from rm_ood.drawing import UNKNOWN, Kept, KeptPrompts
 from rm_ood.errors import FormatError, MismatchError
-from rm_ood.fitting import DuplicateSketch, FitMoments, Kept, KeySet, Reservoir
+from rm_ood.fitting import DuplicateSketch, FitMoments, KeySet
 from rm_ood.moments import ClassMoments
-from rm_ood.preferences import CLASSES, Item
+from rm_ood.preferences import CLASSES
 from rm_ood.skew import Ends
 
 _COUNTS = ("rows", "items", "fit_items", "dropped", "truncated")
@@ -53,7 +53,7 @@ class Collected:
     def __init__(self, config: GuardConfig, tokenizer: Any) -> None:
         self.moments = fit_moments(config, 1 if config.one_class else len(CLASSES))
         self.copies = NoisyCopies(NOISY_PROMPTS, config.seed)
-        self.reservoir = Reservoir[Kept](config.max_calibration, config.seed)
+        self.reservoir = KeptPrompts(config.max_calibration, config.seed)
         self.fit_keys = KeySet()
         self.duplicates = DuplicateSketch()
         self.ends = Ends(tokenizer)
@@ -83,13 +83,13 @@ class Collected:
 
     def drawn_copies(self) -> bytes:
         """The fit items that are copied with noise, as JSON."""
-        return json.dumps([_copied_to_json(copied) for copied in self.copies.drawn.items()]).encode()
+        return json.dumps([copied.to_json() for copied in self.copies.drawn.items()]).encode()
 
     def take_copies(self, drawn: list[Any]) -> None:
         """Copy these and no others (the JSON of `drawn_copies`)."""
         self.copies = NoisyCopies(NOISY_PROMPTS, self.copies.seed)
         for copied in drawn:
-            self.copies.drawn.offer(_copied_from_json(copied))
+            self.copies.drawn.offer(Copied.from_json(copied))
 
     def to_saved(self, *, with_moments: bool = True) -> Saved:
         """Tensors and JSON-able settings for `rm_ood.artifact.seal`.
@@ -104,19 +104,19 @@ class Collected:
             "copies": _bytes_tensor(self.drawn_copies()),
             "ends": _json_tensor(self.ends.to_dict()),
         }
-        kept = self.reservoir.items()
-        names = list(kept[0].vectors) if kept else []
-        tensors["kept.facts"] = _json_tensor([[k.key, k.response_hash, k.group, k.label, *k.lengths] for k in kept])
-        tensors["kept.rewards"] = torch.tensor([k.reward for k in kept], dtype=torch.float64)
-        for i, name in enumerate(names):
-            tensors[f"kept.{i}"] = torch.from_numpy(np.stack([k.vectors[name] for k in kept]))
+        facts, vectors = self.reservoir.facts(), self.reservoir.vectors()
+        labels = [None if label == UNKNOWN else label for label in facts.labels.tolist()]
+        columns = (facts.keys.tolist(), facts.response_hashes.tolist(), facts.groups, labels, *facts.lengths.T.tolist())
+        tensors["kept.facts"] = _json_tensor(list(zip(*columns, strict=True)))
+        tensors["kept.rewards"] = torch.from_numpy(facts.rewards)
+        tensors |= {f"kept.{i}": torch.from_numpy(x) for i, x in enumerate(vectors.values())}
         moments: list[tuple[str, str]] = []
         if with_moments:
             for kind, name, part in named_moments(self.moments):
                 tensors |= {f"moments.{len(moments)}.{n}": t for n, t in part.state_tensors().items()}
                 moments.append((kind, name))
         config = {
-            "kept": names,
+            "kept": list(vectors),
             "moments": moments,
             "duplicates_limit": limit,
             "notes": self.notes,
@@ -136,7 +136,7 @@ class Collected:
             self._load(tensors, config)
         except FormatError:
             raise
-        except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError, OverflowError) as error:
             raise FormatError(f"a shard's state is incomplete or malformed ({type(error).__name__})") from error
 
     def _load(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
@@ -199,17 +199,3 @@ def _bytes_tensor(data: bytes) -> Tensor:
 
 def _json_of(tensor: Tensor) -> Any:
     return json.loads(tensor.numpy().tobytes())
-
-
-def _copied_to_json(copied: Copied) -> list[Any]:
-    item = vars(copied.item).copy()
-    prompt = item["prompt"]
-    item["prompt"] = {"dialogue": asdict(prompt)} if isinstance(prompt, Dialogue) else prompt
-    return [copied.key, copied.response_hash, item]
-
-
-def _copied_from_json(saved: list[Any]) -> Copied:
-    key, response_hash, item = saved
-    prompt = item["prompt"]
-    item["prompt"] = Dialogue(**prompt["dialogue"]) if isinstance(prompt, dict) else prompt
-    return Copied(int(key), int(response_hash), Item(**item))

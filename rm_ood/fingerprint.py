@@ -35,6 +35,8 @@ REQUIRED = frozenset({"architecture", "config", "dtype", "head_weights", "head_p
 _IN_CLEAR = frozenset({"config", "text"})
 # Elements of a parameter that tier 1 keeps.
 SAMPLES = 64
+# Characters of a tokenizer that are hashed at once.
+_PIECE = 2**18
 
 
 def fingerprint(
@@ -83,7 +85,7 @@ def fingerprint(
 def text_fingerprint(tokenizer: Any, text: Mapping[str, Any]) -> dict[str, str]:
     """The fields of `fingerprint` that need no model: tokenizer, template and input contract."""
     return {
-        "tokenizer": _bytes_digest(_tokenizer_state(tokenizer)),
+        "tokenizer": _tokenizer_digest(tokenizer),
         "special_tokens": _digest(tokenizer.special_tokens_map),
         "chat_template": _digest(tokenizer.chat_template),
         "text": _clear(dict(text)),
@@ -250,16 +252,31 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield plain_path(f"{prefix}.{name}" if prefix else name), getattr(module, name)
 
 
-def _tokenizer_state(tokenizer: Any) -> bytes:
-    """The serialised tokenizer without the truncation and padding that its last call left switched on."""
+def _tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 of the serialised tokenizer without the truncation and padding that its last call left switched on.
+
+    In pieces: a large vocabulary has tens of MiB, and each further copy of it would be on top of what a fit holds.
+    """
     text: str = tokenizer.backend_tokenizer.to_str()
+    kept = [(0, len(text))]
     for name in ("truncation", "padding"):
         # Cut as text: parsing the whole vocabulary would take a hundred times as long as hashing it.
-        found = re.search(rf'"{name}":\s*', text)
+        setting = re.compile(rf'"{name}":\s*')
+        found = next((match for part in kept if (match := setting.search(text, *part))), None)
         if found:
             _, end = json.JSONDecoder().raw_decode(text, found.end())
-            text = text[: found.start()] + text[end:]
-    return text.encode()
+            kept = [
+                piece
+                for start, stop in kept
+                for piece in (
+                    ((start, found.start()), (end, stop)) if start <= found.start() < stop else ((start, stop),)
+                )
+            ]
+    sha = hashlib.sha256()
+    for start, stop in kept:
+        for at in range(start, stop, _PIECE):
+            sha.update(text[at : min(at + _PIECE, stop)].encode())
+    return sha.hexdigest()
 
 
 def _short(value: str) -> str:
@@ -271,11 +288,7 @@ def _clear(value: Any) -> str:
 
 
 def _digest(value: Any) -> str:
-    return _bytes_digest(_clear(value).encode())
-
-
-def _bytes_digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+    return hashlib.sha256(_clear(value).encode()).hexdigest()
 
 
 def _weights_digest(module: nn.Module) -> str:

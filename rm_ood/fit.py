@@ -37,6 +37,8 @@ from rm_ood.workers import ALONE, Workers
 _MANY_DUPLICATES = 0.2
 # Rank-sum p-value, over all channels, under which two calibration sets are called different.
 _SHIFTED = 1e-3
+# Calibration prompts whose vectors are scored at a time: what a detector makes of them is several times as large as they are.
+_SCORED_ROWS = 2048
 
 
 class Fitter:
@@ -250,25 +252,31 @@ class Fitter:
         Raises:
             CalibrationError: no prompts, or scores that are not numbers.
         """
-        kept = self.found.reservoir.items()
-        if not kept:
+        kept = self.found.reservoir
+        if not len(kept):
             raise CalibrationError("no calibration prompts: pass more data, or a larger share for calibration")
-        vectors = {name: torch.from_numpy(np.stack([k.vectors[name] for k in kept])) for name in state.detectors}
-        rewards = np.array([k.reward for k in kept])
-        scored = state.score(vectors, rewards)
-        keys = np.array([k.key for k in kept], dtype=np.uint64)
-        groups = None if kept[0].group is None else tuple(str(k.group) for k in kept)
+        facts, parts = kept.facts(), []
+        for start in range(0, len(kept), _SCORED_ROWS):
+            vectors = kept.vectors(start, start + _SCORED_ROWS)
+            parts.append(
+                state.score(
+                    {name: torch.from_numpy(vectors[name]) for name in state.detectors},
+                    facts.rewards[start : start + _SCORED_ROWS],
+                )
+            )
+        scored = ChannelScores.concatenate(parts)
+        groups = None if facts.groups[0] is None else tuple(str(group) for group in facts.groups)
         table = CalibrationTable(
             scores=scored.scores,
             channels=scored.channels,
-            lengths=np.array([k.lengths for k in kept], dtype=np.int64),
-            part_a=split_parts(keys, self.config.seed),
+            lengths=facts.lengths,
+            part_a=split_parts(facts.keys, self.config.seed),
             groups=groups,
         )
         record = {
             "calibration_prompts": len(kept),
-            "score_reward_correlation": _reward_relation(scored.scores, scored.channels, rewards),
-            "class_log_odds": _informativeness(scored, [k.label for k in kept], rewards),
+            "score_reward_correlation": _reward_relation(scored.scores, scored.channels, facts.rewards),
+            "class_log_odds": _informativeness(scored, facts.labels, facts.rewards),
         }
         return table, record
 
@@ -317,10 +325,9 @@ def _reward_relation(
 
 
 def _informativeness(
-    scored: ChannelScores, labels: list[int | None], rewards: NDArray[np.float64]
+    scored: ChannelScores, known: NDArray[np.int64], rewards: NDArray[np.float64]
 ) -> dict[str, float] | None:
     """How well `class_log_odds` tells held-out chosen from held-out rejected responses, one response a prompt."""
-    known = np.array([-1 if label is None else label for label in labels])
     if FINAL not in scored.classes or not {CHOSEN, REJECTED} <= set(known.tolist()) or np.ptp(rewards) == 0:
         return None
     odds = class_log_odds(scored.classes[FINAL])

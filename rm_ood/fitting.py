@@ -1,15 +1,14 @@
 """One pass over preference data: what is kept on the way.
 
-Memory does not grow with the number of pairs: moments per channel, a bounded reservoir of calibration vectors, and eight
-bytes per distinct fit prompt (a later calibration set must not hold any of them).
+Memory does not grow with the number of pairs, but for eight bytes per distinct fit prompt: a later calibration set must not
+hold any of them.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -62,95 +61,6 @@ class KeySet:
     def sorted(self) -> NDArray[np.uint64]:
         """All keys, ascending."""
         return np.union1d(self._sorted, np.array(sorted(self._recent), dtype=np.uint64))
-
-
-@dataclass
-class Kept:
-    """One calibration prompt with the one response drawn for it."""
-
-    key: int
-    response_hash: int
-    group: str | None
-    label: int | None
-    # Arrays: of ten thousand tensors of a small model, most would be their own administration.
-    vectors: dict[str, NDArray[np.float32]]
-    reward: float
-    lengths: tuple[int, int]
-
-
-class Drawn(Protocol):
-    """What a reservoir keeps: something of one prompt and one of its responses."""
-
-    key: int
-    response_hash: int
-
-
-D = TypeVar("D", bound=Drawn)
-
-
-class Reservoir(Generic[D]):
-    """At most `size` prompts, drawn by a seeded hash of the prompt; for each, the response with the smallest hash.
-
-    The draw depends on the data alone, never on their order, and one response a prompt keeps the prompts independent of
-    each other.
-    """
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size = size
-        self.seed = seed
-        self._kept: dict[int, D] = {}
-        # Largest rank first, so that the prompt to give up is at hand.
-        self._heap: list[tuple[int, int]] = []
-
-    def response_hash(self, key: int, response: str) -> int:
-        """The rank by which a prompt's response is drawn; another one for the same answer to another prompt."""
-        return stable_hash(f"{key:016x}{response}", self.seed)
-
-    def wants(self, key: int, response_hash: int) -> bool:
-        """Whether this response would be kept, before its forward is paid for."""
-        kept = self._kept.get(key)
-        if kept is not None:
-            return response_hash < kept.response_hash
-        return len(self._kept) < self.size or self._rank(key) < -self._heap[0][0]
-
-    def offer(self, item: D) -> None:
-        """Keep the item if it is still wanted."""
-        if not self.wants(item.key, item.response_hash):
-            return
-        if item.key not in self._kept:
-            heapq.heappush(self._heap, (-self._rank(item.key), item.key))
-        self._kept[item.key] = item
-        if len(self._kept) > self.size:
-            _, dropped = heapq.heappop(self._heap)
-            del self._kept[dropped]
-
-    def merge(self, other: Reservoir[D]) -> None:
-        """Keep what is still wanted of another draw with the same size and seed."""
-        for item in other.items():
-            self.offer(item)
-
-    def outlive(self, others: Collection[int]) -> None:
-        """Give up the prompts that would go in a merge with draws of these other prompts."""
-        size = self.size
-        first = set(heapq.nsmallest(size, {*self._kept, *others}, key=self._rank))
-        self._kept = {key: item for key, item in self._kept.items() if key in first}
-        self._heap = [(-self._rank(key), key) for key in self._kept]
-        heapq.heapify(self._heap)
-
-    def keys(self) -> list[int]:
-        """The prompts that were kept, ascending."""
-        return sorted(self._kept)
-
-    def _rank(self, key: int) -> int:
-        # Another seed than the split's, that is a 64-bit seed too.
-        return stable_hash(f"{key:016x}", self.seed ^ 1)
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def items(self) -> list[D]:
-        """What was kept, in the order of the keys."""
-        return [self._kept[key] for key in self.keys()]
 
 
 class DuplicateSketch:

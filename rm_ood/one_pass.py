@@ -18,9 +18,10 @@ from rm_ood.collected import Collected, Shard
 from rm_ood.config import GuardConfig
 from rm_ood.detectors.contrasted import ContrastedMahalanobis
 from rm_ood.dialogue import response_text
+from rm_ood.drawing import Kept
 from rm_ood.embed import Embedded, Embedder, needed_channels
 from rm_ood.errors import CaptureError, InputError, NonFiniteError, TokenisationWarning
-from rm_ood.fitting import WINDOW_BATCHES, Kept, in_other_half, windows
+from rm_ood.fitting import WINDOW_BATCHES, in_other_half, windows
 from rm_ood.preferences import Item, hash_fraction, prompt_key, stable_hash
 from rm_ood.rows import dataset_length, numbered_rows, row_bytes
 from rm_ood.skew import grpo_difference
@@ -197,7 +198,7 @@ class Pass:
                         response_hash=work[i].response_hash,
                         group=work[i].item.group,
                         label=work[i].item.label,
-                        vectors={name: x[i].float().cpu().numpy().copy() for name, x in part.vectors.items()},
+                        vectors={name: x[i].float().cpu().numpy() for name, x in part.vectors.items()},
                         reward=float(part.rewards[i]),
                         lengths=(int(lengths[i, 0]), int(lengths[i, 1])),
                     )

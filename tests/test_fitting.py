@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import numpy as np
@@ -10,14 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rm_ood import fitting
-from rm_ood.fitting import DuplicateSketch, FitMoments, Kept, KeySet, Reservoir, in_other_half, windows
+from rm_ood.fitting import DuplicateSketch, FitMoments, KeySet, in_other_half, windows
 from rm_ood.preferences import hash_fraction, prompt_key, stable_hash
 
 KEYS = st.integers(0, 2**64 - 1)
-
-
-def kept(key: int, response_hash: int = 0) -> Kept:
-    return Kept(key, response_hash, None, None, {}, 0.0, (1, 1))
 
 
 # -- keys
@@ -43,62 +38,6 @@ def test_an_empty_key_set_holds_nothing() -> None:
     assert len(KeySet()) == 0
     assert 5 not in KeySet()
     assert KeySet().sorted().shape == (0,)
-
-
-# -- the reservoir
-
-
-@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 5)), min_size=1), st.randoms(use_true_random=False))
-def test_the_draw_depends_on_the_data_and_never_on_their_order(
-    offers: list[tuple[int, int]], rng: random.Random
-) -> None:
-    def draw(order: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        reservoir = Reservoir[Kept](4, seed=3)
-        for key, response_hash in order:
-            reservoir.offer(kept(key, response_hash))
-        return [(k.key, k.response_hash) for k in reservoir.items()]
-
-    shuffled = list(offers)
-    rng.shuffle(shuffled)
-    found = draw(offers)
-    assert found == draw(shuffled)
-    assert len(found) == min(4, len({key for key, _ in offers}))
-    # One response a prompt: the one with the smallest hash.
-    assert all(h == min(r for k, r in offers if k == key) for key, h in found)
-
-
-def test_what_is_not_wanted_would_not_be_kept() -> None:
-    reservoir = Reservoir[Kept](3, seed=0)
-    rng = random.Random(0)
-    for _ in range(300):
-        item = kept(rng.randrange(40), rng.randrange(20))
-        before = [(k.key, k.response_hash) for k in reservoir.items()]
-        wanted = reservoir.wants(item.key, item.response_hash)
-        reservoir.offer(item)
-        assert ([(k.key, k.response_hash) for k in reservoir.items()] != before) == wanted
-        assert len(reservoir) <= 3
-
-
-@pytest.mark.parametrize("seed", [-(2**63), -1, 0, 2**63 - 1])
-def test_every_64_bit_seed_draws(seed: int) -> None:
-    reservoir = Reservoir[Kept](2, seed)
-    for key in range(5):
-        reservoir.offer(kept(key, reservoir.response_hash(key, str(key))))
-    assert len(reservoir) == 2
-
-
-def test_the_draw_is_uniform_over_prompts_and_moves_with_the_seed() -> None:
-    drawn = []
-    for seed in range(40):
-        reservoir = Reservoir[Kept](50, seed)
-        for key in range(200):
-            reservoir.offer(kept(key))
-        drawn.append({k.key for k in reservoir.items()})
-    counts = np.array([sum(key in d for d in drawn) for key in range(200)])
-    # Binomial(40, 1/4): mean 10, five standard deviations.
-    assert counts.mean() == 10
-    assert counts.max() < 10 + 5 * 2.74
-    assert len({frozenset(d) for d in drawn}) == 40
 
 
 # -- duplicates
@@ -198,9 +137,3 @@ def test_windows_are_lazy() -> None:
             yield 1
 
     assert next(windows(endless(), 3)) == [1, 1, 1]
-
-
-def test_one_canned_answer_is_drawn_anew_for_every_prompt() -> None:
-    reservoir = Reservoir[Kept](size=10, seed=0)
-    first = [reservoir.response_hash(key, "canned") < reservoir.response_hash(key, "other") for key in range(400)]
-    assert 150 < sum(first) < 250

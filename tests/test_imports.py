@@ -24,7 +24,7 @@ LINES = (
     "detectors.relative detectors.conditional detectors.baselines detectors.subspace detectors.rewards detectors.projected",
     "detectors.registry detectors",
     "length conformal calibration power batch_tests traffic bets flag_rate monitor_state monitor_file monitor_inputs monitor",
-    "config hooks capture embed identity fitting copies collected workers gang one_pass decision state fit",
+    "config hooks capture embed identity fitting drawing copies collected workers gang one_pass decision state fit",
     "card_values markup card_page card",
     "calls outputs inputs scoring turns recalibration suspects guard penalty selection",
     "integrations.transport replies client integrations.read_out integrations.vllm_plugin integrations.engines",

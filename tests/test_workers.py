@@ -249,4 +249,4 @@ def test_a_copied_dialogue_keeps_its_tools() -> None:
     item = Item(dialogue, {"role": "assistant", "content": "", "tool_calls": []}, 0, "7", None, "rows[7].chosen")
     one.copies.offer(2**64 - 1, item)
     other.load(*one.to_saved())
-    assert other.copies.drawn.items() == one.copies.drawn.items()
+    assert list(other.copies.drawn.items()) == list(one.copies.drawn.items())
