@@ -217,13 +217,14 @@ class Fitter:
         Raises:
             CalibrationError: as `state` and `table`, or too few prompts for the promise.
         """
-        state = self.state(Identity.of(self.embedder, self.config))
-        if self.share == 0:
-            return state
-        table, record = self.table(state)
-        state = replace(state.with_table(table, record), heldout=table.scores)
-        state.profile(self.config.joined)
-        return state
+        state = self.state(Identity({}))
+        if self.share > 0:
+            table, record = self.table(state)
+            state = replace(state.with_table(table, record), heldout=table.scores)
+            state.profile(self.config.joined)
+            # The tokenizer as text is large, too: the vectors go before it comes.
+            self.found.reservoir = self.empty().reservoir
+        return replace(state, identity=Identity.of(self.embedder, self.config))
 
     def _noise_of(self, channel: str) -> ClassMoments:
         """Moments of the noisy copies.
