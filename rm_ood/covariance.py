@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rm_ood.errors import CalibrationError, InputError
-from rm_ood.ops.linalg import cholesky, inverse
+from rm_ood.ops.linalg import cholesky_, inverse
 
 # Rules that choose the shrinkage from the data.
 SHRINKAGES = ("oas", "likelihood")
@@ -40,7 +40,8 @@ def oas_shrinkage(scatter: Tensor, n: int) -> float:
     if trace == 0:
         return 1.0
     # Normalised to mean variance 1 first, so that squares of very small or large units stay in range; by rows in the cache.
-    alpha = sum(float((rows * (d / trace)).square_().sum()) for rows in torch.split(scatter, _ROWS)) / d**2
+    squares = [(rows * (d / trace)).square_().sum() for rows in torch.split(scatter, _ROWS)]
+    alpha = float(torch.stack(squares).sum()) / d**2
     spread = (n + 1.0) * (alpha - 1.0 / d)
     return 1.0 if spread <= 0 else min((alpha + 1.0) / spread, 1.0)
 
@@ -119,7 +120,9 @@ def check_shrinkage(shrinkage: str | float, floor: float) -> None:
             raise InputError(f"{name}={value!r}: expected a number in [0, 1]")
 
 
-def shrunk_covariance(scatter: Tensor, n: int, n_classes: int, shrinkage: float) -> Tensor:
+def shrunk_covariance(
+    scatter: Tensor, n: int, n_classes: int, shrinkage: float, *, out: Tensor | None = None
+) -> Tensor:
     """(1 - a) S + a (tr S / d) I with S = scatter / (n - k): no eigenvalue is below a tr S / d.
 
     That bound is why the floor needs no eigendecomposition: shrinkage of at least `floor` is the floor. scikit-learn
@@ -129,6 +132,7 @@ def shrunk_covariance(scatter: Tensor, n: int, n_classes: int, shrinkage: float)
         scatter: within-class scatter, (d, d) float64.
         n: rows in it; n_classes: k, means that were estimated from them.
         shrinkage: a, a fraction in [0, 1].
+        out: (d, d) float64 to write to, such as the scatter itself.
 
     Raises:
         CalibrationError: n <= k leaves no degree of freedom, or no feature varies.
@@ -140,7 +144,7 @@ def shrunk_covariance(scatter: Tensor, n: int, n_classes: int, shrinkage: float)
     if not trace > 0:
         raise CalibrationError(f"no variance: all {n} vectors are equal within their class")
     d = scatter.shape[0]
-    covariance = scatter * ((1 - shrinkage) / (n - n_classes))
+    covariance = torch.mul(scatter, (1 - shrinkage) / (n - n_classes), out=out)
     covariance.diagonal().add_(shrinkage * trace / (n - n_classes) / d)
     return covariance
 
@@ -160,13 +164,18 @@ def blinded(covariance: Tensor, directions: Tensor) -> Tensor:
     return blinded
 
 
-def whitening(covariance: Tensor) -> Tensor:
+def whitening(covariance: Tensor, *, overwrite: bool = False) -> Tensor:
     """W = L^-1 with covariance = L L^T: lower triangular, positive diagonal, W covariance W^T = I.
+
+    Args:
+        covariance: (d, d), symmetric; contiguous if its memory may be overwritten.
 
     Raises:
         CalibrationError: the covariance is singular in float64; shrinkage or a floor above 0 prevents it.
     """
-    factor, info = cholesky(covariance)
+    factor, info = cholesky_(
+        covariance if overwrite else covariance.detach().clone(memory_format=torch.contiguous_format)
+    )
     if info != 0:
         raise CalibrationError(
             f"the covariance is singular: direction {info} of {len(covariance)} has no variance of its own. "

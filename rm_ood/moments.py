@@ -52,8 +52,8 @@ class ClassMoments:
         # Pages of zeros that nothing has touched yet: the first rows bring a scatter of their own.
         self._scatter = torch.from_numpy(np.zeros((n_features, n_features))).to(self.device)
         self._n_at_pivot = 0
-        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._n_pending = 0
+        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._n_pending, self._pending_total = 0, torch.zeros_like(self._pivot)
 
     @_outside_inference_mode
     def update(self, x: Any, y: Any = None) -> Self:
@@ -71,9 +71,9 @@ class ClassMoments:
         elif len(x):
             # A copy: the caller may reuse the buffer of the batch before it is flushed.
             wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-            copies = x.to(self.device, wide, copy=True), y.to(self.device, copy=True)
-            self._pending.append((*copies, total.to(self.device)))
+            self._pending.append((x.to(self.device, wide, copy=True), y.to(self.device, copy=True)))
             self._n_pending += len(x)
+            self._pending_total += total.to(self.device)
             if self._n_pending >= _FLUSH_ROWS:
                 self._flush()
         return self
@@ -143,7 +143,8 @@ class ClassMoments:
         return self
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """counts (k,) int64; pivot (d,), sums (k, d) and scatter (d, d) about it, float64: the state itself, not a copy."""
+        """counts (k,) int64; pivot (d,), sums (k, d) and scatter (d, d) about it, float64: the state itself, not a copy, and
+        only until the next update."""
         self._flush()
         return {"counts": self._counts, "pivot": self._pivot, "sums": self._sums, "scatter": self._scatter}
 
@@ -248,9 +249,11 @@ class ClassMoments:
     @_outside_inference_mode
     def _flush(self) -> None:
         if self._pending:
-            x, y, totals = (list(each) for each in zip(*self._pending, strict=True))
-            self._pending, self._n_pending = [], 0
-            self._accumulate(torch.cat(x), torch.cat(y), torch.stack(totals).sum(0))
+            x = torch.cat([x for x, _ in self._pending])
+            y = torch.cat([y for _, y in self._pending])
+            total = self._pending_total
+            self._pending, self._n_pending, self._pending_total = [], 0, torch.zeros_like(total)
+            self._accumulate(x, y, total)
 
     def _accumulate(self, x: Tensor, y: Tensor, total: Tensor) -> None:
         """Add rows x (n, d) of classes y and of this sum."""
@@ -323,5 +326,8 @@ class ClassMoments:
 def _column_sums(x: Tensor) -> Tensor:
     """Of a pivot, which only has to be near the mean: in float32 where that does not overflow. (d,) float64."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    sums = torch.stack([rows.sum(0, dtype=wide).to(torch.float64) for rows in torch.split(x, _MOST_ROWS)]).sum(0)
-    return sums if bool(sums.isfinite().all()) else x.sum(0, dtype=torch.float64)
+    total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+    for rows in torch.split(x, _MOST_ROWS):
+        some = rows.sum(0, dtype=wide)
+        total += some if bool(some.isfinite().all()) else rows.sum(0, dtype=torch.float64)
+    return total

@@ -344,3 +344,17 @@ def test_state_of_another_form_is_refused(change):
         ClassMoments.from_state({**ClassMoments(5, 2).state_tensors(), **change})
     with pytest.raises(FormatError, match="moments: expected"):
         ClassMoments.from_state({})
+
+
+@pytest.mark.parametrize("flush", [1, 8])
+def test_updates_longer_than_one_piece(monkeypatch, flush):
+    monkeypatch.setattr("rm_ood.moments._MOST_ROWS", 8)
+    monkeypatch.setattr("rm_ood.moments._FLUSH_ROWS", flush)
+    x = 3 + torch.randn(200, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = torch.arange(200) % 3
+    moments = ClassMoments(5, 3).update(x[:100], y[:100]).update(x[100:103], y[100:103]).update(x[103:], y[103:])
+    means = torch.stack([x[y == c].mean(0) for c in range(3)])
+    centred = x - means[y]
+    assert torch.equal(moments.counts, torch.bincount(y))
+    torch.testing.assert_close(moments.means, means, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(moments.within_scatter(), centred.T @ centred, rtol=1e-12, atol=1e-11)

@@ -289,21 +289,22 @@ class MahalanobisDetector:
         scatter = moments.within_scatter()
         chosen = self._chosen_shrinkage(half, other_half)
         shrinkage = covariance.effective_shrinkage(chosen, self.floor, scatter, n)
-        shrunk = covariance.shrunk_covariance(scatter, n, k, shrinkage)
+        constant, rank = int((scatter.diagonal() == 0).sum()), covariance.effective_rank(scatter)
+        shrunk = covariance.shrunk_covariance(scatter, n, k, shrinkage, out=scatter)
         if blind_to is not None:
             shrunk = covariance.blinded(shrunk, blind_to)
-        whitening = covariance.whitening(shrunk).to(self.dtype)
+        whitening = covariance.whitening(shrunk, overwrite=True).to(self.dtype)
         means = moments.means
         center = means.mean(0).to(self.dtype)
         offsets = _offsets(means, center, whitening).to(self.dtype)
         in_range = all(is_finite(t) for t in (whitening, center, offsets))
         if not in_range or not bool((whitening.diagonal() > 0).all()):
             raise CalibrationError(f"the scale of the vectors does not fit {self.dtype}; rescale them, or use float64")
-        _warn_about(counts, classes, scatter, n, d)
+        _warn_about(counts, classes, constant, n, d)
         self.classes_, self.class_counts_, self.means_ = classes, counts, means
         self.whitening_, self.center_, self.offsets_ = whitening, center, offsets
         self._metric, self._precision = None, None
-        self.shrinkage_, self.effective_rank_ = shrinkage, covariance.effective_rank(scatter)
+        self.shrinkage_, self.effective_rank_ = shrinkage, rank
         self.n_samples_, self.n_features_in_ = n, d
         return self
 
@@ -333,8 +334,7 @@ def _offsets(means: Tensor, center: Tensor, whitening: Tensor) -> Tensor:
     return torch.cat([differences @ rows.double().T for rows in torch.split(whitening, _OFFSET_ROWS)], 1)
 
 
-def _warn_about(counts: Tensor, classes: np.ndarray[Any, Any], scatter: Tensor, n: int, d: int) -> None:
-    constant = int((scatter.diagonal() == 0).sum())
+def _warn_about(counts: Tensor, classes: np.ndarray[Any, Any], constant: int, n: int, d: int) -> None:
     single = [str(classes[c]) for c in (counts == 1).nonzero().flatten().tolist()]
     messages = []
     if constant:

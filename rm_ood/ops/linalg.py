@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
-from scipy.linalg import blas, lapack
 from torch import Tensor
 
-from rm_ood.ops.triangle import BLOCK, block_rows
+from rm_ood.ops.triangle import BLOCK
 
-# Columns up to which a triangle is inverted at once.
-_INVERTED = 256
+# Columns up to which a triangle is inverted at once, and of a factor that are made at once.
+_INVERTED, _FACTORED = 256, 192
+# Rows of a sum of products whose part left of the diagonal is one product; what crosses the diagonal is in smaller ones.
+_LEFT = 512
 
 
 def inverse(factor: Tensor) -> Tensor:
@@ -34,27 +35,42 @@ def _invert(factor: Tensor, result: Tensor) -> None:
     result[last, first] = torch.linalg.solve_triangular(factor[last, last], below, upper=False).neg_()
 
 
-def cholesky(matrix: Tensor) -> tuple[Tensor, int]:
-    """L with L L^T = a symmetric matrix (d, d), by columns and with anything above its diagonal; and 0, or the size of the
-    first leading block that is not positive definite."""
-    if not matrix.is_cpu or matrix.dtype != torch.float64:
-        factor, info = torch.linalg.cholesky_ex(matrix)
-        return factor, int(info)
-    # torch.linalg clears what is above the diagonal: that takes longer than the factorisation.
-    found, info = lapack.dpotrf(matrix.numpy().T, lower=1, clean=0)
-    return torch.from_numpy(found), int(info)
+def cholesky_(matrix: Tensor) -> tuple[Tensor, int]:
+    """L with L L^T = a symmetric matrix (d, d), contiguous, in its memory; what is above the diagonal of L is undefined.
+
+    By columns, as the solvers take it: the rows of the matrix become its columns.
+
+    Returns:
+        L, and 0 or the size of the first leading block that is not positive definite.
+    """
+    # All of it at once on a GPU. On a CPU torch.linalg clears the other half of a factor more slowly than it computes this
+    # one where rows lie a power of two apart in memory; those of a block do not.
+    size = _FACTORED if matrix.is_cpu else len(matrix)
+    for first in range(0, len(matrix), size):
+        own, above = slice(first, first + size), slice(None, first)
+        beyond = slice(first + size, None)
+        left = matrix[above, own].T
+        factor, info = torch.linalg.cholesky_ex(matrix[own, own].addmm_(left, left.T, alpha=-1), upper=True)
+        if int(info) != 0:
+            return matrix.T, first + int(info)
+        matrix[own, own] = factor
+        rest = matrix[own, beyond].addmm_(left, matrix[above, beyond], alpha=-1)
+        matrix[own, beyond] = torch.linalg.solve_triangular(factor.T, rest, upper=False)
+    return matrix.T, 0
 
 
 def add_products_(lower: Tensor, x: Tensor) -> None:
-    """Add x^T x of rows x (n, d) to the lower triangle of a contiguous (d, d); what is above it is undefined then."""
-    if not x.is_cpu or x.dtype != torch.float64:
-        size = block_rows(len(lower))
-        for first in range(0, len(lower), size):
-            some = slice(first, first + size)
-            lower[some, : first + size].addmm_(x[:, some].T, x[:, : first + size])
-    elif len(x):
-        # By columns, as BLAS has them, the upper triangle is the lower one by rows.
-        blas.dsyrk(1.0, x.numpy().T, 1.0, lower.numpy().T, overwrite_c=1)
+    """Add x^T x of rows x (n, d) to the lower triangle of a (d, d); what is above it is undefined then."""
+    d = len(lower)
+    if d > _LEFT:
+        for own in (slice(first, first + _LEFT) for first in range(0, d, _LEFT)):
+            left = slice(None, own.start)
+            lower[own, left].addmm_(x[:, own].T, x[:, left])
+            add_products_(lower[own, own], x[:, own])
+        return
+    for first in range(0, d, BLOCK):
+        last = min(first + BLOCK, d)
+        lower[first:last, :last].addmm_(x[:, first:last].T, x[:, :last])
 
 
 def mirror_(lower: Tensor) -> Tensor:

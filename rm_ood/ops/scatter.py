@@ -39,18 +39,16 @@ def class_scatter(x: Tensor, labels: Tensor, pivot: Tensor, n_classes: int) -> t
 def _forward(x: Tensor, labels: Tensor, pivot: Tensor, n_classes: int) -> tuple[Tensor, Tensor, Tensor]:
     n, d = x.shape
     counts = torch.zeros(n_classes, dtype=torch.int64, device=x.device)
+    counts.index_add_(0, labels, torch.ones_like(labels))
     sums = pivot.new_zeros(n_classes, d)
     scatter = pivot.new_zeros(d, d)
     size = _ROWS if x.is_cpu else _ROWS_ELSEWHERE
     memory = pivot.new_empty(min(n, size), d)
-    classes = torch.arange(n_classes, device=x.device)[:, None]
     with torch.no_grad():
         for rows, y in zip(torch.split(x, size), torch.split(labels, size), strict=True):
             # In two steps: one would convert into memory of its own.
             centred = memory[: len(rows)].copy_(rows).sub_(pivot)
-            own = y == classes
-            counts += own.sum(1)
-            sums.addmm_(own.to(pivot.dtype), centred)
+            sums.index_add_(0, y, centred)
             add_products_(scatter, centred)
     return counts, sums, mirror_(scatter)
 

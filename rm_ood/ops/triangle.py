@@ -14,7 +14,7 @@ from torch import Tensor
 _WHOLE_ROWS, _WHOLE_COLUMNS = 8, 512
 # Rows of a triangle at a time, by the most columns: small where what is left out is the time, large where reading it is.
 _BLOCKS = ((512, 128), (math.inf, 256))
-# The same for blocks that lie in memory one after another, which are read faster.
+# The same where the blocks lie in memory one after another: those are read faster.
 BLOCK = 128
 # Rows of x up to which z is made as a whole; a thread keeps the memory of it, and a triangle the views of so many sizes.
 KEPT_ROWS, _KEPT_SIZES = 64, 8
