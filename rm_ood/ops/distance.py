@@ -29,8 +29,8 @@ def whitened_sq_distance(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Squared Mahalanobis distance of each row of `x` to each class: z = W (x - center), d_c = |z - t_c|^2.
 
-    A sum of squares, or what cannot cancel by more than three quarters: never negative. A row with NaN or infinity, or whose distance
-    overflows, is +inf to every class it overflows for; other rows do not notice. No gradient flows through.
+    A sum of squares, or what cannot cancel by more than three quarters: never negative. A row with NaN or infinity, or whose
+    distance overflows, is +inf to every class it overflows for; other rows do not notice. No gradient flows through.
 
     Args:
         x: vectors, (n, d), any floating dtype and strides.
