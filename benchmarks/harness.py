@@ -89,23 +89,31 @@ def alternate(
 ) -> dict[str, Timing]:
     """Time the providers in turn, round after round, in one process; the order turns by one each round.
 
+    A sample follows an untimed call: a machine may put aside memory that nobody touches for a second or two, as while a slow
+    provider runs, and the next one to need its own then pays tens of milliseconds. Calls of a second or more go without.
+
     Args:
         providers: what to call, by name; each is called twice beforehand.
         rounds: samples per provider.
         seconds: least length of one sample; short calls are repeated within it.
         clock: CPU time by default, which other load on the machine changes least.
     """
-    repeats = {}
+    repeats, long = {}, set()
     for name, call in providers.items():
         call()
         start = clock()
         call()
-        repeats[name] = max(1, round(seconds / max(clock() - start, 1e-7)))
+        taken = clock() - start
+        repeats[name] = max(1, round(seconds / max(taken, 1e-7)))
+        if taken >= 1:
+            long.add(name)
     samples: dict[str, list[float]] = {name: [] for name in providers}
     names = list(providers)
     for index in range(rounds):
         turn = index % len(names)
         for name in names[turn:] + names[:turn]:
+            if name not in long:
+                providers[name]()
             start = clock()
             for _ in range(repeats[name]):
                 providers[name]()

@@ -20,7 +20,7 @@ from sklearn.covariance import EmpiricalCovariance, LedoitWolf
 
 from rm_ood import ClassMoments, MahalanobisDetector
 
-TESTS = ("tests/ops/test_scatter.py", "tests/test_moments.py")
+TESTS = ("tests/ops/test_scatter.py", "tests/ops/test_linalg.py", "tests/test_moments.py")
 WIDTHS = (384, 1024, 4096)
 ROWS, CLASSES, BATCH = 8192, 2, 512
 MEMORY_ROWS = (8192, 98304)
