@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rm_ood.ops.triangle import BLOCK
-
 # Columns up to which a triangle is inverted at once, and of a factor that are made at once.
 _INVERTED, _FACTORED = 256, 192
-# Rows of a sum of products whose part left of the diagonal is one product; what crosses the diagonal is in smaller ones.
-_LEFT = 512
+# Rows of a sum of products whose part left of the diagonal is one product, and of those that cross the diagonal.
+_LEFT, _CROSSING = 512, 128
 
 
 def inverse(factor: Tensor) -> Tensor:
@@ -68,15 +66,15 @@ def add_products_(lower: Tensor, x: Tensor) -> None:
             lower[own, left].addmm_(x[:, own].T, x[:, left])
             add_products_(lower[own, own], x[:, own])
         return
-    for first in range(0, d, BLOCK):
-        last = min(first + BLOCK, d)
+    for first in range(0, d, _CROSSING):
+        last = min(first + _CROSSING, d)
         lower[first:last, :last].addmm_(x[:, first:last].T, x[:, :last])
 
 
 def mirror_(lower: Tensor) -> Tensor:
     """A matrix with its lower triangle above the diagonal as well, in place."""
     # On a GPU each step of the loop would be four launches.
-    size = BLOCK if lower.is_cpu else len(lower)
+    size = _CROSSING if lower.is_cpu else len(lower)
     for first in range(0, len(lower), size):
         some = slice(first, first + size)
         lower[:first, some] = lower[some, :first].T

@@ -15,16 +15,18 @@ _WHOLE_ROWS, _WHOLE_COLUMNS = 8, 512
 # Rows of a triangle at a time, by the most columns: small where what is left out is the time, large where reading it is.
 _BLOCKS = ((512, 128), (math.inf, 256))
 # The same where the blocks lie in memory one after another: those are read faster.
-BLOCK = 128
+_PACKED_BLOCKS = ((2048, 128), (math.inf, 256))
 # Rows of x up to which z is made as a whole; a thread keeps the memory of it, and a triangle the views of so many sizes.
 KEPT_ROWS, _KEPT_SIZES = 64, 8
+# Columns that are left free after each of those rows: a power of two apart, they would share few places of the cache.
+_FREE = 16
 # Entries of a part of z that is used while it is in the cache.
 _PART = 2**18
 
 
-def block_rows(d: int) -> int:
+def block_rows(d: int, *, packed: bool = False) -> int:
     """Rows of a triangle of d columns that are taken at a time."""
-    return next(rows for most, rows in _BLOCKS if d <= most)
+    return next(rows for most, rows in (_PACKED_BLOCKS if packed else _BLOCKS) if d <= most)
 
 
 class _Part(NamedTuple):
@@ -71,7 +73,7 @@ class Triangle:
         self.dtype = whitening.dtype
         self._transposed = whitening.T.contiguous() if pack and len(whitening) <= _WHOLE_COLUMNS else whitening.T
         self._pack = pack
-        self._size = BLOCK if pack else block_rows(len(whitening))
+        self._size = block_rows(len(whitening), packed=pack)
         self._blocks: list[Tensor] = []
         self._views = _Views()
 
@@ -112,7 +114,7 @@ class Triangle:
         kind = (d, self.dtype)
         with torch.inference_mode(False):
             if kind not in _memory.by_kind:
-                _memory.by_kind[kind] = self._transposed.new_empty(2, KEPT_ROWS, d)
+                _memory.by_kind[kind] = self._transposed.new_empty(2, KEPT_ROWS, d + _FREE)[..., :d]
             views = self._views.by_rows
             if len(views) >= _KEPT_SIZES:
                 views.clear()

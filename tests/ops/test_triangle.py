@@ -19,6 +19,7 @@ def lower(d, *, dtype=torch.float32):
 
 def test_blocks_grow_with_the_width():
     assert [block_rows(d) for d in (1, 512, 513, 8192)] == [128, 128, 256, 256]
+    assert [block_rows(d, packed=True) for d in (1, 2048, 2049, 8192)] == [128, 128, 256, 256]
 
 
 @pytest.mark.parametrize("d", [3, 384, 600])
