@@ -218,8 +218,9 @@ class ClassMoments:
         if not is_finite(within):
             raise CalibrationError("the squares of the vectors overflow float64; rescale them")
         diagonal = within.diagonal()
-        # What is left of a feature that only moves between the classes is rounding of the two terms.
-        constant = diagonal <= 64 * torch.finfo(torch.float64).eps * self._scatter.diagonal()
+        # What is left of a feature that only moves between the classes is rounding of the two terms, and of their sums.
+        rounding = 64 * torch.finfo(torch.float64).eps * max(1.0, int(self._counts.sum()) / 4096)
+        constant = diagonal <= rounding * self._scatter.diagonal()
         if bool(constant.any()):
             within[constant] = 0.0
             within[:, constant] = 0.0

@@ -358,3 +358,15 @@ def test_updates_longer_than_one_piece(monkeypatch, flush):
     assert torch.equal(moments.counts, torch.bincount(y))
     torch.testing.assert_close(moments.means, means, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(moments.within_scatter(), centred.T @ centred, rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_constant_features_of_a_long_stream(k):
+    rng = torch.Generator().manual_seed(0)
+    y = torch.randint(0, k, (40_000,), generator=rng)
+    x = (100 * torch.randn(k, 16, generator=rng))[y]
+    x[:, 5] += 1e-4 * torch.randn(40_000, generator=rng)
+    moments = ClassMoments(16, k)
+    for rows, labels in zip(torch.split(x, 700), torch.split(y, 700), strict=True):
+        moments.update(rows, labels)
+    assert (moments.within_scatter().diagonal() != 0).nonzero().flatten().tolist() == [5]
