@@ -219,7 +219,7 @@ class ClassMoments:
             raise CalibrationError("the squares of the vectors overflow float64; rescale them")
         diagonal = within.diagonal()
         # What is left of a feature that only moves between the classes is rounding of the two terms, and of their sums.
-        rounding = 64 * torch.finfo(torch.float64).eps * max(1.0, int(self._counts.sum()) / 4096)
+        rounding = 256 * torch.finfo(torch.float64).eps * max(1.0, int(self._counts.sum()) / 4096)
         constant = diagonal <= rounding * self._scatter.diagonal()
         if bool(constant.any()):
             within[constant] = 0.0
