@@ -20,7 +20,7 @@ from rm_ood.ops.triangle import KEPT_ROWS, Triangle, Workspace
 _CHUNKS = ((1024, 2048), (math.inf, 1024))
 # Rows times classes times columns up to which the differences of all classes at once are fastest: they stay in cache.
 _DIFFERENCES = 2**16
-# Least share of |z|^2 + |t_c|^2 that a distance from their expansion may have: what cancels then costs two bits.
+# Least share of |z|^2 + |t_c|^2 that a distance from their expansion may have: what cancels then costs some bits.
 _UNCANCELLED = 0.25
 
 
@@ -65,7 +65,8 @@ def triangle_sq_distance(x: Tensor, whitening: Triangle, center: Tensor, class_o
         with without_autocast(device_type):
             return triangle_sq_distance(x, whitening, center, class_offsets)
     n = x.shape[0]
-    if n <= KEPT_ROWS:
+    # Kept memory is for a thread, which on a GPU may feed several streams.
+    if n <= KEPT_ROWS and x.is_cpu:
         sq = _squares(whitening.whiten(x, center), class_offsets)
     else:
         d = x.shape[1]

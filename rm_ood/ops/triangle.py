@@ -101,11 +101,11 @@ class Triangle:
             yield first, z
 
     def workspace(self, n: int) -> Workspace:
-        """For n rows."""
-        width = max(_PART // n // self._size, 1) * self._size
+        """For n rows; in one part elsewhere than on a CPU, where each is several launches."""
+        new, d = self._transposed.new_empty, len(self._transposed)
+        width = max(_PART // max(n, 1) // self._size, 1) * self._size if self._transposed.is_cpu else d
         # Memory made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
-            new, d = self._transposed.new_empty, len(self._transposed)
             return self._divided(new(n, d), new(n, min(width, d)))
 
     def _kept(self, n: int) -> Workspace:

@@ -8,7 +8,7 @@ import torch
 
 from rm_ood import ClassMoments, InputError, MahalanobisDetector
 from rm_ood.detectors import ContrastedMahalanobis
-from rm_ood.ops import distance, reference, whitened_sq_distance
+from rm_ood.ops import distance, reference, triangle, whitened_sq_distance
 from rm_ood.ops.triangle import KEPT_ROWS, Triangle, block_rows
 
 
@@ -48,6 +48,20 @@ def test_a_part_of_many_columns_starts_where_the_last_one_ends():
     assert [first for first, _ in parts] == [0, 128, 256, 384, 512, 640]
     assert [z.shape[1] for _, z in parts] == [128] * 5 + [60]
     assert len({z.data_ptr() for _, z in parts}) == 1
+
+
+@pytest.mark.parametrize("n", [0, 1, KEPT_ROWS, 3000])
+def test_other_devices_keep_no_memory_between_calls(n, monkeypatch):
+    """Several streams may be fed from one thread; on the meta device, which has no autocast, the same calls are made."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)
+    x, whitening, center, offsets = (
+        torch.empty(shape, device="meta") for shape in [(n, 700), (700, 700), 700, (2, 700)]
+    )
+    kept = set(triangle._memory.by_kind)
+    sq = distance.triangle_sq_distance(x, Triangle(whitening), center, offsets)
+    assert sq.is_meta
+    assert sq.shape == (n, 2)
+    assert set(triangle._memory.by_kind) == kept
 
 
 def test_wide_rows_far_from_the_centre_keep_their_digits():
