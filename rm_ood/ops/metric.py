@@ -112,11 +112,9 @@ class Metric:
             return None
         if not self._held:
             self._held = [(Triangle(g.whitening, pack=True), g.center, g.offsets) for g in self._gaussians]
-        if not x.is_cpu:
-            x = x.cpu()
-        if self._unit:
-            x = unit_rows(x)
-        return [triangle_sq_distance(x, *held) for held in self._held]
+        x = x if x.is_cpu else x.cpu()
+        rows = unit_rows(x) if self._unit else x
+        return [triangle_sq_distance(rows, *held) for held in self._held]
 
     def _pack(self, pairs: list[tuple[Tensor, Tensor]]) -> Packed:
         if self.precision is None:
