@@ -44,6 +44,8 @@ class Connections:
 
     async def ask(self, data: bytes, due: float) -> Shot:
         """Send a request; its time counts from when it was due."""
+        # As clients do: a server closes what has been idle for its keep-alive time.
+        self._idle = [pair for pair in self._idle if not pair[0].at_eof()]
         try:
             pair = self._idle.pop() if self._idle else await asyncio.open_connection("127.0.0.1", self._port)
         except OSError:
