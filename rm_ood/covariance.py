@@ -15,7 +15,7 @@ from rm_ood.ops.linalg import cholesky_, inverse
 SHRINKAGES = ("oas", "likelihood")
 # Of `blinded`: small beside the 2^53 of a double, large beside anything a distance is read for.
 _BLIND = 1e6
-# Of a matrix at a time, where a pass over it would leave the cache before the next.
+# Rows of a matrix that several passes take at a time, while they are in the cache.
 _ROWS = 64
 
 
@@ -168,7 +168,8 @@ def whitening(covariance: Tensor, *, overwrite: bool = False) -> Tensor:
     """W = L^-1 with covariance = L L^T: lower triangular, positive diagonal, W covariance W^T = I.
 
     Args:
-        covariance: (d, d), symmetric; contiguous if its memory may be overwritten.
+        covariance: (d, d), symmetric.
+        overwrite: use its memory, which must be contiguous, and leave nothing of it.
 
     Raises:
         CalibrationError: the covariance is singular in float64; shrinkage or a floor above 0 prevents it.

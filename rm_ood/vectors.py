@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rm_ood.errors import InputError, MismatchError, NonFiniteError
 
+# Dtypes of vectors; others are converted or refused.
 _FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
