@@ -15,8 +15,8 @@ from rm_ood.ops.linalg import cholesky_, inverse
 SHRINKAGES = ("oas", "likelihood")
 # Of `blinded`: small beside the 2^53 of a double, large beside anything a distance is read for.
 _BLIND = 1e6
-# Rows of a matrix that several passes take at a time, while they are in the cache.
-_ROWS = 64
+# Least trace, and one over the largest, of a matrix whose entries are squared as they are: all that matters is in range.
+_LEAST = 1e-100
 
 
 def oas_shrinkage(scatter: Tensor, n: int) -> float:
@@ -36,12 +36,11 @@ def oas_shrinkage(scatter: Tensor, n: int) -> float:
     d = scatter.shape[0]
     if d == 1:
         return 0.0
-    trace = float(scatter.trace())
-    if trace == 0:
+    rank = effective_rank(scatter)
+    if math.isnan(rank):
         return 1.0
-    # Normalised to mean variance 1 first, so that squares of very small or large units stay in range; by rows in the cache.
-    squares = [(rows * (d / trace)).square_().sum() for rows in torch.split(scatter, _ROWS)]
-    alpha = float(torch.stack(squares).sum()) / d**2
+    # Their formula by the mean square of the entries when the mean variance is 1.
+    alpha = 1.0 / rank
     spread = (n + 1.0) * (alpha - 1.0 / d)
     return 1.0 if spread <= 0 else min((alpha + 1.0) / spread, 1.0)
 
@@ -186,6 +185,8 @@ def whitening(covariance: Tensor, *, overwrite: bool = False) -> Tensor:
 
 
 def effective_rank(scatter: Tensor) -> float:
-    """(tr S)^2 / tr(S^2): d for a sphere, 1 for a line; the share of d that carries the variance."""
-    norm = float(torch.linalg.matrix_norm(scatter))
-    return (float(scatter.trace()) / norm) ** 2 if norm > 0 else math.nan
+    """(tr S)^2 / tr(S^2): d for a sphere, 1 for a line; the share of d that carries the variance. NaN without variance."""
+    trace = float(scatter.trace())
+    scaled = scatter if _LEAST < trace < 1 / _LEAST else scatter / trace
+    norm = float(torch.linalg.matrix_norm(scaled))
+    return (float(scaled.trace()) / norm) ** 2 if norm > 0 else math.nan

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from rm_ood.errors import CalibrationError, FormatError, InputError, MismatchError
 from rm_ood.ops import class_scatter
-from rm_ood.vectors import as_tensor, as_vectors, check_finite, is_finite
+from rm_ood.vectors import as_tensor, as_vectors, check_finite
 
 # Rows held back until the product with them is worth the (d, d) sum in memory.
 _FLUSH_ROWS = 2048
-# Rows of one update that are moved to the device, and take one sum in float32, at a time.
+# Rows of one update that are moved to the device at a time.
 _MOST_ROWS = 2**15
+# Rows whose mean stands for that of an update: the scatter about it is larger by about one part in so many.
+_SAMPLED_ROWS = 256
 
 
 # Embedding is often done in inference mode; a state made there could not be added to outside of it.
@@ -53,7 +55,7 @@ class ClassMoments:
         self._scatter = torch.from_numpy(np.zeros((n_features, n_features))).to(self.device)
         self._n_at_pivot = 0
         self._pending: list[tuple[Tensor, Tensor]] = []
-        self._n_pending, self._pending_total = 0, torch.zeros_like(self._pivot)
+        self._n_pending = 0
 
     @_outside_inference_mode
     def update(self, x: Any, y: Any = None) -> Self:
@@ -64,16 +66,16 @@ class ClassMoments:
             InputError: not a dense real (n, d); labels missing, not one a row, or out of range.
             MismatchError: another width.
         """
-        x, y, total = self._checked(x, y)
+        x, y = self._checked(x, y)
         if len(x) >= _FLUSH_ROWS:
             self._flush()
-            self._accumulate(x, y, total)
+            self._accumulate(x, y)
         elif len(x):
+            check_finite(x)
             # A copy: the caller may reuse the buffer of the batch before it is flushed.
             wide = torch.float64 if x.dtype == torch.float64 else torch.float32
             self._pending.append((x.to(self.device, wide, copy=True), y.to(self.device, copy=True)))
             self._n_pending += len(x)
-            self._pending_total += total.to(self.device)
             if self._n_pending >= _FLUSH_ROWS:
                 self._flush()
         return self
@@ -215,9 +217,10 @@ class ClassMoments:
         # sum_c n_c m_c m_c^T as one product of (k, d) factors, m_c the mean about the pivot.
         scaled = self._sums / self._counts.clamp(min=1).to(torch.float64).sqrt()[:, None]
         within = torch.addmm(self._scatter, scaled.T, scaled, alpha=-1)
-        if not is_finite(within):
-            raise CalibrationError("the squares of the vectors overflow float64; rescale them")
         diagonal = within.diagonal()
+        # Products of two features are at most their squares.
+        if not bool(diagonal.isfinite().all()):
+            raise CalibrationError("the squares of the vectors overflow float64; rescale them")
         # What is left of a feature that only moves between the classes is rounding of the two terms, and of their sums.
         rounding = 256 * torch.finfo(torch.float64).eps * max(1.0, int(self._counts.sum()) / 4096)
         constant = diagonal <= rounding * self._scatter.diagonal()
@@ -226,8 +229,7 @@ class ClassMoments:
             within[:, constant] = 0.0
         return within
 
-    def _checked(self, x: Any, y: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """x, y, and the sum of the rows."""
+    def _checked(self, x: Any, y: Any) -> tuple[Tensor, Tensor]:
         x = as_vectors(x, n_features=self.n_features)
         if y is None:
             if self.n_classes > 1:
@@ -241,43 +243,49 @@ class ClassMoments:
         y = y.to(torch.int64)
         if len(y) and not 0 <= int(y.min()) <= int(y.max()) < self.n_classes:
             raise InputError(f"y: classes {int(y.min())} to {int(y.max())} are outside 0 to {self.n_classes - 1}")
-        # NaN and infinity pass through the sum, which is needed anyway.
-        total = _column_sums(x)
-        if not bool(total.isfinite().all()):
-            check_finite(x)
-        return x, y, total
+        return x, y
 
     @_outside_inference_mode
     def _flush(self) -> None:
         if self._pending:
             x = torch.cat([x for x, _ in self._pending])
             y = torch.cat([y for _, y in self._pending])
-            total = self._pending_total
-            self._pending, self._n_pending, self._pending_total = [], 0, torch.zeros_like(total)
-            self._accumulate(x, y, total)
+            self._pending, self._n_pending = [], 0
+            self._accumulate(x, y)
 
-    def _accumulate(self, x: Tensor, y: Tensor, total: Tensor) -> None:
-        """Add rows x (n, d) of classes y and of this sum."""
-        first = self._n_at_pivot == 0
-        self._recentre(total.to(self.device) - len(x) * self._pivot, len(x))
+    def _accumulate(self, x: Tensor, y: Tensor) -> None:
+        """Add rows x (n, d), n > 0, of classes y; NaN and infinity are refused."""
+        pivot = self._pivot_with(_sampled_mean(x).to(self.device) - self._pivot, len(x))
+        added: tuple[Tensor, ...] = ()
         for rows, labels in zip(torch.split(x, _MOST_ROWS), torch.split(y, _MOST_ROWS), strict=True):
-            added = class_scatter(rows.to(self.device), labels.to(self.device), self._pivot, self.n_classes)
-            if first:
-                self._counts, self._sums, self._scatter = added
-                first = False
-            else:
-                self._add(*added, 1)
+            some = class_scatter(rows.to(self.device), labels.to(self.device), pivot, self.n_classes)
+            added = tuple(total.add_(more) for total, more in zip(added, some, strict=True)) if added else some
+        # NaN and infinity pass through the sums, which are needed anyway.
+        if not bool(added[1].isfinite().all()):
+            check_finite(x)
+        if self._n_at_pivot == 0:
+            self._pivot, self._n_at_pivot = pivot, len(x)
+            self._counts, self._sums, self._scatter = added
+        else:
+            self._move_to(pivot, len(x))
+            self._add(*added, 1)
 
-    def _recentre(self, coming: Tensor, n_coming: int) -> None:
-        """Move the pivot to the mean, that of rows about to be added included, when the rows have doubled.
+    def _pivot_with(self, mean: Tensor, n: int) -> Tensor:
+        """The pivot for n more rows of a mean about the present one: the mean of all when the rows have doubled.
 
         The rows that chose the pivot may lie far from the others. About the mean of at least half of all rows the
         scatter is at most twice the one about the mean of all, so taking the means out cancels no more than that.
         """
-        n = int(self._counts.sum()) + n_coming
-        if n >= 2 * self._n_at_pivot:
-            self._shift(self._pivot + (self._sums.sum(0) + coming) / n)
-            self._n_at_pivot = n
+        n_all = int(self._counts.sum()) + n
+        if n_all < 2 * self._n_at_pivot:
+            return self._pivot
+        return self._pivot + (self._sums.sum(0) + n * mean) / n_all
+
+    def _move_to(self, pivot: Tensor, n: int) -> None:
+        """Take the pivot that n more rows want."""
+        if pivot is not self._pivot:
+            self._n_at_pivot = int(self._counts.sum()) + n
+            self._shift(pivot)
 
     def _add(self, counts: Tensor, sums: Tensor, scatter: Tensor, sign: int) -> None:
         self._counts += sign * counts
@@ -316,19 +324,17 @@ class ClassMoments:
         if other._n_at_pivot == 0:
             return self
         if sign > 0:
-            sums, n = other._sums.sum(0).to(self.device), int(other._counts.sum())
-            self._recentre(sums + n * (other._pivot.to(self.device) - self._pivot), n)
+            n = int(other._counts.sum())
+            self._move_to(self._pivot_with(other._mean().to(self.device) - self._pivot, n), n)
         sums, left, right = other._about(self._pivot.to(other.device))
         self._add(other._counts.to(self.device), sums.to(self.device), other._scatter.to(self.device), sign)
         self._scatter.addmm_(left.to(self.device), right.to(self.device), alpha=sign)
         return self
 
 
-def _column_sums(x: Tensor) -> Tensor:
-    """Of a pivot, which only has to be near the mean: in float32 where that does not overflow. (d,) float64."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
-    for rows in torch.split(x, _MOST_ROWS):
-        some = rows.sum(0, dtype=wide)
-        total += some if bool(some.isfinite().all()) else rows.sum(0, dtype=torch.float64)
-    return total
+def _sampled_mean(x: Tensor) -> Tensor:
+    """Of rows drawn at random, from all over x (n, d): near that of all, whatever their order. (d,) float64."""
+    if len(x) > _SAMPLED_ROWS:
+        drawn = torch.randint(len(x), (_SAMPLED_ROWS,), generator=torch.Generator().manual_seed(0))
+        x = x[drawn.to(x.device)]
+    return x.mean(0, dtype=torch.float64)

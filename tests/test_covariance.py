@@ -213,6 +213,8 @@ def test_singular_covariance_is_refused():
 def test_effective_rank_of_sphere_and_line():
     assert covariance.effective_rank(torch.eye(7, dtype=torch.float64)) == pytest.approx(7)
     assert covariance.effective_rank(torch.ones(7, 7, dtype=torch.float64)) == pytest.approx(1)
+    for scale in (1e-200, 1e200):
+        assert covariance.effective_rank(scale * torch.eye(7, dtype=torch.float64)) == pytest.approx(7)
     assert math.isnan(covariance.effective_rank(torch.zeros(2, 2, dtype=torch.float64)))
 
 

@@ -226,6 +226,27 @@ def test_bad_rows_are_named_and_nothing_is_added():
     assert moments.n_samples == 0
 
 
+def test_a_bad_row_late_in_a_long_update_leaves_nothing_of_it(monkeypatch):
+    monkeypatch.setattr("rm_ood.moments._MOST_ROWS", 1000)
+    (x, y), (bad, labels) = data(50, 3, 2, mean=7.0), data(3000, 3, 2, seed=1, mean=1e6)
+    bad[2999, 1] = torch.nan
+    for before in (ClassMoments(3, 2), ClassMoments(3, 2).update(x, y)):
+        state = {name: tensor.clone() for name, tensor in before.state_tensors().items()}
+        with pytest.raises(NonFiniteError, match=r"1 of 3000 rows hold NaN or infinity \(rows 2999\)"):
+            before.update(bad, labels)
+        assert all(torch.equal(tensor, state[name]) for name, tensor in before.state_tensors().items())
+    # What was refused has no say in the pivot of what comes next.
+    more = data(60, 3, 2, seed=2, mean=7.0)
+    assert_same(before.update(*more), exact(torch.cat([x, more[0]]), torch.cat([y, more[1]]), 2))
+
+
+def test_a_class_that_comes_first_and_lies_far_away_does_not_choose_the_pivot():
+    x, _ = data(20_000, 3, 1)
+    x[:256] += 3e3
+    y = (torch.arange(20_000) >= 256).long()
+    assert_same(ClassMoments(3, 2).update(x, y), exact(x, y, 2), tolerance=1e-9)
+
+
 @pytest.mark.parametrize(
     ("x", "y", "error", "message"),
     [

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-# Columns up to which a triangle is inverted at once, and of a factor that are made at once.
-_INVERTED, _FACTORED = 256, 192
+# Columns up to which a triangle is inverted at once; of a factor that are made at once, by the most columns of all.
+_INVERTED = 128
+_FACTORED = ((1024, 96), (math.inf, 192))
 # Rows of a sum of products whose part left of the diagonal is one product, and of those that cross the diagonal.
-_LEFT, _CROSSING = 512, 128
+_LEFT, _CROSSING = 512, 64
 
 
 def inverse(factor: Tensor) -> Tensor:
@@ -43,8 +46,9 @@ def cholesky_(matrix: Tensor) -> tuple[Tensor, int]:
     """
     # All of it at once on a GPU. On a CPU torch.linalg clears the other half of a factor more slowly than it computes this
     # one where rows lie a power of two apart in memory; those of a block do not.
-    size = _FACTORED if matrix.is_cpu else len(matrix)
-    for first in range(0, len(matrix), size):
+    d = len(matrix)
+    size = next(columns for most, columns in _FACTORED if d <= most) if matrix.is_cpu else d
+    for first in range(0, d, size):
         own, above = slice(first, first + size), slice(None, first)
         beyond = slice(first + size, None)
         left = matrix[above, own].T
