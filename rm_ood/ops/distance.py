@@ -6,7 +6,6 @@ The derivation is in ops/README.md. On a GPU the whitening comes packed, and `rm
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 from torch import Tensor
@@ -16,8 +15,8 @@ from rm_ood.ops.arithmetic import exact_dtype, without_autocast
 from rm_ood.ops.packing import Packed, unpack
 from rm_ood.ops.triangle import KEPT_ROWS, Triangle, Workspace
 
-# Rows of x at a time, by the most columns: W is read once for all of them.
-_CHUNKS = ((1024, 2048), (math.inf, 1024))
+# Rows of x at a time: W is read once for all of them.
+_CHUNK = 1024
 # Rows times classes times columns up to which the differences of all classes at once are fastest: they stay in cache.
 _DIFFERENCES = 2**16
 # Least share of |z|^2 + |t_c|^2 that a distance from their expansion may have: what cancels then costs some bits.
@@ -69,10 +68,8 @@ def triangle_sq_distance(x: Tensor, whitening: Triangle, center: Tensor, class_o
     if n <= KEPT_ROWS and x.is_cpu:
         sq = _squares(whitening.whiten(x, center), class_offsets)
     else:
-        d = x.shape[1]
-        chunk = next(rows for most, rows in _CHUNKS if d <= most)
-        space = whitening.workspace(min(n, chunk))
-        sq = torch.cat([_by_parts(rows, whitening, center, class_offsets, space) for rows in torch.split(x, chunk)])
+        space = whitening.workspace(min(n, _CHUNK))
+        sq = torch.cat([_by_parts(rows, whitening, center, class_offsets, space) for rows in torch.split(x, _CHUNK)])
     # inf - inf and 0 * inf inside the products are NaN; NaN would pass every `score > threshold`.
     return sq.nan_to_num_(torch.inf, torch.inf)
 

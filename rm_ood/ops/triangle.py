@@ -15,13 +15,13 @@ _WHOLE_ROWS, _WHOLE_COLUMNS = 8, 512
 # Rows of a triangle at a time, by the most columns: small where what is left out is the time, large where reading it is.
 _BLOCKS = ((512, 128), (math.inf, 256))
 # The same where the blocks lie in memory one after another: those are read faster.
-_PACKED_BLOCKS = ((2048, 128), (math.inf, 256))
+_PACKED_BLOCKS = ((512, 96), (2048, 128), (math.inf, 256))
 # Rows of x up to which z is made as a whole; a thread keeps the memory of it, and a triangle the views of so many sizes.
 KEPT_ROWS, _KEPT_SIZES = 64, 8
 # Columns that are left free after each of those rows: a power of two apart, they would share few places of the cache.
 _FREE = 16
 # Entries of a part of z that is used while it is in the cache.
-_PART = 2**18
+_PART = 2**19
 
 
 def block_rows(d: int, *, packed: bool = False) -> int:
