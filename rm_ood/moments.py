@@ -256,19 +256,22 @@ class ClassMoments:
     def _accumulate(self, x: Tensor, y: Tensor) -> None:
         """Add rows x (n, d), n > 0, of classes y; NaN and infinity are refused."""
         pivot = self._pivot_with(_sampled_mean(x).to(self.device) - self._pivot, len(x))
-        added: tuple[Tensor, ...] = ()
-        for rows, labels in zip(torch.split(x, _MOST_ROWS), torch.split(y, _MOST_ROWS), strict=True):
-            some = class_scatter(rows.to(self.device), labels.to(self.device), pivot, self.n_classes)
-            added = tuple(total.add_(more) for total, more in zip(added, some, strict=True)) if added else some
+        pieces = zip(torch.split(x, _MOST_ROWS), torch.split(y, _MOST_ROWS), strict=True)
+        each = (class_scatter(p.to(self.device), c.to(self.device), pivot, self.n_classes) for p, c in pieces)
+        counts, sums, scatter = next(each)
+        for more_counts, more_sums, more_scatter in each:
+            counts += more_counts
+            sums += more_sums
+            scatter += more_scatter
         # NaN and infinity pass through the sums, which are needed anyway.
-        if not bool(added[1].isfinite().all()):
+        if not bool(sums.isfinite().all()):
             check_finite(x)
         if self._n_at_pivot == 0:
             self._pivot, self._n_at_pivot = pivot, len(x)
-            self._counts, self._sums, self._scatter = added
+            self._counts, self._sums, self._scatter = counts, sums, scatter
         else:
             self._move_to(pivot, len(x))
-            self._add(*added, 1)
+            self._add(counts, sums, scatter, 1)
 
     def _pivot_with(self, mean: Tensor, n: int) -> Tensor:
         """The pivot for n more rows of a mean about the present one: the mean of all when the rows have doubled.
