@@ -273,8 +273,33 @@ def test_sizes_below_one_are_refused(d, k):
 
 def test_squares_that_overflow_are_refused():
     moments = ClassMoments(2).update(torch.tensor([[1e200, 0.0], [-1e200, 1.0]], dtype=torch.float64))
-    with pytest.raises(CalibrationError, match="overflow float64"):
+    with pytest.raises(CalibrationError, match="overflow; rescale"):
         moments.within_scatter()
+
+
+def test_products_in_float32():
+    x, y = data(9000, 5, 2, mean=3e3, dtype=torch.float32)
+    expected, wide = exact(x, y, 2), ClassMoments(5, 2, products=torch.float64).update(x, y)
+    assert torch.equal(wide.within_scatter(), ClassMoments(5, 2).update(x, y).within_scatter())
+    narrow = ClassMoments(5, 2, products=torch.float32).update(x[:4000], y[:4000])
+    parts = ClassMoments(5, 2, products=torch.float32).update(x[4000:4100], y[4000:4100]).update(x[4100:], y[4100:])
+    for moments in (narrow.merge(parts), narrow.copy(), wide.copy().subtract(narrow).merge(narrow)):
+        assert_same(moments, expected, tolerance=1e-5)
+    assert not torch.equal(narrow.within_scatter(), wide.within_scatter())
+    assert narrow.pooled().products == narrow.copy().products == torch.float32
+    with pytest.raises(InputError, match=r"products=torch.float16: expected torch.float64, torch.float32 or None"):
+        ClassMoments(5, 2, products=torch.float16)
+
+
+def test_constant_features_and_overflow_of_products_in_float32():
+    rng = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 2, (20_000,), generator=rng)
+    x = (100 * torch.randn(2, 16, generator=rng))[y]
+    x[:, 5] += 10 * torch.randn(20_000, generator=rng)
+    moments = ClassMoments(16, 2, products=torch.float32).update(x, y)
+    assert (moments.within_scatter().diagonal() != 0).nonzero().flatten().tolist() == [5]
+    with pytest.raises(CalibrationError, match="overflow; rescale"):
+        ClassMoments(16, 2, products=torch.float32).update(1e20 * x, y).within_scatter()
 
 
 # Row ranges of the two processes: one empty, unequal, one class only on each side.

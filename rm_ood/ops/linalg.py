@@ -75,6 +75,13 @@ def add_products_(lower: Tensor, x: Tensor) -> None:
         lower[first:last, :last].addmm_(x[:, first:last].T, x[:, :last])
 
 
+def move_pivot_(scatter: Tensor, sums: Tensor, counts: Tensor, n: int, delta: Tensor) -> None:
+    """Turn the scatter (d, d) and class sums (k, d) of n rows about p into those about p - delta, in place."""
+    total = sums.sum(0)
+    scatter.addr_(total, delta).addr_(delta, total).addr_(delta, delta, alpha=n)
+    sums += counts[:, None] * delta
+
+
 def mirror_(lower: Tensor) -> Tensor:
     """A matrix with its lower triangle above the diagonal as well, in place."""
     # On a GPU each step of the loop would be four launches.

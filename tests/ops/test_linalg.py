@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from rm_ood.ops.linalg import add_products_, cholesky_, inverse, mirror_
+from rm_ood.ops import reference
+from rm_ood.ops.linalg import add_products_, cholesky_, inverse, mirror_, move_pivot_
 
 
 @pytest.mark.parametrize("d", [1, 2, 127, 128, 129, 700])
@@ -50,6 +51,17 @@ def test_products_are_added_to_the_lower_triangle(d, n, dtype):
     expected = 1 + 2 * (x.double().T @ x.double())
     tolerance = {"rtol": 1e-4, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-11}
     torch.testing.assert_close(lower.tril().double(), expected.tril(), **tolerance)
+
+
+def test_another_pivot():
+    rng = torch.Generator().manual_seed(0)
+    x, delta = torch.randn(30, 5, generator=rng, dtype=torch.float64), torch.arange(5.0, dtype=torch.float64)
+    labels = torch.arange(30) % 3
+    counts, sums, scatter = reference.class_scatter(x, labels, torch.zeros(5, dtype=torch.float64), 3)
+    move_pivot_(scatter, sums, counts, 30, delta)
+    expected = reference.class_scatter(x, labels, -delta, 3)
+    for got, want in zip((counts, sums, scatter), expected, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("d", [1, 40, 128, 300])
