@@ -6,6 +6,7 @@ The derivation is in ops/README.md. On a GPU the whitening comes packed, and `rm
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ from rm_ood.ops.arithmetic import exact_dtype, without_autocast
 from rm_ood.ops.packing import Packed, unpack
 from rm_ood.ops.triangle import KEPT_ROWS, Triangle, Workspace
 
-# Rows of x at a time: W is read once for all of them.
-_CHUNK = 1024
+# Rows of x at a time, by the most columns: W is read once for all of them.
+_CHUNKS = ((1024, 2048), (math.inf, 1024))
 # Rows times classes times columns up to which the differences of all classes at once are fastest: they stay in cache.
 _DIFFERENCES = 2**16
 # Least share of |z|^2 + |t_c|^2 that a distance from their expansion may have: what cancels then costs some bits.
@@ -68,8 +69,12 @@ def triangle_sq_distance(x: Tensor, whitening: Triangle, center: Tensor, class_o
     if n <= KEPT_ROWS and x.is_cpu:
         sq = _squares(whitening.whiten(x, center), class_offsets)
     else:
-        space = whitening.workspace(min(n, _CHUNK))
-        sq = torch.cat([_by_parts(rows, whitening, center, class_offsets, space) for rows in torch.split(x, _CHUNK)])
+        d = x.shape[1]
+        chunk = next(rows for most, rows in _CHUNKS if d <= most)
+        space = whitening.workspace(min(n, chunk))
+        each = [_by_parts(rows, whitening, center, class_offsets, space) for rows in torch.split(x, chunk)]
+        # Classes by rows, as they come.
+        sq = torch.cat([some.T for some in each], 1).T
     # inf - inf and 0 * inf inside the products are NaN; NaN would pass every `score > threshold`.
     return sq.nan_to_num_(torch.inf, torch.inf)
 
@@ -99,10 +104,11 @@ def _expanded(z: Tensor, class_offsets: Tensor) -> Tensor:
     # Classes by rows: the product of so few columns is several times as slow the other way round.
     least = torch.linalg.vector_norm(z, dim=1).square_() + class_offsets.square().sum(1, keepdim=True)
     sq = torch.addmm(least, class_offsets, z.T, alpha=-2)
-    uncancelled = sq >= least.mul_(_UNCANCELLED)
-    if not uncancelled.all():
+    share = torch.div(sq, least, out=least)
+    # What overflows is NaN here, and so is the smallest share then.
+    if not float(share.amin()) >= _UNCANCELLED:
         n, d = z.shape
-        cancelled = uncancelled.logical_not_().view(-1).nonzero().view(-1)
+        cancelled = (share >= _UNCANCELLED).logical_not_().view(-1).nonzero().view(-1)
         for pairs in torch.split(cancelled, max(1, _DIFFERENCES // d)):
             classes = pairs.div(n, rounding_mode="floor")
             differences = z.index_select(0, pairs - n * classes).sub_(class_offsets.index_select(0, classes))

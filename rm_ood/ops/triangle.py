@@ -21,7 +21,7 @@ KEPT_ROWS, _KEPT_SIZES = 64, 8
 # Columns that are left free after each of those rows: a power of two apart, they would share few places of the cache.
 _FREE = 16
 # Entries of a part of z that is used while it is in the cache.
-_PART = 2**19
+_PART = 2**20
 
 
 def block_rows(d: int, *, packed: bool = False) -> int:
