@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Up to so many rows of x, and columns, the whole of W at once is fastest.
+# Up to so many rows of x, and columns, the whole of W at once is fastest; of so many columns also the whole of z.
 _WHOLE_ROWS, _WHOLE_COLUMNS = 8, 512
 # Rows of a triangle at a time, by the most columns: small where what is left out is the time, large where reading it is.
 _BLOCKS = ((512, 128), (math.inf, 256))
@@ -21,7 +21,7 @@ KEPT_ROWS, _KEPT_SIZES = 64, 8
 # Columns that are left free after each of those rows: a power of two apart, they would share few places of the cache.
 _FREE = 16
 # Entries of a part of z that is used while it is in the cache.
-_PART = 2**20
+_PART = 2**19
 
 
 def block_rows(d: int, *, packed: bool = False) -> int:
@@ -101,9 +101,10 @@ class Triangle:
             yield first, z
 
     def workspace(self, n: int) -> Workspace:
-        """For n rows; in one part elsewhere than on a CPU, where each is several launches."""
+        """For n rows; in one part where there are few columns, and elsewhere than on a CPU, where each is several launches."""
         new, d = self._transposed.new_empty, len(self._transposed)
-        width = max(_PART // max(n, 1) // self._size, 1) * self._size if self._transposed.is_cpu else d
+        whole = d <= _WHOLE_COLUMNS or not self._transposed.is_cpu
+        width = d if whole else max(_PART // max(n, 1) // self._size, 1) * self._size
         # Memory made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
             return self._divided(new(n, d), new(n, min(width, d)))
