@@ -54,12 +54,16 @@ def _forward(x: Tensor, whitening: Tensor, center: Tensor, class_offsets: Tensor
     exact = exact_dtype(x.device.type, whitening.dtype)
     with torch.no_grad():
         triangle = Triangle(whitening.to(exact))
-        sq = triangle_sq_distance(x, triangle, center, class_offsets.to(exact)).to(whitening.dtype).contiguous()
+        by_class = triangle_sq_distance(x, triangle, center, class_offsets.to(exact)[:, None])
+        sq = by_class.T.to(whitening.dtype).contiguous()
         return sq, sq.amin(1), sq.argmin(1)
 
 
 def triangle_sq_distance(x: Tensor, whitening: Triangle, center: Tensor, class_offsets: Tensor) -> Tensor:
-    """The distances alone, of any strides, with W held ready in the dtype of the offsets; no tensor may ask for a gradient."""
+    """The distances alone, by class (k, n), with W held ready in the dtype of the offsets (k, 1, d).
+
+    No tensor may ask for a gradient.
+    """
     device_type = "cpu" if x.is_cpu else x.device.type
     if torch.is_autocast_enabled(device_type):
         with without_autocast(device_type):
@@ -72,9 +76,7 @@ def triangle_sq_distance(x: Tensor, whitening: Triangle, center: Tensor, class_o
         d = x.shape[1]
         chunk = next(rows for most, rows in _CHUNKS if d <= most)
         space = whitening.workspace(min(n, chunk))
-        each = [_by_parts(rows, whitening, center, class_offsets, space) for rows in torch.split(x, chunk)]
-        # Classes by rows, as they come.
-        sq = torch.cat([some.T for some in each], 1).T
+        sq = torch.cat([_by_parts(rows, whitening, center, class_offsets, space) for rows in torch.split(x, chunk)], 1)
     # inf - inf and 0 * inf inside the products are NaN; NaN would pass every `score > threshold`.
     return sq.nan_to_num_(torch.inf, torch.inf)
 
@@ -83,27 +85,28 @@ def _by_parts(x: Tensor, whitening: Triangle, center: Tensor, class_offsets: Ten
     if len(x) != len(space.centred):
         space = whitening.workspace(len(x))
     parts = whitening.parts(x, center, space)
-    each = (_squares(z, class_offsets[:, first : first + z.shape[1]]) for first, z in parts)
+    each = (_squares(z, class_offsets[..., first : first + z.shape[1]]) for first, z in parts)
     # One after the other: a part is overwritten by the next.
     return functools.reduce(Tensor.add_, each)
 
 
 def _squares(z: Tensor, class_offsets: Tensor) -> Tensor:
     if z.numel() * class_offsets.shape[0] <= _DIFFERENCES:
-        return (z.unsqueeze(1) - class_offsets).square_().sum(2)
+        return (z - class_offsets).square_().sum(2)
     # Which rows need their differences is a question to the device: not asked where the answer has to be waited for.
     return _expanded(z, class_offsets) if z.is_cpu else _by_class(z, class_offsets)
 
 
 def _by_class(z: Tensor, class_offsets: Tensor) -> Tensor:
-    return torch.stack([torch.linalg.vector_norm(z - t, dim=1) for t in class_offsets], 1).square_()
+    return torch.stack([torch.linalg.vector_norm(z - t, dim=1) for t in class_offsets]).square_()
 
 
 def _expanded(z: Tensor, class_offsets: Tensor) -> Tensor:
     """|z|^2 + |t|^2 - 2 z t, and by differences the pairs that this would cancel too much of, or that it overflows for."""
-    # Classes by rows: the product of so few columns is several times as slow the other way round.
-    least = torch.linalg.vector_norm(z, dim=1).square_() + class_offsets.square().sum(1, keepdim=True)
-    sq = torch.addmm(least, class_offsets, z.T, alpha=-2)
+    least = torch.linalg.vector_norm(z, dim=1).square_() + class_offsets.square().sum(2)
+    t = class_offsets[:, 0]
+    # The product of so few columns is several times as slow the other way round.
+    sq = torch.addmm(least, t, z.T, alpha=-2)
     share = torch.div(sq, least, out=least)
     # What overflows is NaN here, and so is the smallest share then.
     if not float(share.amin()) >= _UNCANCELLED:
@@ -111,9 +114,9 @@ def _expanded(z: Tensor, class_offsets: Tensor) -> Tensor:
         cancelled = (share >= _UNCANCELLED).logical_not_().view(-1).nonzero().view(-1)
         for pairs in torch.split(cancelled, max(1, _DIFFERENCES // d)):
             classes = pairs.div(n, rounding_mode="floor")
-            differences = z.index_select(0, pairs - n * classes).sub_(class_offsets.index_select(0, classes))
+            differences = z.index_select(0, pairs - n * classes).sub_(t.index_select(0, classes))
             sq.view(-1).index_copy_(0, pairs, torch.linalg.vector_norm(differences, dim=1).square_())
-    return sq.T
+    return sq
 
 
 _operator = torch.library.custom_op("rm_ood::whitened_sq_distance", _forward, mutates_args=())

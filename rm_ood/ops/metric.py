@@ -67,7 +67,7 @@ class Metric:
         """`whitened_sq_distance` of x (n, d) under each Gaussian, on their device."""
         on_cpu = self._on_cpu(x)
         if on_cpu is not None:
-            return [(sq, sq.amin(1), sq.argmin(1)) for sq in on_cpu]
+            return [(sq.T, sq.amin(0), sq.argmin(0)) for sq in on_cpu]
         x = x.to(self._gaussians[0].whitening.device)
         if not self._runs(x):
             rows = unit_rows(x) if self._unit else x
@@ -83,7 +83,7 @@ class Metric:
     def lowest(self, x: Tensor) -> Tensor:
         """The minimum of `distances` under the first Gaussian, (n,)."""
         on_cpu = self._on_cpu(x)
-        return self.distances(x)[0][1] if on_cpu is None else on_cpu[0].amin(1)
+        return self.distances(x)[0][1] if on_cpu is None else on_cpu[0].amin(0)
 
     def packed(self) -> Packed:
         """The packed form; made on first use, which waits for the device."""
@@ -102,7 +102,7 @@ class Metric:
             self.packed()
 
     def _on_cpu(self, x: Tensor) -> list[Tensor] | None:
-        """The distances by PyTorch on a CPU, (n, k) each; None where they are not measured so."""
+        """The distances by PyTorch on a CPU, (k, n) each; None where they are not measured so."""
         # What is traced, or stands for a tensor, leaves nothing behind here: the operator takes it.
         if not self._is_cpu or is_compiling() or type(x) is not Tensor:
             return None
@@ -111,7 +111,7 @@ class Metric:
         if exact_dtype("cpu", dtype) is not dtype:
             return None
         if not self._held:
-            self._held = [(Triangle(g.whitening, pack=True), g.center, g.offsets) for g in self._gaussians]
+            self._held = [(Triangle(g.whitening, pack=True), g.center, g.offsets[:, None]) for g in self._gaussians]
         x = x if x.is_cpu else x.cpu()
         rows = unit_rows(x) if self._unit else x
         return [triangle_sq_distance(rows, *held) for held in self._held]
