@@ -68,7 +68,7 @@ def triangle_sq_distance(x: Tensor, whitening: Triangle, center: Tensor, class_o
     if torch.is_autocast_enabled(device_type):
         with without_autocast(device_type):
             return triangle_sq_distance(x, whitening, center, class_offsets)
-    n = x.shape[0]
+    n = len(x)
     # Kept memory is for a thread, which on a GPU may feed several streams.
     if n <= KEPT_ROWS and x.is_cpu:
         sq = _squares(whitening.whiten(x, center), class_offsets)
@@ -91,7 +91,7 @@ def _by_parts(x: Tensor, whitening: Triangle, center: Tensor, class_offsets: Ten
 
 
 def _squares(z: Tensor, class_offsets: Tensor) -> Tensor:
-    if z.numel() * class_offsets.shape[0] <= _DIFFERENCES:
+    if z.numel() * len(class_offsets) <= _DIFFERENCES:
         return (z - class_offsets).square_().sum(2)
     # Which rows need their differences is a question to the device: not asked where the answer has to be waited for.
     return _expanded(z, class_offsets) if z.is_cpu else _by_class(z, class_offsets)
