@@ -22,7 +22,7 @@ from rm_ood.vectors import as_tensor, as_vectors, check_finite
 _FLUSH_ROWS = 2048
 # Rows of one update that are moved to the device at a time.
 _MOST_ROWS = 2**15
-# Rows whose mean stands for that of an update: the scatter about it is larger by about one part in so many.
+# Rows whose mean stands for that of an update: the scatter about it is larger by one part in so many, on average.
 _SAMPLED_ROWS = 256
 
 
@@ -40,10 +40,10 @@ class ClassMoments:
         n_features: d.
         n_classes: k; labels are 0 to k - 1.
         device: where the (d, d) float64 state lives and the products run.
-        products: of which dtype; those of float64 vectors are always float64. `torch.float32` is faster (ops/README.md) and
-            keeps 6 digits or so: a covariance of condition 1e5 is off by some 1e-3 in its worst direction, deviations from the
-            mean have to be within 1e-15 and 1e15, and a feature whose classes lie over 100 of its standard deviations
-            apart counts as constant. None: float64, but for half- and single-precision vectors on GPUs whose float64 is slow.
+        products: of which dtype; those of float64 vectors are always float64. `torch.float32` is faster on a CPU
+            (benchmarks/README.md) and keeps some 6 digits of each variance within the classes: where the largest is 1e5 times
+            the least, about 1e-3 of the least. Deviations from the class means have to be within 1e-15 and 1e15. None:
+            float64, but for half- and single-precision vectors on GPUs whose float64 is slow.
 
     Raises:
         InputError: sizes below 1; another dtype of the products.
@@ -241,9 +241,6 @@ class ClassMoments:
             raise CalibrationError("the squares of the vectors overflow; rescale them")
         # What is left of a feature that only moves between the classes is rounding of the two terms, and of their sums.
         rounding = 256 * torch.finfo(torch.float64).eps * max(1.0, int(self._counts.sum()) / 4096)
-        if self.products == torch.float32:
-            # Sums of thousands of equal squares.
-            rounding = max(rounding, 1024 * torch.finfo(torch.float32).eps)
         constant = diagonal <= rounding * self._scatter.diagonal()
         if bool(constant.any()):
             within[constant] = 0.0
@@ -271,8 +268,8 @@ class ClassMoments:
         if self._pending:
             x = torch.cat([x for x, _ in self._pending])
             y = torch.cat([y for _, y in self._pending])
-            self._pending, self._n_pending = [], 0
             self._accumulate(x, y)
+            self._pending, self._n_pending = [], 0
 
     def _accumulate(self, x: Tensor, y: Tensor) -> None:
         """Add rows x (n, d), n > 0, of classes y; NaN and infinity are refused."""
@@ -298,7 +295,7 @@ class ClassMoments:
             self._add(counts, sums, scatter, 1)
 
     def _pivot_with(self, mean: Tensor, n: int) -> Tensor:
-        """The pivot for n more rows of a mean about the present one: the mean of all when the rows have doubled.
+        """The pivot to have with n more rows, of a mean about the present one: the mean of all when the rows have doubled.
 
         The rows that chose the pivot may lie far from the others. About the mean of at least half of all rows the
         scatter is at most twice the one about the mean of all, so taking the means out cancels no more than that.
@@ -309,7 +306,7 @@ class ClassMoments:
         return self._pivot + (self._sums.sum(0) + n * mean) / n_all
 
     def _move_to(self, pivot: Tensor, n: int) -> None:
-        """Take the pivot that n more rows want."""
+        """Take the pivot that `_pivot_with` has chosen for n more rows."""
         if pivot is not self._pivot:
             self._n_at_pivot = int(self._counts.sum()) + n
             self._shift(pivot)
@@ -362,6 +359,6 @@ class ClassMoments:
 def _sampled_mean(x: Tensor) -> Tensor:
     """Of rows drawn at random, from all over x (n, d): near that of all, whatever their order. (d,) float64."""
     if len(x) > _SAMPLED_ROWS:
-        drawn = torch.randint(len(x), (_SAMPLED_ROWS,), generator=torch.Generator().manual_seed(0))
+        drawn = torch.randint(len(x), (_SAMPLED_ROWS,), generator=torch.Generator().manual_seed(0), device="cpu")
         x = x[drawn.to(x.device)]
     return x.mean(0, dtype=torch.float64)

@@ -291,15 +291,41 @@ def test_products_in_float32():
         ClassMoments(5, 2, products=torch.float16)
 
 
-def test_constant_features_and_overflow_of_products_in_float32():
+def test_float32_products_do_not_see_how_far_the_classes_are_apart():
     rng = torch.Generator().manual_seed(0)
     y = torch.randint(0, 2, (20_000,), generator=rng)
-    x = (100 * torch.randn(2, 16, generator=rng))[y]
-    x[:, 5] += 10 * torch.randn(20_000, generator=rng)
-    moments = ClassMoments(16, 2, products=torch.float32).update(x, y)
-    assert (moments.within_scatter().diagonal() != 0).nonzero().flatten().tolist() == [5]
+    x = (1000 * torch.randn(2, 16, generator=rng))[y]
+    x[:, 5] += torch.randn(20_000, generator=rng)
+    moments = ClassMoments(16, 2, products=torch.float32).update(x[:300], y[:300]).update(x[300:], y[300:])
+    variance = x[:, 5].double().sub(torch.stack([x[y == c, 5].double().mean() for c in (0, 1)])[y]).square().sum()
+    # Whoever takes them over does not know how they were made.
+    for same in (moments, ClassMoments(16, 2).merge(moments), ClassMoments.from_state(moments.state_tensors())):
+        diagonal = same.within_scatter().diagonal()
+        assert (diagonal != 0).nonzero().flatten().tolist() == [5]
+        torch.testing.assert_close(diagonal[5], variance, rtol=1e-5, atol=0)
     with pytest.raises(CalibrationError, match="overflow; rescale"):
-        ClassMoments(16, 2, products=torch.float32).update(1e20 * x, y).within_scatter()
+        ClassMoments(16, 2, products=torch.float32).update(1e20 * torch.randn(3000, 16), y[:3000]).within_scatter()
+
+
+def test_rows_are_held_back_until_they_are_added(monkeypatch):
+    def no_memory(*args):
+        raise MemoryError
+
+    x, y = data(100, 3, 2)
+    moments = ClassMoments(3, 2).update(x, y)
+    with monkeypatch.context() as patch:
+        patch.setattr("rm_ood.moments.class_scatter", no_memory)
+        with pytest.raises(MemoryError):
+            moments.means  # noqa: B018
+    assert_same(moments, exact(x, y, 2))
+
+
+def test_a_default_device_has_no_say():
+    x, y = data(3000, 3, 2)
+    with torch.device("meta"):
+        moments = ClassMoments(3, 2, device="cpu")
+        moments.update(x, y)
+    assert_same(moments, exact(x, y, 2))
 
 
 # Row ranges of the two processes: one empty, unequal, one class only on each side.

@@ -107,11 +107,11 @@ def _expanded(z: Tensor, class_offsets: Tensor) -> Tensor:
     t = class_offsets[:, 0]
     # The product of so few columns is several times as slow the other way round.
     sq = torch.addmm(least, t, z.T, alpha=-2)
-    share = torch.div(sq, least, out=least)
-    # What overflows is NaN here, and so is the smallest share then.
-    if not float(share.amin()) >= _UNCANCELLED:
+    spare = torch.sub(sq, least, alpha=_UNCANCELLED, out=least)
+    # What overflows is NaN here, and so is the smallest of them then.
+    if not float(spare.amin()) >= 0:
         n, d = z.shape
-        cancelled = (share >= _UNCANCELLED).logical_not_().view(-1).nonzero().view(-1)
+        cancelled = (spare >= 0).logical_not_().view(-1).nonzero().view(-1)
         for pairs in torch.split(cancelled, max(1, _DIFFERENCES // d)):
             classes = pairs.div(n, rounding_mode="floor")
             differences = z.index_select(0, pairs - n * classes).sub_(t.index_select(0, classes))

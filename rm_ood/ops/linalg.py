@@ -75,10 +75,15 @@ def add_products_(lower: Tensor, x: Tensor) -> None:
         lower[first:last, :last].addmm_(x[:, first:last].T, x[:, :last])
 
 
-def move_pivot_(scatter: Tensor, sums: Tensor, counts: Tensor, n: int, delta: Tensor) -> None:
-    """Turn the scatter (d, d) and class sums (k, d) of n rows about p into those about p - delta, in place."""
-    total = sums.sum(0)
-    scatter.addr_(total, delta).addr_(delta, total).addr_(delta, delta, alpha=n)
+def move_pivots_(scatter: Tensor, sums: Tensor, counts: Tensor, delta: Tensor) -> None:
+    """Turn a scatter (d, d) and class sums (k, d) about the pivots of the classes into those about the pivots less delta.
+
+    In place; delta of each class (k, d), or of all (d,).
+    """
+    delta = delta.expand_as(sums)
+    # s delta^T + delta s^T + n delta delta^T over the classes.
+    half = torch.addcmul(sums, counts[:, None], delta, value=0.5)
+    scatter.addmm_(half.T, delta).addmm_(delta.T, half)
     sums += counts[:, None] * delta
 
 

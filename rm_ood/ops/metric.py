@@ -67,7 +67,7 @@ class Metric:
         """`whitened_sq_distance` of x (n, d) under each Gaussian, on their device."""
         on_cpu = self._on_cpu(x)
         if on_cpu is not None:
-            return [(sq.T, sq.amin(0), sq.argmin(0)) for sq in on_cpu]
+            return [(sq.T.contiguous(), sq.amin(0), sq.argmin(0)) for sq in on_cpu]
         x = x.to(self._gaussians[0].whitening.device)
         if not self._runs(x):
             rows = unit_rows(x) if self._unit else x

@@ -1,7 +1,7 @@
 """`rm_ood::class_scatter`: counts, sums and the pooled scatter of a batch, in one pass over it.
 
 The derivation is in ops/README.md. In float64 unless asked otherwise, but on GPUs whose float64 is slow a kernel takes half- and
-single-precision vectors.
+single-precision vectors where nothing is asked for.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rm_ood.ops import scatter_launch
 from rm_ood.ops.arithmetic import exact_dtype
-from rm_ood.ops.linalg import add_products_, mirror_, move_pivot_
+from rm_ood.ops.linalg import add_products_, mirror_, move_pivots_
 
 # Rows that are centred at a time, on a CPU and elsewhere: few for the copy, and enough to pay for the (d, d) sum in memory.
 _ROWS, _ROWS_ELSEWHERE = 512, 2048
@@ -45,7 +45,7 @@ def class_scatter(
 def _forward(
     x: Tensor, labels: Tensor, pivot: Tensor, n_classes: int, products: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n, d = x.shape
+    d = x.shape[1]
     counts = torch.zeros(n_classes, dtype=torch.int64, device=x.device)
     counts.index_add_(0, labels, torch.ones_like(labels))
     sums = pivot.new_zeros(n_classes, d)
@@ -57,31 +57,39 @@ def _forward(
         if not narrow or exact_dtype(device_type, torch.float32) == torch.float64:
             _add_rows(scatter, sums, x, labels, pivot)
         else:
-            near = pivot.float()
+            # About the means of the classes: what they are apart would leave few digits for what is within them.
+            near = (_class_sums(x, labels, n_classes) / counts.clamp(min=1)[:, None]).float()
             for rows, y in zip(torch.split(x, _STRETCH), torch.split(labels, _STRETCH), strict=True):
                 some, some_sums = near.new_zeros(d, d), near.new_zeros(n_classes, d)
                 _add_rows(some, some_sums, rows, y, near)
                 scatter += some
                 sums += some_sums
-            move_pivot_(scatter, sums, counts, n, near.double() - pivot)
+            move_pivots_(scatter, sums, counts, near.double() - pivot)
     return counts, sums, mirror_(scatter)
 
 
 def _add_rows(scatter: Tensor, sums: Tensor, x: Tensor, labels: Tensor, pivot: Tensor) -> None:
-    """Add rows to the lower triangle of a scatter and to class sums about a pivot, all of one dtype."""
+    """Add rows to the lower triangle of a scatter and to class sums about a pivot (d,), or one of each class (k, d)."""
     size = _ROWS if x.is_cpu else _ROWS_ELSEWHERE
     memory = pivot.new_empty(min(len(x), size), x.shape[1])
     for rows, y in zip(torch.split(x, size), torch.split(labels, size), strict=True):
         # In two steps: one would convert into memory of its own.
-        centred = memory[: len(rows)].copy_(rows).sub_(pivot)
+        centred = memory[: len(rows)].copy_(rows).sub_(pivot if pivot.ndim == 1 else pivot[y])
         sums.index_add_(0, y, centred)
         add_products_(scatter, centred)
+
+
+def _class_sums(x: Tensor, labels: Tensor, n_classes: int) -> Tensor:
+    sums = torch.zeros(n_classes, x.shape[1], dtype=torch.float64, device=x.device)
+    for rows, y in zip(torch.split(x, _ROWS), torch.split(labels, _ROWS), strict=True):
+        sums.index_add_(0, y, rows.double())
+    return sums
 
 
 def _dispatched(
     x: Tensor, labels: Tensor, pivot: Tensor, n_classes: int, products: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if scatter_launch.preferred(x.device, x.dtype, n_classes, products):
+    if products is None and scatter_launch.preferred(x.device, x.dtype, n_classes):
         return scatter_launch.launch(x, labels, pivot, n_classes)
     return _forward(x, labels, pivot, n_classes, products)
 

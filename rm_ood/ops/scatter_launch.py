@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rm_ood.errors import InputError, MismatchError
 from rm_ood.ops.distance_launch import INPUTS, MOST_CLASSES, device_of, unavailable, unsupported
-from rm_ood.ops.linalg import mirror_, move_pivot_
+from rm_ood.ops.linalg import mirror_, move_pivots_
 
 # Columns of a tile, rows at a time, warps, stages. float32 products run outside the tensor cores, in smaller tiles: larger
 # ones become TF32 on 10.0.
@@ -22,12 +22,12 @@ _FLOAT64 = (80, 90, 100)
 _EXPONENT = 15
 
 
-def preferred(device: torch.device, dtype: torch.dtype, n_classes: int, products: torch.dtype | None = None) -> bool:
-    """Whether vectors of a dtype go to the kernel on a device."""
-    if device.type != "cuda" or dtype not in INPUTS or n_classes > MOST_CLASSES or products == torch.float64:
+def preferred(device: torch.device, dtype: torch.dtype, n_classes: int) -> bool:
+    """Whether vectors of a dtype go to the kernel on a device, where nothing else was asked for."""
+    if device.type != "cuda" or dtype not in INPUTS or n_classes > MOST_CLASSES:
         return False
-    return unavailable(device) is None and (
-        products == torch.float32 or device_of(device).capability not in _FLOAT64
+    return (
+        unavailable(device) is None and device_of(device).capability not in _FLOAT64
     )  # pragma: no cover - needs a GPU
 
 
@@ -97,5 +97,5 @@ def launch(
     # In place: of a wide model each (d, d) float64 is a gigabyte.
     whole = scatter[0] if shares == 1 else scatter.sum(0)
     del scatter
-    move_pivot_(whole, total, counts, n, near.double() - pivot)
+    move_pivots_(whole, total, counts, near.double() - pivot)
     return counts, total, mirror_(whole)

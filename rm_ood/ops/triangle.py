@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Up to so many rows of x, and columns, the whole of W at once is fastest; of so many columns also the whole of z.
+# Up to so many rows of x, and columns, the whole of W at once is fastest; the whole of z, too, up to so many columns.
 _WHOLE_ROWS, _WHOLE_COLUMNS = 8, 512
 # Rows of a triangle at a time, by the most columns: small where what is left out is the time, large where reading it is.
 _BLOCKS = ((512, 128), (math.inf, 256))

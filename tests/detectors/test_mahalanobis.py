@@ -51,6 +51,7 @@ def test_scores_are_the_definition(k, shrinkage):
     detector = MahalanobisDetector(shrinkage=shrinkage, floor=0.0, dtype=torch.float64).fit(x, y)
     expected = by_hand(x, y, probe, detector.shrinkage_)
     np.testing.assert_allclose(detector.sq_distances(probe), expected, rtol=1e-9)
+    assert detector.sq_distances(probe).is_contiguous()
     np.testing.assert_allclose(detector.score(probe), expected.min(1), rtol=1e-9)
 
 

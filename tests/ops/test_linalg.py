@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rm_ood.ops import reference
-from rm_ood.ops.linalg import add_products_, cholesky_, inverse, mirror_, move_pivot_
+from rm_ood.ops.linalg import add_products_, cholesky_, inverse, mirror_, move_pivots_
 
 
 @pytest.mark.parametrize("d", [1, 2, 127, 128, 129, 700])
@@ -53,14 +53,16 @@ def test_products_are_added_to_the_lower_triangle(d, n, dtype):
     torch.testing.assert_close(lower.tril().double(), expected.tril(), **tolerance)
 
 
-def test_another_pivot():
+@pytest.mark.parametrize("shape", [(5,), (3, 5)])
+def test_other_pivots(shape):
     rng = torch.Generator().manual_seed(0)
-    x, delta = torch.randn(30, 5, generator=rng, dtype=torch.float64), torch.arange(5.0, dtype=torch.float64)
-    labels = torch.arange(30) % 3
-    counts, sums, scatter = reference.class_scatter(x, labels, torch.zeros(5, dtype=torch.float64), 3)
-    move_pivot_(scatter, sums, counts, 30, delta)
-    expected = reference.class_scatter(x, labels, -delta, 3)
-    for got, want in zip((counts, sums, scatter), expected, strict=True):
+    x, delta = torch.randn(30, 5, generator=rng, dtype=torch.float64), torch.randn(shape, generator=rng).double()
+    labels, nowhere = torch.arange(30) % 3, torch.zeros(5, dtype=torch.float64)
+    # About the deltas of the classes, which then are put back.
+    moved = x - delta.expand(3, 5)[labels]
+    counts, sums, scatter = reference.class_scatter(moved, labels, nowhere, 3)
+    move_pivots_(scatter, sums, counts, delta)
+    for got, want in zip((counts, sums, scatter), reference.class_scatter(x, labels, nowhere, 3), strict=True):
         torch.testing.assert_close(got, want)
 
 

@@ -141,6 +141,28 @@ def test_the_expansion_costs_at_most_a_few_bits(apart, d):
     torch.testing.assert_close(sq.double(), truth, rtol=5e-6, atol=0)
 
 
+def test_pairs_that_cancel_are_found_in_every_class():
+    d, rng = 600, torch.Generator().manual_seed(0)
+    offsets = 1e3 * torch.randn(16, d, generator=rng)
+    x = offsets[9] + torch.randn(200, d, generator=rng)
+    sq = whitened_sq_distance(x, torch.eye(d), torch.zeros(d), offsets)[0]
+    truth = (x.double()[:, None] - offsets.double()).square().sum(2)
+    torch.testing.assert_close(sq.double(), truth, rtol=1e-5, atol=0)
+
+
+def test_columns_of_zeros_cancel_nothing(monkeypatch):
+    """Half of the whitened columns are 0 in a conditional distance."""
+    d, rng = 1500, torch.Generator().manual_seed(0)
+    whitening = torch.eye(d)
+    whitening[:700] = 0
+    offsets = 0.1 * torch.randn(2, d, generator=rng) @ whitening
+    asked = []
+    whole = torch.Tensor.index_copy_
+    monkeypatch.setattr(torch.Tensor, "index_copy_", lambda *args: asked.append(args) or whole(*args))
+    whitened_sq_distance(torch.randn(1100, d, generator=rng), whitening, torch.zeros(d), offsets)
+    assert not asked
+
+
 def test_rows_at_a_class_mean_are_not_left_to_cancellation():
     d, k = 400, 200
     rng = torch.Generator().manual_seed(1)

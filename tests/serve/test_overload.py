@@ -58,7 +58,8 @@ def test_overload_sheds_at_once_with_a_time_and_spares_the_rest(
 
 def test_every_request_of_a_rush_is_scored_or_shed(served: tuple[Client, Server]) -> None:
     client, server = served
-    with ThreadPoolExecutor(36) as pool:
+    # Half of the connections: one that the client has closed counts until the server has seen it.
+    with ThreadPoolExecutor(20) as pool:
         found = list(pool.map(lambda i: client.post("/v1/score", item(i)).status, range(150)))
     assert set(found) <= {200, 429}
     assert 200 in found
