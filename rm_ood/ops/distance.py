@@ -68,12 +68,11 @@ def triangle_sq_distance(x: Tensor, whitening: Triangle, center: Tensor, class_o
     if torch.is_autocast_enabled(device_type):
         with without_autocast(device_type):
             return triangle_sq_distance(x, whitening, center, class_offsets)
-    n = len(x)
+    n, d = x.shape
     # Kept memory is for a thread, which on a GPU may feed several streams.
     if n <= KEPT_ROWS and x.is_cpu:
         sq = _squares(whitening.whiten(x, center), class_offsets)
     else:
-        d = x.shape[1]
         chunk = next(rows for most, rows in _CHUNKS if d <= most)
         space = whitening.workspace(min(n, chunk))
         sq = torch.cat([_by_parts(rows, whitening, center, class_offsets, space) for rows in torch.split(x, chunk)], 1)
@@ -91,8 +90,9 @@ def _by_parts(x: Tensor, whitening: Triangle, center: Tensor, class_offsets: Ten
 
 
 def _squares(z: Tensor, class_offsets: Tensor) -> Tensor:
-    if z.numel() * len(class_offsets) <= _DIFFERENCES:
-        return (z - class_offsets).square_().sum(2)
+    if z.shape[0] * class_offsets.numel() <= _DIFFERENCES:
+        differences = z - class_offsets
+        return torch.linalg.vecdot(differences, differences)
     # Which rows need their differences is a question to the device: not asked where the answer has to be waited for.
     return _expanded(z, class_offsets) if z.is_cpu else _by_class(z, class_offsets)
 

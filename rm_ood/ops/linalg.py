@@ -11,7 +11,9 @@ from torch import Tensor
 _INVERTED = 128
 _FACTORED = ((1024, 96), (math.inf, 192))
 # Rows of a sum of products whose part left of the diagonal is one product, and of those that cross the diagonal.
-_LEFT, _CROSSING = 512, 64
+_LEFT, _CROSSING = 512, 24
+# Rows that are mirrored at a time.
+_MIRRORED = 64
 
 
 def inverse(factor: Tensor) -> Tensor:
@@ -61,18 +63,23 @@ def cholesky_(matrix: Tensor) -> tuple[Tensor, int]:
     return matrix.T, 0
 
 
-def add_products_(lower: Tensor, x: Tensor) -> None:
-    """Add x^T x of rows x (n, d) to the lower triangle of a (d, d); what is above it is undefined then."""
+def lower_products(lower: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The (part, left, right) whose `part += left right` add x^T x of rows x (n, d) to the lower triangle of a (d, d).
+
+    What is above it is undefined then. To be kept while x is filled anew: such views cost as much as a small product.
+    """
     d = len(lower)
-    if d > _LEFT:
-        for own in (slice(first, first + _LEFT) for first in range(0, d, _LEFT)):
-            left = slice(None, own.start)
-            lower[own, left].addmm_(x[:, own].T, x[:, left])
-            add_products_(lower[own, own], x[:, own])
-        return
-    for first in range(0, d, _CROSSING):
-        last = min(first + _CROSSING, d)
-        lower[first:last, :last].addmm_(x[:, first:last].T, x[:, :last])
+    # On a GPU what small blocks save is less than their launches.
+    size = _CROSSING if lower.is_cpu else _LEFT
+    blocks = []
+    for start in range(0, d, _LEFT):
+        end = min(start + _LEFT, d)
+        if start:
+            blocks.append((slice(start, end), slice(start)))
+        for first in range(start, end, size):
+            last = min(first + size, end)
+            blocks.append((slice(first, last), slice(start, last)))
+    return [(lower[rows, columns], x[:, rows].T, x[:, columns]) for rows, columns in blocks]
 
 
 def move_pivots_(scatter: Tensor, sums: Tensor, counts: Tensor, delta: Tensor) -> None:
@@ -90,7 +97,7 @@ def move_pivots_(scatter: Tensor, sums: Tensor, counts: Tensor, delta: Tensor) -
 def mirror_(lower: Tensor) -> Tensor:
     """A matrix with its lower triangle above the diagonal as well, in place."""
     # On a GPU each step of the loop would be four launches.
-    size = _CROSSING if lower.is_cpu else len(lower)
+    size = _MIRRORED if lower.is_cpu else len(lower)
     for first in range(0, len(lower), size):
         some = slice(first, first + size)
         lower[:first, some] = lower[some, :first].T

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from rm_ood.ops import scatter_launch
 from rm_ood.ops.arithmetic import exact_dtype
-from rm_ood.ops.linalg import add_products_, mirror_, move_pivots_
+from rm_ood.ops.linalg import lower_products, mirror_, move_pivots_
 
 # Rows that are centred at a time, on a CPU and elsewhere: few for the copy, and enough to pay for the (d, d) sum in memory.
-_ROWS, _ROWS_ELSEWHERE = 512, 2048
+_ROWS, _ROWS_ELSEWHERE = 256, 2048
 # Rows that are added up in float32, where that is asked for, before float64 takes over.
 _STRETCH = 1024
 
@@ -72,11 +72,16 @@ def _add_rows(scatter: Tensor, sums: Tensor, x: Tensor, labels: Tensor, pivot: T
     """Add rows to the lower triangle of a scatter and to class sums about a pivot (d,), or one of each class (k, d)."""
     size = _ROWS if x.is_cpu else _ROWS_ELSEWHERE
     memory = pivot.new_empty(min(len(x), size), x.shape[1])
+    products = lower_products(scatter, memory)
     for rows, y in zip(torch.split(x, size), torch.split(labels, size), strict=True):
+        if len(rows) < len(memory):
+            memory = memory[: len(rows)]
+            products = lower_products(scatter, memory)
         # In two steps: one would convert into memory of its own.
-        centred = memory[: len(rows)].copy_(rows).sub_(pivot if pivot.ndim == 1 else pivot[y])
-        sums.index_add_(0, y, centred)
-        add_products_(scatter, centred)
+        memory.copy_(rows).sub_(pivot if pivot.ndim == 1 else pivot[y])
+        sums.index_add_(0, y, memory)
+        for part, left, right in products:
+            part.addmm_(left, right)
 
 
 def _class_sums(x: Tensor, labels: Tensor, n_classes: int) -> Tensor:
