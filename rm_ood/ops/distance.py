@@ -16,8 +16,8 @@ from rm_ood.ops.arithmetic import exact_dtype, without_autocast
 from rm_ood.ops.packing import Packed, unpack
 from rm_ood.ops.triangle import KEPT_ROWS, Triangle, Workspace
 
-# Rows of x at a time, by the most columns: W is read once for all of them.
-_CHUNKS = ((1024, 2048), (math.inf, 1024))
+# Rows of x at a time, by the most columns, and elsewhere than on a CPU: W is read once for all of them.
+_CHUNKS, _CHUNK_ELSEWHERE = ((2048, 512), (math.inf, 1024)), 2048
 # Rows times classes times columns up to which the differences of all classes at once are fastest: they stay in cache.
 _DIFFERENCES = 2**16
 # Least share of |z|^2 + |t_c|^2 that a distance from their expansion may have: what cancels then costs some bits.
@@ -73,7 +73,7 @@ def triangle_sq_distance(x: Tensor, whitening: Triangle, center: Tensor, class_o
     if n <= KEPT_ROWS and x.is_cpu:
         sq = _squares(whitening.whiten(x, center), class_offsets)
     else:
-        chunk = next(rows for most, rows in _CHUNKS if d <= most)
+        chunk = next(rows for most, rows in _CHUNKS if d <= most) if x.is_cpu else _CHUNK_ELSEWHERE
         space = whitening.workspace(min(n, chunk))
         sq = torch.cat([_by_parts(rows, whitening, center, class_offsets, space) for rows in torch.split(x, chunk)], 1)
     # inf - inf and 0 * inf inside the products are NaN; NaN would pass every `score > threshold`.
@@ -92,7 +92,8 @@ def _by_parts(x: Tensor, whitening: Triangle, center: Tensor, class_offsets: Ten
 def _squares(z: Tensor, class_offsets: Tensor) -> Tensor:
     if z.shape[0] * class_offsets.numel() <= _DIFFERENCES:
         differences = z - class_offsets
-        return torch.linalg.vecdot(differences, differences)
+        squares: Tensor = torch.linalg.vecdot(differences, differences)
+        return squares
     # Which rows need their differences is a question to the device: not asked where the answer has to be waited for.
     return _expanded(z, class_offsets) if z.is_cpu else _by_class(z, class_offsets)
 

@@ -16,6 +16,8 @@ _WHOLE_ROWS, _WHOLE_COLUMNS = 8, 512
 _BLOCKS = ((512, 128), (math.inf, 256))
 # The same where the blocks lie in memory one after another: those are read faster.
 _PACKED_BLOCKS = ((512, 96), (2048, 128), (math.inf, 256))
+# The same for many rows of x where W lies in memory as a whole: they pay for more products.
+_FINE_BLOCK = 48
 # Rows of x up to which z is made as a whole; a thread keeps the memory of it, and a triangle the views of so many sizes.
 KEPT_ROWS, _KEPT_SIZES = 64, 8
 # Columns that are left free after each of those rows: a power of two apart, they would share few places of the cache.
@@ -74,7 +76,7 @@ class Triangle:
         self._transposed = whitening.T.contiguous() if pack and len(whitening) <= _WHOLE_COLUMNS else whitening.T
         self._pack = pack
         self._size = block_rows(len(whitening), packed=pack)
-        self._blocks: list[Tensor] = []
+        self._blocks: dict[int, list[Tensor]] = {}
         self._views = _Views()
 
     def whiten(self, x: Tensor, center: Tensor) -> Tensor:
@@ -123,15 +125,18 @@ class Triangle:
             return views[n]
 
     def _divided(self, centred: Tensor, z: Tensor) -> Workspace:
-        d, size, width = len(self._transposed), self._size, z.shape[1]
-        if not self._blocks:
+        (n, d), width = centred.shape, z.shape[1]
+        size = _FINE_BLOCK if self._pack and n > KEPT_ROWS and d <= _WHOLE_COLUMNS else self._size
+        if size not in self._blocks:
             # Rows of W up to `last` have only zeros from column `last` on.
             columns = torch.split(self._transposed, size, 1)
             blocks = [block[: (i + 1) * size] for i, block in enumerate(columns)]
-            self._blocks = [block.contiguous() for block in blocks] if self._pack and d > _WHOLE_COLUMNS else blocks
+            self._blocks[size] = (
+                [block.contiguous() for block in blocks] if self._pack and d > _WHOLE_COLUMNS else blocks
+            )
         parts = []
         for first in range(0, d, width):
-            blocks = self._blocks[first // size : -(-(first + width) // size)]
+            blocks = self._blocks[size][first // size : -(-(first + width) // size)]
             own = z[:, : d - first]
             pairs = zip(blocks, torch.split(own, size, 1), strict=True)
             parts.append(_Part(first, own, [(centred[:, : len(block)], block, part) for block, part in pairs]))

@@ -22,6 +22,13 @@ def test_blocks_grow_with_the_width():
     assert [block_rows(d, packed=True) for d in (1, 512, 513, 2048, 2049, 8192)] == [96, 96, 128, 128, 256, 256]
 
 
+@pytest.mark.parametrize(("d", "pack", "few", "many"), [(384, True, 4, 8), (384, False, 3, 3), (600, True, 5, 5)])
+def test_many_rows_take_smaller_blocks_of_a_packed_triangle_that_is_whole(d, pack, few, many):
+    triangle = Triangle(lower(d), pack=pack)
+    for n, blocks in ((KEPT_ROWS, few), (KEPT_ROWS + 1, many), (KEPT_ROWS, few)):
+        assert sum(len(part.products) for part in triangle.workspace(n).parts) == blocks
+
+
 @pytest.mark.parametrize("d", [3, 384, 600])
 @pytest.mark.parametrize("n", [0, 1, 16, 17, KEPT_ROWS, KEPT_ROWS + 1, 1500])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
