@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rm_ood.errors import CalibrationError, FormatError, InputError, MismatchError
 from rm_ood.ops import class_scatter
+from rm_ood.ops.linalg import about_other_pivots
 from rm_ood.vectors import as_tensor, as_vectors, check_finite
 
 # Rows held back until the product with them is worth the (d, d) sum in memory.
@@ -326,12 +327,8 @@ class ClassMoments:
         self._pivot = pivot
 
     def _about(self, pivot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums about another pivot, and what it adds to the scatter, as the factors (d, 2) and (2, d) of a product."""
-        delta = self._pivot - pivot
-        n, total = self._counts.sum(), self._sums.sum(0)
-        # t delta^T + delta t^T + n delta delta^T, t the sum and n the number of all rows.
-        left, right = torch.stack([total + n * delta, delta], 1), torch.stack([delta, total])
-        return self._sums + self._counts[:, None] * delta, left, right
+        """Sums about another pivot, and what it adds to the scatter, as the factors of a product."""
+        return about_other_pivots(self._sums, self._counts, self._pivot - pivot)
 
     def _check_same_shape(self, other: ClassMoments) -> None:
         if (other.n_features, other.n_classes) != (self.n_features, self.n_classes):

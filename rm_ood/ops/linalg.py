@@ -82,16 +82,19 @@ def lower_products(lower: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor, Tenso
     return [(lower[rows, columns], x[:, rows].T, x[:, columns]) for rows, columns in blocks]
 
 
-def move_pivots_(scatter: Tensor, sums: Tensor, counts: Tensor, delta: Tensor) -> None:
-    """Turn a scatter (d, d) and class sums (k, d) about the pivots of the classes into those about the pivots less delta.
+def about_other_pivots(sums: Tensor, counts: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Class sums (k, d) about the pivots less delta, and what that adds to the scatter: the factors (d, r) and (r, d) of it.
 
-    In place; delta of each class (k, d), or of all (d,).
+    Args:
+        sums, counts: of each class, (k, d) about its pivot, and (k,).
+        delta: what is taken from the pivot of each class (k, d), or of all (d,).
     """
-    delta = delta.expand_as(sums)
+    moved = sums + counts[:, None] * delta
+    if delta.ndim == 1:
+        sums, counts, delta = sums.sum(0, keepdim=True), counts.sum(0, keepdim=True), delta[None]
     # s delta^T + delta s^T + n delta delta^T over the classes.
     half = torch.addcmul(sums, counts[:, None], delta, value=0.5)
-    scatter.addmm_(half.T, delta).addmm_(delta.T, half)
-    sums += counts[:, None] * delta
+    return moved, torch.cat([half, delta]).T, torch.cat([delta, half])
 
 
 def mirror_(lower: Tensor) -> Tensor:

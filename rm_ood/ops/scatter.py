@@ -1,4 +1,4 @@
-"""`rm_ood::class_scatter`: counts, sums and the pooled scatter of a batch, in one pass over it.
+"""`rm_ood::class_scatter`: counts, sums and the pooled scatter of a batch, in one pass over it (two for float32 products).
 
 The derivation is in ops/README.md. In float64 unless asked otherwise, but on GPUs whose float64 is slow a kernel takes half- and
 single-precision vectors where nothing is asked for.
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rm_ood.ops import scatter_launch
 from rm_ood.ops.arithmetic import exact_dtype
-from rm_ood.ops.linalg import lower_products, mirror_, move_pivots_
+from rm_ood.ops.linalg import about_other_pivots, lower_products, mirror_
 
 # Rows that are centred at a time, on a CPU and elsewhere: few for the copy, and enough to pay for the (d, d) sum in memory.
 _ROWS, _ROWS_ELSEWHERE = 256, 2048
@@ -64,7 +64,8 @@ def _forward(
                 _add_rows(some, some_sums, rows, y, near)
                 scatter += some
                 sums += some_sums
-            move_pivots_(scatter, sums, counts, near.double() - pivot)
+            sums, left, right = about_other_pivots(sums, counts, near.double() - pivot)
+            scatter.addmm_(left, right)
     return counts, sums, mirror_(scatter)
 
 

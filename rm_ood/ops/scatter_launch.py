@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rm_ood.errors import InputError, MismatchError
 from rm_ood.ops.distance_launch import INPUTS, MOST_CLASSES, device_of, unavailable, unsupported
-from rm_ood.ops.linalg import mirror_, move_pivots_
+from rm_ood.ops.linalg import about_other_pivots, mirror_
 
 # Columns of a tile, rows at a time, warps, stages. float32 products run outside the tensor cores, in smaller tiles: larger
 # ones become TF32 on 10.0.
@@ -93,9 +93,8 @@ def launch(
             num_stages=stages,
             enable_fp_fusion=True,
         )
-    total = sums.sum(0)
     # In place: of a wide model each (d, d) float64 is a gigabyte.
     whole = scatter[0] if shares == 1 else scatter.sum(0)
     del scatter
-    move_pivots_(whole, total, counts, near.double() - pivot)
-    return counts, total, mirror_(whole)
+    total, left, right = about_other_pivots(sums.sum(0), counts, near.double() - pivot)
+    return counts, total, mirror_(whole.addmm_(left, right))
