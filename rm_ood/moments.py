@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rm_ood.errors import CalibrationError, FormatError, InputError, MismatchError
 from rm_ood.ops import class_scatter
-from rm_ood.ops.linalg import about_other_pivots
+from rm_ood.ops.linalg import about_another_pivot
 from rm_ood.vectors import as_tensor, as_vectors, check_finite
 
 # Rows held back until the product with them is worth the (d, d) sum in memory.
@@ -41,13 +41,11 @@ class ClassMoments:
         n_features: d.
         n_classes: k; labels are 0 to k - 1.
         device: where the (d, d) float64 state lives and the products run.
-        products: of which dtype; those of float64 vectors are always float64. `torch.float32` is faster on a CPU
-            (benchmarks/README.md) and keeps some 6 digits of each variance within the classes: where the largest is 1e5 times
-            the least, about 1e-3 of the least. Deviations from the class means have to be within 1e-15 and 1e15. None:
-            float64, but for half- and single-precision vectors on GPUs whose float64 is slow.
+        exact: float64 products wherever they run. Otherwise half- and single-precision vectors on GPUs whose float64 is slow
+            go to a kernel, which keeps as many digits as float32 products do.
 
     Raises:
-        InputError: sizes below 1; another dtype of the products.
+        InputError: sizes below 1.
     """
 
     @_outside_inference_mode
@@ -57,13 +55,11 @@ class ClassMoments:
         n_classes: int = 1,
         *,
         device: torch.device | str = "cpu",
-        products: torch.dtype | None = None,
+        exact: bool = False,
     ) -> None:
         if n_features < 1 or n_classes < 1:
             raise InputError(f"n_features={n_features}, n_classes={n_classes}: both must be at least 1")
-        if products not in (None, torch.float32, torch.float64):
-            raise InputError(f"products={products}: expected torch.float64, torch.float32 or None")
-        self.products = products
+        self.exact = exact
         self.n_features = n_features
         self.n_classes = n_classes
         self.device = torch.device(device)
@@ -201,7 +197,7 @@ class ClassMoments:
     def pooled(self) -> ClassMoments:
         """The moments of the same rows as one class; independent of this."""
         self._flush()
-        pooled = ClassMoments(self.n_features, device=self.device, products=self.products)
+        pooled = ClassMoments(self.n_features, device=self.device, exact=self.exact)
         pooled._counts, pooled._sums = self._counts.sum()[None], self._sums.sum(0, keepdim=True)
         pooled._pivot, pooled._scatter = self._pivot.clone(), self._scatter.clone()
         pooled._n_at_pivot = self._n_at_pivot
@@ -277,7 +273,7 @@ class ClassMoments:
         pivot = self._pivot_with(_sampled_mean(x).to(self.device) - self._pivot, len(x))
         pieces = zip(torch.split(x, _MOST_ROWS), torch.split(y, _MOST_ROWS), strict=True)
         each = (
-            class_scatter(rows.to(self.device), labels.to(self.device), pivot, self.n_classes, self.products)
+            class_scatter(rows.to(self.device), labels.to(self.device), pivot, self.n_classes, self.exact)
             for rows, labels in pieces
         )
         counts, sums, scatter = next(each)
@@ -328,7 +324,7 @@ class ClassMoments:
 
     def _about(self, pivot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Sums about another pivot, and what it adds to the scatter, as the factors of a product."""
-        return about_other_pivots(self._sums, self._counts, self._pivot - pivot)
+        return about_another_pivot(self._sums, self._counts, self._pivot - pivot)
 
     def _check_same_shape(self, other: ClassMoments) -> None:
         if (other.n_features, other.n_classes) != (self.n_features, self.n_classes):

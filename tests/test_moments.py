@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from rm_ood.errors import CalibrationError, FormatError, InputError, MismatchError, NonFiniteError
 from rm_ood.moments import ClassMoments
+from rm_ood.ops import class_scatter
 
 
 def data(n, d, k, seed=0, mean=0.0, dtype=torch.float64):
@@ -277,34 +278,20 @@ def test_squares_that_overflow_are_refused():
         moments.within_scatter()
 
 
-def test_products_in_float32():
-    x, y = data(9000, 5, 2, mean=3e3, dtype=torch.float32)
-    expected, wide = exact(x, y, 2), ClassMoments(5, 2, products=torch.float64).update(x, y)
-    assert torch.equal(wide.within_scatter(), ClassMoments(5, 2).update(x, y).within_scatter())
-    narrow = ClassMoments(5, 2, products=torch.float32).update(x[:4000], y[:4000])
-    parts = ClassMoments(5, 2, products=torch.float32).update(x[4000:4100], y[4000:4100]).update(x[4100:], y[4100:])
-    for moments in (narrow.merge(parts), narrow.copy(), wide.copy().subtract(narrow).merge(narrow)):
-        assert_same(moments, expected, tolerance=1e-5)
-    assert not torch.equal(narrow.within_scatter(), wide.within_scatter())
-    assert narrow.pooled().products == narrow.copy().products == torch.float32
-    with pytest.raises(InputError, match=r"products=torch.float16: expected torch.float64, torch.float32 or None"):
-        ClassMoments(5, 2, products=torch.float16)
+def test_float64_products_are_asked_for_wherever_rows_are_added(monkeypatch):
+    asked = []
 
+    def recorded(*args):
+        asked.append(args[-1])
+        return class_scatter(*args)
 
-def test_float32_products_do_not_see_how_far_the_classes_are_apart():
-    rng = torch.Generator().manual_seed(0)
-    y = torch.randint(0, 2, (20_000,), generator=rng)
-    x = (1000 * torch.randn(2, 16, generator=rng))[y]
-    x[:, 5] += torch.randn(20_000, generator=rng)
-    moments = ClassMoments(16, 2, products=torch.float32).update(x[:300], y[:300]).update(x[300:], y[300:])
-    variance = x[:, 5].double().sub(torch.stack([x[y == c, 5].double().mean() for c in (0, 1)])[y]).square().sum()
-    # Whoever takes them over does not know how they were made.
-    for same in (moments, ClassMoments(16, 2).merge(moments), ClassMoments.from_state(moments.state_tensors())):
-        diagonal = same.within_scatter().diagonal()
-        assert (diagonal != 0).nonzero().flatten().tolist() == [5]
-        torch.testing.assert_close(diagonal[5], variance, rtol=1e-5, atol=0)
-    with pytest.raises(CalibrationError, match="overflow; rescale"):
-        ClassMoments(16, 2, products=torch.float32).update(1e20 * torch.randn(3000, 16), y[:3000]).within_scatter()
+    monkeypatch.setattr("rm_ood.moments.class_scatter", recorded)
+    x, y = data(9000, 5, 2, dtype=torch.float32)
+    for exact in (False, True):
+        moments = ClassMoments(5, 2, exact=exact).update(x, y)
+        for same in (moments.copy(), moments.pooled()):
+            same.update(x[:10], torch.zeros_like(y[:10])).state_tensors()
+    assert asked == 3 * [False] + 3 * [True]
 
 
 def test_rows_are_held_back_until_they_are_added(monkeypatch):

@@ -1,7 +1,7 @@
 """Fitting on vectors: `MahalanobisDetector` beside pytorch-ood, oodeel and two estimators of scikit-learn.
 
 Time: median over alternating rounds, CPU time on one thread (wall-clock of a waited call on a GPU); the ratio is to
-pytorch-ood, whose products are float32: ours are float64, and once more float32. Memory: the resident memory that a fit on
+pytorch-ood, whose products are float32: ours are float64. Memory: the resident memory that a fit on
 batches of 512 adds, in a process of its own.
 """
 
@@ -27,7 +27,6 @@ ROWS, CLASSES, BATCH = 8192, 2, 512
 MEMORY_ROWS = (8192, 98304)
 MEMORY_WIDTH = 1024
 PROVIDERS = ("rm_ood", "pytorch-ood", "oodeel", "scikit-learn EmpiricalCovariance", "scikit-learn LedoitWolf")
-NARROW = "rm_ood float32 products"
 
 
 def measure() -> Iterator[Row]:
@@ -40,7 +39,7 @@ def measure() -> Iterator[Row]:
         x = (torch.randn(ROWS, d, generator=torch.Generator().manual_seed(0)) + 1).to(device)
         y = torch.arange(ROWS, device=device) % CLASSES
         # The others take over a minute at the largest width, and are not made for a GPU.
-        names = (NARROW, *(PROVIDERS if d <= 1024 and device.type == "cpu" else PROVIDERS[:2]))
+        names = PROVIDERS if d <= 1024 and device.type == "cpu" else PROVIDERS[:2]
         calls: dict[str, Callable[[], object]] = {name: functools.partial(_fit, name, x, y) for name in names}
         clock = time.process_time if device.type == "cpu" else waited
         timings = alternate(calls, rounds=7 if d <= 1024 else 3, seconds=0, clock=clock)
@@ -92,9 +91,6 @@ def _fit(provider: str, x: torch.Tensor, y: torch.Tensor) -> object:
         warnings.simplefilter("ignore")
         if provider == "rm_ood":
             return MahalanobisDetector().fit(x, y)
-        if provider == NARROW:
-            moments = ClassMoments(x.shape[1], CLASSES, device=x.device, products=torch.float32)
-            return MahalanobisDetector.from_moments(moments.update(x, y))
         if provider == "pytorch-ood":
             return pytorch_ood().Mahalanobis(None).fit_features(x, y)
         if provider == "oodeel":

@@ -82,19 +82,15 @@ def lower_products(lower: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor, Tenso
     return [(lower[rows, columns], x[:, rows].T, x[:, columns]) for rows, columns in blocks]
 
 
-def about_other_pivots(sums: Tensor, counts: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Class sums (k, d) about the pivots less delta, and what that adds to the scatter: the factors (d, r) and (r, d) of it.
+def about_another_pivot(sums: Tensor, counts: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Class sums (k, d) about the pivot less delta (d,), and what that adds to the scatter, as the factors of a product.
 
     Args:
-        sums, counts: of each class, (k, d) about its pivot, and (k,).
-        delta: what is taken from the pivot of each class (k, d), or of all (d,).
+        sums, counts: of each class, (k, d) about the pivot, and (k,).
     """
-    moved = sums + counts[:, None] * delta
-    if delta.ndim == 1:
-        sums, counts, delta = sums.sum(0, keepdim=True), counts.sum(0, keepdim=True), delta[None]
-    # s delta^T + delta s^T + n delta delta^T over the classes.
-    half = torch.addcmul(sums, counts[:, None], delta, value=0.5)
-    return moved, torch.cat([half, delta]).T, torch.cat([delta, half])
+    # t delta^T + delta t^T + n delta delta^T, t the sum and n the number of all rows.
+    half = torch.addcmul(sums.sum(0), counts.sum(), delta, value=0.5)
+    return sums + counts[:, None] * delta, torch.stack([half, delta], 1), torch.stack([delta, half])
 
 
 def mirror_(lower: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rm_ood.errors import InputError, MismatchError
 from rm_ood.ops.distance_launch import INPUTS, MOST_CLASSES, device_of, unavailable, unsupported
-from rm_ood.ops.linalg import about_other_pivots, mirror_
+from rm_ood.ops.linalg import about_another_pivot, mirror_
 
 # Columns of a tile, rows at a time, warps, stages. float32 products run outside the tensor cores, in smaller tiles: larger
 # ones become TF32 on 10.0.
@@ -23,7 +23,7 @@ _EXPONENT = 15
 
 
 def preferred(device: torch.device, dtype: torch.dtype, n_classes: int) -> bool:
-    """Whether vectors of a dtype go to the kernel on a device, where nothing else was asked for."""
+    """Whether vectors of a dtype go to the kernel on a device, where float64 was not asked for."""
     if device.type != "cuda" or dtype not in INPUTS or n_classes > MOST_CLASSES:
         return False
     return (
@@ -96,5 +96,5 @@ def launch(
     # In place: of a wide model each (d, d) float64 is a gigabyte.
     whole = scatter[0] if shares == 1 else scatter.sum(0)
     del scatter
-    total, left, right = about_other_pivots(sums.sum(0), counts, near.double() - pivot)
+    total, left, right = about_another_pivot(sums.sum(0), counts, near.double() - pivot)
     return counts, total, mirror_(whole.addmm_(left, right))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rm_ood.ops import reference
-from rm_ood.ops.linalg import about_other_pivots, cholesky_, inverse, lower_products, mirror_
+from rm_ood.ops.linalg import about_another_pivot, cholesky_, inverse, lower_products, mirror_
 
 
 @pytest.mark.parametrize("d", [1, 2, 127, 128, 129, 700])
@@ -55,18 +55,14 @@ def test_products_are_added_to_the_lower_triangle(d, n, dtype):
     torch.testing.assert_close(lower.tril().double(), expected.tril(), **tolerance)
 
 
-@pytest.mark.parametrize("shape", [(5,), (3, 5)])
-def test_other_pivots(shape):
+def test_another_pivot():
     rng = torch.Generator().manual_seed(0)
-    x, delta = torch.randn(30, 5, generator=rng, dtype=torch.float64), torch.randn(shape, generator=rng).double()
-    labels, nowhere = torch.arange(30) % 3, torch.zeros(5, dtype=torch.float64)
-    # About the deltas of the classes, which then are put back.
-    moved = x - delta.expand(3, 5)[labels]
-    counts, sums, scatter = reference.class_scatter(moved, labels, nowhere, 3)
-    sums, left, right = about_other_pivots(sums, counts, delta)
-    for got, want in zip(
-        (counts, sums, scatter + left @ right), reference.class_scatter(x, labels, nowhere, 3), strict=True
-    ):
+    x, pivot, delta = (torch.randn(shape, generator=rng, dtype=torch.float64) for shape in ((30, 5), 5, 5))
+    labels = torch.arange(30) % 3
+    counts, sums, scatter = reference.class_scatter(x, labels, pivot, 3)
+    sums, left, right = about_another_pivot(sums, counts, delta)
+    expected = reference.class_scatter(x, labels, pivot - delta, 3)
+    for got, want in zip((counts, sums, scatter + left @ right), expected, strict=True):
         torch.testing.assert_close(got, want)
 
 
