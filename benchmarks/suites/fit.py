@@ -1,8 +1,8 @@
 """Fitting on vectors: `MahalanobisDetector` beside pytorch-ood, oodeel and two estimators of scikit-learn.
 
 Time: median over alternating rounds, CPU time on one thread (wall-clock of a waited call on a GPU); the ratio is to
-pytorch-ood, whose products are float32: ours are float64. Memory: the resident memory that a fit on
-batches of 512 adds, in a process of its own.
+pytorch-ood, whose products are float32: ours are float64. Memory: the resident memory that a fit on batches of 512 adds, in
+a process of its own.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def cholesky_(matrix: Tensor) -> tuple[Tensor, int]:
 def lower_products(lower: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
     """The (part, left, right) whose `part += left right` add x^T x of rows x (n, d) to the lower triangle of a (d, d).
 
-    What is above it is undefined then. To be kept while x is filled anew: such views cost as much as a small product.
+    What is above it is undefined then. To be kept while x is filled anew: making them costs up to a fifth of the products.
     """
     d = len(lower)
     # On a GPU what small blocks save is less than their launches.

@@ -26,7 +26,7 @@ def class_scatter(
         labels: class of each row, (n,) int64 in [0, n_classes); not checked here.
         pivot: (d,) float64, near the mean: about 0 a mean of 1e5 standard deviations would swallow the spread.
         n_classes: k >= 1.
-        exact: in float64 wherever, as of `ClassMoments`.
+        exact: float64 products on every device, as `ClassMoments(exact=)`.
 
     Returns:
         Counts (k,) int64; sums of x - pivot per class (k, d) float64, units of x; the sum over all rows of

@@ -16,7 +16,7 @@ _WHOLE_ROWS, _WHOLE_COLUMNS = 8, 512
 _BLOCKS = ((512, 128), (math.inf, 256))
 # The same where the blocks lie in memory one after another: those are read faster.
 _PACKED_BLOCKS = ((512, 96), (2048, 128), (math.inf, 256))
-# The same for many rows of x where W lies in memory as a whole: they pay for more products.
+# Of a packed W that lies in memory as a whole, for more than KEPT_ROWS rows of x: they pay for more products.
 _FINE_BLOCK = 48
 # Rows of x up to which z is made as a whole; a thread keeps the memory of it, and a triangle the views of so many sizes.
 KEPT_ROWS, _KEPT_SIZES = 64, 8
@@ -27,7 +27,7 @@ _PART = 2**19
 
 
 def block_rows(d: int, *, packed: bool = False) -> int:
-    """Rows of a triangle of d columns that are taken at a time."""
+    """Rows of a triangle of d columns that are taken at a time, for up to `KEPT_ROWS` rows of x."""
     return next(rows for most, rows in (_PACKED_BLOCKS if packed else _BLOCKS) if d <= most)
 
 
@@ -73,9 +73,11 @@ class Triangle:
 
     def __init__(self, whitening: Tensor, *, pack: bool = False) -> None:
         self.dtype = whitening.dtype
-        self._transposed = whitening.T.contiguous() if pack and len(whitening) <= _WHOLE_COLUMNS else whitening.T
-        self._pack = pack
+        whole = pack and len(whitening) <= _WHOLE_COLUMNS
+        self._transposed = whitening.T.contiguous() if whole else whitening.T
+        self._by_blocks = pack and not whole
         self._size = block_rows(len(whitening), packed=pack)
+        self._many_size = _FINE_BLOCK if whole else self._size
         self._blocks: dict[int, list[Tensor]] = {}
         self._views = _Views()
 
@@ -126,14 +128,12 @@ class Triangle:
 
     def _divided(self, centred: Tensor, z: Tensor) -> Workspace:
         (n, d), width = centred.shape, z.shape[1]
-        size = _FINE_BLOCK if self._pack and n > KEPT_ROWS and d <= _WHOLE_COLUMNS else self._size
+        size = self._size if n <= KEPT_ROWS else self._many_size
         if size not in self._blocks:
             # Rows of W up to `last` have only zeros from column `last` on.
             columns = torch.split(self._transposed, size, 1)
             blocks = [block[: (i + 1) * size] for i, block in enumerate(columns)]
-            self._blocks[size] = (
-                [block.contiguous() for block in blocks] if self._pack and d > _WHOLE_COLUMNS else blocks
-            )
+            self._blocks[size] = [block.contiguous() for block in blocks] if self._by_blocks else blocks
         parts = []
         for first in range(0, d, width):
             blocks = self._blocks[size][first // size : -(-(first + width) // size)]

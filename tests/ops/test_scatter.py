@@ -42,6 +42,7 @@ def test_strides_gradients_and_autocast_do_not_matter():
     expected = ops.class_scatter(x, labels, pivot, 2)
     for variant in (x.T.contiguous().T, x.repeat(1, 2)[:, :9], x.clone().requires_grad_()):
         torch.testing.assert_close(ops.class_scatter(variant, labels, pivot, 2), expected, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(ops.class_scatter(x, labels, pivot.clone().requires_grad_(), 2), expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = ops.class_scatter(x.float(), labels, pivot, 2)[2]
     assert torch.equal(got, ops.class_scatter(x.float(), labels, pivot, 2)[2])
@@ -90,6 +91,12 @@ def test_the_kernel_is_for_slow_float64_unless_float64_is_asked_for(capability, 
     assert len(scatter._dispatched(x.float(), labels, pivot, 2, exact=True)) == 3
     assert not asked
     assert scatter._dispatched(x.float(), labels, pivot, 2) == "launched"
+
+
+def test_float64_is_asked_of_the_operator(monkeypatch):
+    monkeypatch.setattr(scatter, "_operator", lambda *args: args)
+    x, labels, pivot = (part.to("meta") for part in problem(7, 2, 3))
+    assert [ops.class_scatter(x, labels, pivot, 2, exact)[-1] for exact in (False, True)] == [False, True]
 
 
 def test_backend_info_says_that_triton_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
