@@ -25,8 +25,10 @@ def test_blocks_grow_with_the_width():
 @pytest.mark.parametrize(("d", "pack", "few", "many"), [(384, True, 4, 8), (384, False, 3, 3), (600, True, 5, 5)])
 def test_many_rows_take_smaller_blocks_of_a_packed_triangle_that_is_whole(d, pack, few, many):
     triangle = Triangle(lower(d), pack=pack)
-    for n, blocks in ((KEPT_ROWS, few), (KEPT_ROWS + 1, many), (KEPT_ROWS, few)):
-        assert sum(len(part.products) for part in triangle.workspace(n).parts) == blocks
+    for n, expected in ((KEPT_ROWS, few), (KEPT_ROWS + 1, many), (KEPT_ROWS, few)):
+        blocks = [block for part in triangle.workspace(n).parts for _, block, _ in part.products]
+        assert len(blocks) == expected
+        assert all(block.is_contiguous() for block in blocks) == (d == 600)
 
 
 @pytest.mark.parametrize("d", [3, 384, 600])
