@@ -69,7 +69,7 @@ def lower_products(lower: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor, Tenso
     What is above it is undefined then. To be kept while x is filled anew: making them costs up to a fifth of the products.
     """
     d = len(lower)
-    # On a GPU what small blocks save is less than their launches.
+    # On a GPU each product is a launch.
     size = _CROSSING if lower.is_cpu else _LEFT
     blocks = []
     for start in range(0, d, _LEFT):
